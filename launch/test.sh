@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole suite: .venv, install with the test extra, linters, types, import rules, every test.
+# About 10 minutes on two cores. Arguments go to pytest: bash launch/test.sh tests/core
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/install.sh test
+bin="${GRAFT_VENV:-.venv}/bin"
+"$bin/ruff" check src tests benchmarks
+"$bin/ruff" format --check src tests benchmarks
+"$bin/mypy"
+"$bin/lint-imports" --no-logo 2>/dev/null || "$bin/lint-imports"
+if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+exec "$bin/python" -m pytest "${@:-tests}"

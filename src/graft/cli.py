@@ -1,0 +1,127 @@
+"""The `graft` command: thin; a room is imported only when its verb is called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from graft.core.errors import GraftError
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.verb(args) or 0
+    except GraftError as e:
+        print(f"graft: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("graft: interrupted; what is complete stays, run the same command to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="graft", description="From a few seed examples and a raw corpus to a served LoRA adapter.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, call: object, text: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=text, description=text)
+        p.set_defaults(verb=call)
+        return p
+
+    def with_recipe(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        p.add_argument("recipe", help="a .toml file, for example configs/recipes/image-intent-tiny.toml")
+        p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe key (repeatable)")
+        p.add_argument("--workspace", default=os.environ.get("GRAFT_WORKSPACE", "."), metavar="DIR", help="where data_shards/ and checkpoints/ lie")
+        return p
+
+    run = with_recipe(verb("run", _run, "make what is missing of a recipe, skip what is complete"))
+    run.add_argument("--from", dest="redo_from", metavar="STAGE", help="make this stage and all later ones again")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
+    with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
+    with_recipe(verb("augment", lambda a: _until(a, "augment"), "make the recipe's rows from its seeds"))
+    base = verb("base", _base, "`graft base build RECIPE`: build the recipe's embedded base")
+    base.add_argument("action", choices=["build"])
+    with_recipe(base)
+    with_recipe(verb("evaluate", lambda a: _until(a, "evaluate"), "evaluate the recipe's adapter"))
+    serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
+    serve.add_argument("--port", type=int)
+    verb("lineage", _lineage, "print an artifact's chain of manifests").add_argument("path")
+    return parser
+
+
+def _plan(args: argparse.Namespace):
+    from graft.core.stages import Plan
+
+    return Plan(args.recipe, tuple(args.overrides), args.workspace)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from graft import pipeline
+
+    plan, console = _plan(args), Console()
+    if args.dry_run:
+        pipeline.check(plan)
+        for stage, action, artifact in pipeline.outlook(plan, args.redo_from):
+            console.print(f"{stage:<12} {action:<10} {artifact.path.relative_to(plan.root) if artifact else ''}", markup=False, highlight=False)
+        return 0
+    finished = pipeline.run(plan, args.redo_from, args.until, console)
+    pipeline.summary(plan, finished, console)
+    if args.keep:
+        from graft.serve.probe import serve_forever
+
+        serve_forever(plan, None)
+    return 0
+
+
+def _until(args: argparse.Namespace, stage: str) -> int:
+    from rich.console import Console
+
+    from graft import pipeline
+
+    plan, console = _plan(args), Console()
+    pipeline.summary(plan, pipeline.run(plan, until=stage, console=console), console)
+    return 0
+
+
+def _base(args: argparse.Namespace) -> int:
+    return _until(args, "base")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from graft import pipeline
+
+    plan = _plan(args)
+    pipeline.check(plan)
+    print(f"{args.recipe}: ok, stages {', '.join(plan.stages)}")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from graft.serve.probe import serve_forever
+
+    serve_forever(_plan(args), args.port)
+    return 0
+
+
+def _lineage(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from graft.core.stages import lineage
+
+    for depth, artifact in lineage(Path(args.path)):
+        m = artifact.manifest
+        source = "".join(f", {k} {v if isinstance(v, str) else '…'}" for k, v in m["inputs"].items() if v)
+        print(
+            f"{'  ' * depth}{m['kind']} {m['fingerprint'][:12]}  digest {m['digest'][:12]}  {len(m['files'])} files, {m['wall_s']} s, graft {m['graft']} {(m['commit'] or '')[:10]}{source[:120]}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

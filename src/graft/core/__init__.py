@@ -1,0 +1,1 @@
+"""The contracts: recipes, artifacts, row and shard formats, errors. Imports no torch, ray or transformers."""

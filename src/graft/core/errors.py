@@ -1,0 +1,34 @@
+"""Errors that reach a user as one line: what is wrong, where, and the mend. A traceback is a bug.
+
+Every class is also a built-in one, so library users may catch what they already know.
+"""
+
+
+class GraftError(Exception):
+    """Base of all errors meant for the user; the command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(GraftError, ValueError):
+    """A recipe, an override or a command-line option is wrong."""
+
+
+class DataError(GraftError, ValueError):
+    """Input rows, corpora or shards cannot be used."""
+
+
+class ArtifactError(GraftError, RuntimeError):
+    """An artifact is missing, incomplete or altered."""
+
+
+class CredentialError(GraftError, PermissionError):
+    """A key that only the environment may hold is absent or refused."""
+
+
+class TrainError(GraftError, RuntimeError):
+    """Training cannot start or go on."""
+
+
+class ServeError(GraftError, RuntimeError):
+    """The server cannot start or cannot answer."""

@@ -1,0 +1,289 @@
+"""The recipe: one frozen, typed tree that says what to make and never where.
+
+People write TOML (`configs/recipes/*.toml`); machines read the resolved JSON that lies beside every artifact.
+`load("configs/recipes/X.toml", ["sft.lr=1e-4"])` costs about 0.2 s and imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from graft.core.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Task(Section):
+    """The decision that is learned: answer with a call of `function`, or with plain text."""
+
+    function: str = "generate_image"
+    argument: str = "prompt"
+
+
+class Augment(Section):
+    """Self-instruct over an OpenAI-compatible API (OPENAI_BASE_URL and OPENAI_API_KEY come from the environment)."""
+
+    seeds: str  # chat JSONL, relative to the recipe
+    model: str = "gpt-4o-mini"
+    rows_per_class: Count = 600
+    rewrites_per_call: Count = 4
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    calls_per_round: Count = 96  # requests between two joins of accepted rewrites to the seeds
+    max_rounds: Count = 60
+    in_flight: Count = 32  # concurrent requests of one actor
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+
+class Prepare(Section):
+    """Splits are by seed family: all rows that descend from one seed fall on one side."""
+
+    validation: Share = 0.1  # share of the training families' rows
+    test_families: Share = 0.25  # share of each class's seed families
+    min_chars: Count = 2
+    max_chars: Count = 4096
+
+
+class Corpus(Section):
+    """A source of plain text: `grammar` and `docstrings` are made on the machine, `text` and `jsonl` are files."""
+
+    kind: Literal["grammar", "docstrings", "text", "jsonl"]
+    path: str | None = None  # relative to the recipe; for text (a document a blank-line block) and jsonl (key "text")
+    documents: Count | None = None  # at most this many; needed for grammar
+    seed: int = 0  # of the grammar; two corpora of one kind differ by it
+
+    @model_validator(mode="after")
+    def _files_have_paths(self) -> Corpus:
+        if (self.kind in ("text", "jsonl")) != (self.path is not None):
+            raise ValueError(f"kind = {self.kind!r} and path = {self.path!r} do not go together: only text and jsonl are files")
+        if self.kind == "grammar" and self.documents is None:
+            raise ValueError("kind = 'grammar' needs documents = N, it has no end of its own")
+        return self
+
+
+class Shard(Section):
+    seq_len: Count = 1024  # tokens a bin
+    bins_per_shard: Count = 4096
+    partitions: Count = 1  # packed independently, in parallel; the result does not depend on the workers
+
+
+class Lora(Section):
+    r: Count = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Share = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Train(Section):
+    """One training stage. The global batch is counted in bins and does not change with the number of GPUs."""
+
+    corpora: tuple[str, ...] = ()  # names in [corpora]; sft reads the chat rows instead
+    lora: Lora | None = Lora()  # absent (`lora = false`): all weights are trained
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Count | None = None
+    global_batch: Count = 8  # bins a step
+    micro_batch: Count = 1  # bins a forward, at most
+    pack: bool = True  # false: one document a bin, padded
+    warmup: Share = 0.03  # share of all steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    validate_every: Count | None = None  # steps
+    save_every: Count = 100  # steps
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_false(cls, data: Any) -> Any:
+        return {**data, "lora": None} if isinstance(data, dict) and data.get("lora") is False else data
+
+
+class Model(Section):
+    base: str = "embedded"  # "embedded" (built by the recipe), a folder, or a hub id
+    revision: str | None = None
+    precision: Literal["fp32", "bf16", "nf4"] = "bf16"
+    chat_template: Literal["tokenizer", "chatml", "llama-3"] = "tokenizer"
+
+
+class EmbeddedBase(Section):
+    """A small Llama with its own byte-level BPE tokenizer, trained whole; for machines without a hub."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 3000
+    hidden_size: Count = 192
+    intermediate_size: Count = 512
+    layers: Count = 4
+    heads: Count = 6
+    kv_heads: Count = 3
+    train: Train
+
+
+class Evaluate(Section):
+    max_new_tokens: Count = 64
+    batch_size: Count = 64
+
+
+class Serve(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    prompt: str = "幫我畫一隻在海邊散步的柴犬"  # what `graft run` asks the finished server
+    max_batch: Count = 16
+
+
+class Tracking(Section):
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "graft"
+
+
+class Recipe(Section):
+    name: Name
+    seed: int = 0
+    deepspeed: str = "../deepspeed/zero2.json"  # relative to the recipe
+    task: Task = Task()
+    augment: Augment
+    prepare: Prepare = Prepare()
+    corpora: dict[Name, Corpus] = {}
+    shard: Shard = Shard()
+    model: Model = Model()
+    base: EmbeddedBase | None = None
+    cpt: Train | None = None
+    sft: Train
+    evaluate: Evaluate = Evaluate()
+    serve: Serve = Serve()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if (self.model.base == "embedded") != (self.base is not None):
+            raise ValueError(
+                f"model.base = {self.model.base!r} and a [base] section that is {'present' if self.base else 'absent'} "
+                "do not go together: [base] describes the embedded base and nothing else"
+            )
+        for section, train in (("base.train", self.base.train if self.base else None), ("cpt", self.cpt)):
+            if train is None:
+                continue
+            if not train.corpora:
+                raise ValueError(f"{section}.corpora is empty: name at least one of {sorted(self.corpora) or 'the [corpora] you add'}")
+            if missing := [c for c in train.corpora if c not in self.corpora]:
+                raise ValueError(f"{section}.corpora names {missing[0]!r}, but [corpora] has {sorted(self.corpora)}")
+        if self.base and self.base.train.lora:
+            raise ValueError("base.train.lora is set, but an embedded base is trained whole: write lora = false")
+        for section, train in (("cpt", self.cpt), ("sft", self.sft)):
+            if train and not train.lora and self.model.precision == "nf4":
+                raise ValueError(f"{section}.lora = false and model.precision = 'nf4': 4-bit weights cannot be trained whole; use bf16")
+        if self.sft.corpora:
+            raise ValueError("sft.corpora is set, but sft trains on the chat rows that augment and prepare make: remove it")
+        if self.base and self.base.hidden_size % self.base.heads:
+            raise ValueError(f"base.hidden_size = {self.base.hidden_size} is no multiple of base.heads = {self.base.heads}")
+        if self.base and self.base.heads % self.base.kv_heads:
+            raise ValueError(f"base.heads = {self.base.heads} is no multiple of base.kv_heads = {self.base.kv_heads}")
+        return self
+
+    def train_stage(self, stage: str) -> Train:
+        """The training section of stage `base`, `cpt` or `sft`; ConfigError where the recipe has none."""
+        train = {"base": self.base.train if self.base else None, "cpt": self.cpt, "sft": self.sft}.get(stage)
+        if train is None:
+            raise ConfigError(f"stage {stage!r} is not in recipe {self.name!r}: it has {self.train_stages()}")
+        return train
+
+    def train_stages(self) -> list[str]:
+        return [s for s, t in (("base", self.base), ("cpt", self.cpt), ("sft", self.sft)) if t]
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read and validate a recipe; raises ConfigError with one line that says what, where and the mend."""
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise ConfigError(f"no recipe at {path}" + (f": that folder has {', '.join(near)}" if near else "; give the path of a .toml file")) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+        raise ConfigError(f"{path} is not a TOML file: {e}") from None
+    for item in overrides:
+        _override(tree, item)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as e:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(err) for err in e.errors()[:3])) from None
+
+
+def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every key a recipe may hold, dotted; `corpora.*` stands for any name."""
+    found = []
+    for name, field in model.model_fields.items():
+        child = _section_of(field.annotation)
+        star = ".*" if "dict" in str(field.annotation) else ""
+        found += keys(child, f"{prefix}{name}{star}.") if child else [f"{prefix}{name}"]
+    return found
+
+
+def pick(recipe: Recipe, dotted: tuple[str, ...]) -> dict[str, Any]:
+    """The resolved values of some keys or whole sections, JSON-ready, for a fingerprint."""
+    tree = recipe.model_dump(mode="json")
+
+    def get(key: str) -> Any:
+        node = tree
+        for part in key.split("."):
+            node = node[part] if node is not None else None
+        return node
+
+    return {key: get(key) for key in dotted}
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for arg in getattr(annotation, "__args__", ()):
+        if child := _section_of(arg):
+            return child
+    return None
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, sep, text = item.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"--set {item!r} is not key=value, for example --set sft.lr=1e-4")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = key.strip().split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {part!r} is a value, not a section")
+    node[last] = value
+
+
+def _explain(err: Any) -> str:
+    loc = [str(p) for p in err["loc"]]
+    where = ".".join(loc)
+    if err["type"] == "extra_forbidden":
+        known = keys()
+        parent = ".".join(loc[:-1])
+        siblings = [k[len(parent) + 1 :].split(".")[0] if parent else k.split(".")[0] for k in known if k.startswith(parent)]
+        near = difflib.get_close_matches(loc[-1], siblings, 1, 0.5) or difflib.get_close_matches(
+            loc[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6
+        )
+        full = next((k for k in known if k.rsplit(".", 1)[-1] == near[0]), near[0]) if near and near[0] not in siblings else None
+        hint = f"did you mean {full or '.'.join([*loc[:-1], near[0]])!r}?" if near else f"[{parent or 'top level'}] has {sorted(set(siblings))}"
+        return f"unknown key {where!r}: {hint}"
+    if err["type"] == "missing":
+        return f"missing key {where!r}: add it"
+    if err["type"] == "value_error":
+        return str(err["ctx"]["error"])
+    return f"{where} = {json.dumps(err['input'], ensure_ascii=False, default=str)}: {err['msg'][0].lower()}{err['msg'][1:]}"

@@ -1,0 +1,324 @@
+"""The stages of a recipe: what each reads, where its artifact lies, and whether it is complete.
+
+A stage is a function from (its recipe keys + parent artifacts + external inputs) to one artifact. The fingerprint
+hashes all of these with the stage's version, so an edited seed, corpus, base or key is never skipped over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
+from graft.core.errors import ArtifactError, ConfigError
+from graft.core.recipe import Recipe, load, pick
+
+DATA, CHECKPOINTS = "data_shards", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    room: str  # module that has `run(job)`; "launch" is a subprocess of `accelerate launch -m graft.train`
+    version: int  # raised when the same keys would give another result
+    keys: tuple[str, ...]
+    parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
+    inputs: tuple[str, ...] = ()  # external: seeds, corpora, model, endpoint, python
+    place: str = DATA
+
+
+def stages(recipe: Recipe) -> list[Stage]:
+    """The recipe's stages in the order they run."""
+    made = ["augment", "prepare"]
+    source: dict[str, str] = {}  # the model that the next training stage starts from
+    model_input: tuple[str, ...] = () if recipe.base else ("model",)
+    lm = ("seed", "model", "deepspeed")
+    out = [
+        Stage(
+            "augment",
+            "graft.data.augment",
+            1,
+            ("seed", "task", *_fields("augment", "seeds model rows_per_class rewrites_per_call temperature calls_per_round max_rounds")),
+            inputs=("seeds", "endpoint"),
+        ),
+        Stage("prepare", "graft.data.prepare", 1, ("seed", "task", "prepare", "corpora"), {"augment": "rows.jsonl"}, ("corpora", "python")),
+    ]
+    tokenizer = {}
+    if recipe.base:
+        shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads")
+        out.append(
+            Stage(
+                "init",
+                "graft.data.init",
+                1,
+                ("seed", "model.chat_template", "shard.seq_len", *shape, "base.train.corpora"),
+                {"prepare": "corpora/*"},
+                place=CHECKPOINTS,
+            )
+        )
+        tokenizer = source = {"init": "*"}
+    for stage in recipe.train_stages():
+        section = "base.train" if stage == "base" else stage
+        reads = "rows/*" if stage == "sft" else "corpora/*"
+        out.append(
+            Stage(
+                f"shard-{stage}",
+                "graft.data.shard",
+                1,
+                ("shard", "model.chat_template", f"{section}.corpora", f"{section}.pack"),
+                {"prepare": reads, **{k: "tokenizer*" for k in tokenizer}},
+                model_input,
+            )
+        )
+    for stage in recipe.train_stages():
+        section = "base.train" if stage == "base" else stage
+        result = [
+            k
+            for k in _fields(section, " ".join(type(recipe.sft).model_fields))
+            if k.rsplit(".", 1)[-1] not in ("save_every", "keep_checkpoints", "micro_batch")
+        ]
+        out.append(Stage(stage, "launch", 1, (*lm, *result), {**source, f"shard-{stage}": "*"}, model_input if not source else (), CHECKPOINTS))
+        if stage == "base":
+            source = {"base": "*"}
+        if stage == "cpt":
+            out.append(Stage("merge", "graft.train.merge", 1, ("model",), {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
+            source = {"merge": "*"}
+    served = {**source, "sft": "*"}
+    out.append(
+        Stage(
+            "evaluate",
+            "graft.evaluate.classify",
+            1,
+            ("task", "model", "evaluate"),
+            {**served, "prepare": "rows/*"},
+            model_input if not source else (),
+            CHECKPOINTS,
+        )
+    )
+    out.append(
+        Stage("serve", "graft.serve.probe", 1, ("model", "serve.prompt", "serve.max_batch"), served, model_input if not source else (), CHECKPOINTS)
+    )
+    assert [s.name for s in out[:2]] == made
+    return out
+
+
+def _fields(section: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{n}" for n in names.split())
+
+
+@dataclass
+class Plan:
+    """A recipe bound to a workspace: resolves each stage's inputs, fingerprint and directory.
+
+    endpoint: how the augmentation API is named in fingerprints and output; the key never enters.
+    """
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+    root: Path = Path(".")
+
+    def __post_init__(self) -> None:
+        self.path, self.root = Path(self.path).resolve(), Path(self.root).resolve()
+        self.recipe = load(self.path, self.overrides)
+        self.stages = {s.name: s for s in stages(self.recipe)}
+
+    # ---- places -------------------------------------------------------------------------------------------------
+    def beside(self, relative: str) -> Path:
+        """A path that the recipe names, relative to the recipe's own folder."""
+        return (self.path.parent / relative).resolve()
+
+    def home(self, place: str) -> Path:
+        return self.root / place / self.recipe.name
+
+    def directory(self, stage: str, fingerprint: str) -> Path:
+        return self.home(self.stages[stage].place) / stage / fingerprint[:12]
+
+    def run_directory(self, stage: str, fingerprint: str) -> Path:
+        """Where a training run keeps metrics and sharded checkpoints while (and after) it runs."""
+        return self.home(CHECKPOINTS) / "runs" / f"{stage}-{fingerprint[:12]}"
+
+    @property
+    def endpoint(self) -> str | None:
+        """The API's base URL from the environment, None for the embedded endpoint."""
+        return os.environ.get("OPENAI_BASE_URL") or ("https://api.openai.com/v1" if os.environ.get("OPENAI_API_KEY") else None)
+
+    # ---- resolving ----------------------------------------------------------------------------------------------
+    def resolve(self, stage: str) -> Job:
+        """The stage with its parents; ArtifactError names the first parent that is not complete."""
+        spec = self._stage(stage)
+        parents = {}
+        for name in spec.parents:
+            job = self.resolve(name)
+            if job.artifact is None:
+                raise ArtifactError(
+                    f"stage {stage!r} needs {name!r}, which is not complete: run `graft run {self.path.name}` (or with --from {name})"
+                )
+            parents[name] = job.artifact
+        head: dict[str, Any] = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "stage_version": spec.version,
+            "keys": pick(self.recipe, spec.keys),
+            "inputs": {name: self._input(name) for name in spec.inputs},
+            "parents": {
+                n: {
+                    "path": os.path.relpath(a.path, self.root),
+                    "fingerprint": a.manifest["fingerprint"],
+                    "digest": a.digest_of_files(spec.parents[n]),
+                }
+                for n, a in parents.items()
+            },
+        }
+        fingerprint = digest_of(
+            {
+                "stage": stage,
+                "version": spec.version,
+                "keys": head["keys"],
+                "inputs": head["inputs"],
+                "parents": {n: p["digest"] for n, p in head["parents"].items()},
+            }
+        )
+        return Job(self, spec, fingerprint, head, parents)
+
+    def artifact(self, stage: str) -> Artifact:
+        """The complete artifact of a stage; ArtifactError where it is missing."""
+        found = self.resolve(stage).artifact
+        if found is None:
+            raise ArtifactError(f"stage {stage!r} of {self.recipe.name!r} is not complete: run `graft run {self.path.name}`")
+        return found
+
+    def _stage(self, name: str) -> Stage:
+        if name not in self.stages:
+            raise ConfigError(f"recipe {self.recipe.name!r} has no stage {name!r}: it has {', '.join(self.stages)}")
+        return self.stages[name]
+
+    @property
+    def base_parent(self) -> str | None:
+        """The stage whose artifact is the model under the sft adapter, None where that is the recipe's own base."""
+        return "merge" if self.recipe.cpt else "base" if self.recipe.base else None
+
+    def base_model(self, stage: str = "sft") -> tuple[str, str | None]:
+        """(folder or hub id, revision) of the frozen model that `stage` starts from."""
+        for parent in ("merge", "base", "init"):
+            if parent in self._stage(stage).parents:
+                return str(self.artifact(parent).path), None
+        return self.external_base()
+
+    def external_base(self) -> tuple[str, str | None]:
+        folder = self.beside(self.recipe.model.base)
+        return (str(folder), None) if folder.is_dir() else (self.recipe.model.base, self.recipe.model.revision)
+
+    def _input(self, name: str) -> Any:
+        if name == "seeds":
+            return self._digest(self.beside(self.recipe.augment.seeds), "augment.seeds")
+        if name == "corpora":
+            return {c: self._digest(self.beside(s.path), f"corpora.{c}.path") for c, s in self.recipe.corpora.items() if s.path}
+        if name == "python":  # the docstrings corpus is this interpreter's
+            return platform.python_version() if any(c.kind == "docstrings" for c in self.recipe.corpora.values()) else None
+        if name == "endpoint":
+            url = self.endpoint
+            return "embedded" if url is None else urlsplit(url).netloc.rsplit("@", 1)[-1]
+        base, revision = self.external_base()
+        folder = Path(base)
+        if not folder.is_dir():
+            if base.startswith((".", "/", "~")) or base.count("/") != 1:
+                raise ConfigError(f"model.base = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
+            return f"hub:{base}@{revision or 'main'}"
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.base = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
+        return {p.name: self._digest(p, "model.base") for p in sorted(folder.iterdir()) if p.is_file()}
+
+    def _digest(self, path: Path, key: str) -> str:
+        """SHA-256 of an external file, remembered by (path, size, mtime) so that a second run reads no base again."""
+        if not path.is_file():
+            raise ConfigError(f"{key} names {path}, which is no file: mend the path (it is relative to {self.path.parent})")
+        stat = path.stat()
+        memory = self.home(DATA) / ".digests.json"
+        known = json.loads(memory.read_text()) if memory.is_file() else {}
+        tag = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+        if tag not in known:
+            known[tag] = sha256_file(path)
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(memory, json.dumps(known, indent=1))
+        return known[tag]
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One writer a recipe and workspace; ConfigError where another process holds it."""
+        self.home(DATA).mkdir(parents=True, exist_ok=True)
+        with (self.home(DATA) / ".lock").open("w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another `graft run` works on {self.recipe.name!r} in {self.root}: wait for it, or use --workspace") from None
+            yield
+
+
+@dataclass
+class Job:
+    """One stage ready to run: its parents are complete and its fingerprint is known."""
+
+    plan: Plan
+    stage: Stage
+    fingerprint: str
+    head: dict[str, Any]
+    parents: dict[str, Artifact]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def directory(self) -> Path:
+        return self.plan.directory(self.stage.name, self.fingerprint)
+
+    @property
+    def run_directory(self) -> Path:
+        return self.plan.run_directory(self.stage.name, self.fingerprint)
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The finished artifact, None where it was never completed; ArtifactError where it was damaged."""
+        return Artifact.open(self.directory) if (self.directory / MANIFEST).exists() else None
+
+    @contextmanager
+    def writing(self) -> Iterator[Draft]:
+        """Publish this job's artifact and point `current` at it."""
+        with writing(self.directory, kind=self.stage.name, fingerprint=self.fingerprint, head=self.head) as draft:
+            yield draft
+        self.mark_current()
+
+    def mark_current(self) -> None:
+        point(self.directory.parent / "current", self.directory)
+
+
+def lineage(path: Path) -> list[tuple[int, Artifact]]:
+    """(depth, artifact) of an artifact and all its ancestors, each once, the artifact itself first."""
+    path = Path(path).resolve()
+    start = next((p for p in (path, *path.parents) if (p / MANIFEST).is_file()), None)
+    if start is None:
+        raise ArtifactError(f"{path} lies in no artifact: give a folder under data_shards/ or checkpoints/ that holds a {MANIFEST}")
+    root = start
+    while root.name not in (DATA, CHECKPOINTS) and root != root.parent:
+        root = root.parent
+    seen: set[Path] = set()
+    found: list[tuple[int, Artifact]] = []
+
+    def visit(folder: Path, depth: int) -> None:
+        if folder in seen:
+            return
+        seen.add(folder)
+        artifact = Artifact.open(folder)
+        found.append((depth, artifact))
+        for parent in artifact.manifest["parents"].values():
+            visit((root.parent / parent["path"]).resolve(), depth + 1)
+
+    visit(start, 0)
+    return found

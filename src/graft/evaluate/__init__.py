@@ -1,0 +1,1 @@
+"""Evaluation: one file a metric family; generation goes through `graft.engine`, the same that serves."""

@@ -1,0 +1,159 @@
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = W x + (alpha / r) B A dropout(x), W frozen.
+
+`LoraLinear` trains one adapter; `SlotLoraLinear` serves many at once, a row of the batch each. Adapters are saved as
+ordinary PEFT safetensors: `PeftModel.from_pretrained` gives the same logits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from graft.core.errors import ArtifactError, ConfigError
+from graft.core.recipe import Lora
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "alpha_pattern", "rank_pattern")  # each changes y = W x + (alpha / r) B A x
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer (plain or 4-bit) and one trainable adapter in `dtype`."""
+
+    def __init__(self, base: Any, lora: Lora, dtype: torch.dtype):
+        super().__init__()
+        self.base, self.scale = base, lora.alpha / lora.r
+        self.dropout = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
+        device = next(base.parameters()).device
+        self.A = nn.Parameter(torch.empty(lora.r, base.in_features, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as PEFT and the authors' code
+        self.A.data = self.A.data.to(dtype)
+        self.B = nn.Parameter(torch.zeros(base.out_features, lora.r, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
+
+
+class Rows:
+    """Which slot each row of the current batch uses; one object shared by all layers of a model."""
+
+    slots: Tensor  # [batch] long
+
+
+class SlotLoraLinear(nn.Module):
+    """A frozen linear layer and `n` adapters stacked in slots; slot 0 is the base itself (all zeros)."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: Any, n: int, r: int, rows: Rows, dtype: torch.dtype):
+        super().__init__()
+        self.base, self.rows = base, rows
+        device = next(base.parameters()).device
+        self.register_buffer("A", torch.zeros(n + 1, r, base.in_features, dtype=dtype, device=device))
+        self.register_buffer("B", torch.zeros(n + 1, base.out_features, r, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, length, in]; returns [batch, length, out]."""
+        a, b = self.A[self.rows.slots], self.B[self.rows.slots]
+        return self.base(x) + torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+
+
+def targets(model: nn.Module, names: tuple[str, ...] | list[str]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(full name, parent module, attribute, linear) of every linear layer whose last name is in `names`."""
+    found: set[str] = set()
+    for name, module in list(model.named_modules()):
+        for attribute, child in list(module.named_children()):
+            if attribute in names and hasattr(child, "in_features"):
+                found.add(attribute)
+                yield f"{name}.{attribute}" if name else attribute, module, attribute, child
+    if missing := sorted(set(names) - found):
+        raise ConfigError(f"lora.targets names {missing[0]!r}, which is no linear layer of this model")
+
+
+def inject(model: nn.Module, lora: Lora, dtype: torch.dtype, seed: int) -> None:
+    """Freeze the model and replace its target layers by LoraLinear, the adapters drawn from `seed`."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for _, parent, attribute, linear in targets(model, lora.targets):
+            setattr(parent, attribute, LoraLinear(linear, lora, dtype))
+
+
+def inject_slots(model: nn.Module, names: tuple[str, ...], n: int, r: int, dtype: torch.dtype) -> tuple[Rows, dict[str, SlotLoraLinear]]:
+    """Replace the target layers by SlotLoraLinear; returns the shared row selector and the layers by full name."""
+    rows, layers = Rows(), {}
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for full, parent, attribute, linear in targets(model, names):
+        layers[full] = SlotLoraLinear(linear, n, r, rows, dtype)
+        setattr(parent, attribute, layers[full])
+    return rows, layers
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names, on the CPU."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            found[f"{PREFIX}{name}.lora_A.weight"] = module.A.detach().cpu().contiguous()
+            found[f"{PREFIX}{name}.lora_B.weight"] = module.B.detach().cpu().contiguous()
+    return found
+
+
+def save_adapter(model: nn.Module, lora: Lora, folder: Path, base: str) -> int:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does; returns the number of weights."""
+    tensors = adapter_tensors(model)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return sum(t.numel() for t in tensors.values())
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
+    """(config, {module name: (A [r, in], B [out, r])}) of a saved adapter; ArtifactError where it is none."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (FileNotFoundError, json.JSONDecodeError, SafetensorError) as e:
+        raise ArtifactError(f"{folder} holds no readable adapter ({e}): expected {CONFIG} and {WEIGHTS}") from None
+    if config.get("peft_type") != "LORA" or any(config.get(k) for k in NOT_PLAIN) or config.get("bias", "none") != "none":
+        raise ArtifactError(f"{folder} is no plain LoRA adapter: {CONFIG} may set none of {', '.join(NOT_PLAIN)} and no bias")
+    names = sorted({k.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for k in tensors})
+    try:
+        pairs = {n: (tensors.pop(f"{PREFIX}{n}.lora_A.weight"), tensors.pop(f"{PREFIX}{n}.lora_B.weight")) for n in names}
+    except KeyError as e:
+        raise ArtifactError(f"{folder / WEIGHTS} lacks the tensor {e}") from None
+    if tensors:
+        raise ArtifactError(f"{folder / WEIGHTS} has a tensor of an unknown name: {sorted(tensors)[0]}")
+    return config, pairs
+
+
+def merge_into(weight_of: Callable[[str], Tensor], config: dict[str, Any], pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """W + (alpha / r) B A for every adapted module, computed in fp32 and returned in W's dtype."""
+    scale = config["lora_alpha"] / config["r"]
+    merged = {}
+    for name, (a, b) in pairs.items():
+        w = weight_of(name)
+        merged[name] = (w.float() + scale * (b.float() @ a.float())).to(w.dtype)
+    return merged

@@ -1,0 +1,1 @@
+"""Training: `accelerate launch -m graft.train RECIPE --stage sft`. Never loads Ray and never tokenizes."""

@@ -1,0 +1,37 @@
+"""`accelerate launch ... -m graft.train RECIPE --stage sft`: one rank of a training stage. launch/train.sh starts it right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from graft.core.errors import GraftError
+from graft.core.stages import Plan
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="graft.train", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--stage", required=True, choices=["base", "cpt", "sft"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--workspace", default=".")
+    args = parser.parse_args()
+    try:
+        job = Plan(args.recipe, tuple(args.overrides), args.workspace).resolve(args.stage)
+        if job.artifact:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"train {args.stage}: complete at {job.directory}")
+            return 0
+        from graft.train.loop import run
+
+        run(job)
+    except GraftError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"graft: {e}", file=sys.stderr, flush=True)
+        os._exit(e.exit_code)  # other ranks may wait in a collective: leave at once, the launcher ends them
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Start a training stage under `accelerate launch`: `python -m graft.train.launch RECIPE --stage sft`.
+
+One process a GPU, or two on a machine without one (gloo). Several nodes: set NUM_NODES, NODE_RANK, MASTER_ADDR and
+MASTER_PORT, as the scripts in slurm/ do. A launch costs about 17 s on two CPU cores, 50 s the very first time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from graft.core.errors import TrainError
+
+CPU_PROCESSES = 2
+PR_SET_PDEATHSIG = 1
+
+
+def processes_per_node() -> int:
+    """GRAFT_PROCESSES, or the GPUs that this process may use, or two on the CPU."""
+    if given := os.environ.get("GRAFT_PROCESSES"):
+        return int(given)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len([g for g in visible.split(",") if g]) if visible is not None else len([p for p in Path("/dev").glob("nvidia[0-9]*")])
+    return gpus or CPU_PROCESSES
+
+
+def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(argv, environment) of the launch on this node."""
+    each, nodes = processes_per_node(), int(os.environ.get("NUM_NODES", "1"))
+    argv = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", str(each * nodes), "--num_machines", str(nodes)]
+    argv += ["--machine_rank", os.environ.get("NODE_RANK", "0"), "--main_process_port", os.environ.get("MASTER_PORT") or str(_free_port())]
+    argv += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the loop sets precision from the recipe
+    if nodes > 1:
+        argv += [
+            "--main_process_ip",
+            os.environ["MASTER_ADDR"],
+            "--deepspeed_multinode_launcher",
+            "standard",
+            "--rdzv_backend",
+            "static",
+            "--same_network",
+        ]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // each))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment.setdefault("PYTHONWARNINGS", "ignore")
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return [*argv, "-m", "graft.train", *arguments], environment
+
+
+def launch(arguments: list[str], log: Path | None = None) -> None:
+    """Run to the end; TrainError where the launcher failed. The ranks end with this process, however it ends.
+
+    log: where the launcher's and libraries' stderr goes; without one it stays on the terminal.
+    """
+    argv, environment = command(arguments)
+    log_file = log.open("w", encoding="utf-8") if log else None
+    process = subprocess.Popen(argv, env=environment, stderr=log_file, preexec_fn=_end_with_parent)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    finally:
+        if log_file:
+            log_file.close()
+    if code:
+        said = _reason(log) if log else None
+        raise TrainError(said or f"training left with exit code {code}" + (f": see {log}" if log else ""))
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _reason(log: Path) -> str | None:
+    """The one line that a rank printed for the user."""
+    lines = [line.removeprefix("graft: ") for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("graft: ")]
+    return lines[-1] if lines else None
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    try:
+        launch(sys.argv[1:])
+    except TrainError as error:
+        print(f"graft: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,219 @@
+"""The training loop, for CPT and SFT, LoRA and full, one process to many: read it from top to bottom.
+
+One step: the bins of the global position, shared out by attention cost; the loss is the sum over targets divided by the
+targets of the whole global batch, so that splitting the batch differently gives the same gradients. Randomness is keyed
+by (seed, step, rank) and the learning rate by the global step, so resume needs no more than the cursor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import InitProcessGroupKwargs
+
+from graft.core.errors import ConfigError, TrainError
+from graft.core.recipe import Train
+from graft.core.shards import ShardSet
+from graft.core.stages import Job
+from graft.model.base import DTYPES, load_base
+from graft.model.chat import load_tokenizer, save_tokenizer
+from graft.model.lora import inject, save_adapter
+from graft.model.packed import PackedLM
+from graft.train import checkpoint
+from graft.train.batches import attention_cost, collate
+from graft.train.flops import Flops
+from graft.train.order import BinOrder, learning_rate, micro_batch_of, share_out, total_steps
+from graft.train.report import Reporter
+
+
+def run(job: Job) -> None:
+    """Train one stage and publish its artifact; resumes from the newest verified checkpoint of the same fingerprint."""
+    recipe, stage = job.recipe, job.stage.name
+    config = recipe.train_stage(stage)
+    shards = ShardSet.open(job.parents[f"shard-{stage}"].path / "train", verify=_local_leader())
+    accelerator = _accelerator(job, config)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    micro = micro_batch_of(config.global_batch, world, config.micro_batch)
+
+    base, revision = job.plan.base_model(stage)
+    precision = "fp32" if stage == "base" and recipe.model.precision == "nf4" else recipe.model.precision
+    lm = load_base(base, revision, precision, device)
+    if config.lora:
+        inject(lm, config.lora, DTYPES[precision], recipe.seed)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.enable_input_require_grads()
+    model = PackedLM(lm).train()
+    flops = Flops.of(lm)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+    )
+    engine, _ = accelerator.prepare(model, optimizer)
+
+    run_dir = job.run_directory
+    total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
+    same = {"processes": world, "shards": job.parents[f"shard-{stage}"].digest, "fingerprint": job.fingerprint}
+    cursor = _resume(engine, run_dir, same)
+    first = cursor["step"] if cursor else 0
+    tokens_seen = cursor["tokens"] if cursor else 0
+    order = BinOrder(len(shards), recipe.seed)
+    validation = _validation(job, world, rank)
+    report = Reporter(job, run_dir, total, first, world, flops) if rank == 0 else None
+
+    for step in range(first, total):
+        started = time.perf_counter()
+        torch.manual_seed(_seed(recipe.seed, step, rank))
+        indices = order.take(step * config.global_batch, config.global_batch)
+        bins = [shards.bin(i) for i in indices]
+        costs = np.array([attention_cost(b) for b in bins])
+        mine = share_out(costs, world, micro)[rank]
+        batches = [collate([bins[i] for i in group]).to(device) for group in mine]
+        tokens = sum(int(b.doc_lens.sum()) for b in bins)
+        count = torch.tensor(sum(b.targets.numel() for b in batches), device=device)
+        dist.all_reduce(count)
+        targets = max(int(count.item()), 1)
+        data_s = time.perf_counter() - started
+
+        lr = learning_rate(step, total, config.lr, config.warmup, config.schedule)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for n, batch in enumerate(batches):
+            engine.set_gradient_accumulation_boundary(n == len(batches) - 1)
+            token_loss = engine(batch)
+            loss += token_loss.detach()
+            engine.backward(token_loss * (world / targets), scale_wrt_gas=False)  # ZeRO averages over ranks
+        dist.all_reduce(loss)
+        mean_loss = loss.item() / targets
+        if not math.isfinite(mean_loss):
+            raise TrainError(
+                f"the loss of step {step} is {mean_loss}, bins {indices.tolist()[:8]}: lower {stage}.lr; the last good checkpoint is in {run_dir}"
+            )
+        engine.step()
+        tokens_seen += tokens
+
+        done = step + 1
+        metrics = {
+            "step": step,
+            "loss": mean_loss,
+            "lr": lr,
+            "grad_norm": float(engine.get_global_grad_norm()),
+            "tokens": tokens,
+            "targets": targets,
+            "mean_document_tokens": float(costs.sum()) / tokens,
+            "data_s": data_s,
+        }
+        if validation and (done == total or (config.validate_every and done % config.validate_every == 0)):
+            metrics["validation_loss"] = _validate(engine, validation, micro, device)
+        if report:
+            report.step({**metrics, "step_time_s": time.perf_counter() - started})
+        if done % config.save_every == 0 or done == total:
+            checkpoint.save(
+                engine, run_dir, {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, **same}, config.keep_checkpoints
+            )
+
+    if report:
+        counts = report.finish()
+        _publish(job, lm, base, config, run_dir, {**counts, "steps": total, "tokens": tokens_seen, "bins": len(shards), "processes": world})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _accelerator(job: Job, config: Train) -> Accelerator:
+    """Accelerate over DeepSpeed with the recipe's strategy file; every number the recipe knows was "auto" there."""
+    path = job.plan.beside(job.recipe.deepspeed)
+    try:
+        strategy = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"deepspeed = {job.recipe.deepspeed!r} cannot be read: {e}") from None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = micro_batch_of(config.global_batch, world, config.micro_batch)
+    full_fp32 = job.recipe.model.precision == "fp32"
+    strategy |= {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.global_batch // (world * micro),
+        "train_batch_size": config.global_batch,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": not full_fp32},
+    }
+    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(
+        kwargs_handlers=handlers, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
+    )
+    if accelerator.num_processes != dist.get_world_size():
+        raise TrainError(
+            f"Accelerate sees {accelerator.num_processes} processes, the process group {dist.get_world_size()}: start by launch/train.sh"
+        )
+    return accelerator
+
+
+def _resume(engine: Any, run_dir: Path, same: dict[str, Any]) -> dict[str, Any] | None:
+    """Rank 0 chooses the checkpoint, all ranks load that one; None for a fresh start."""
+    choice: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        folder, passed = checkpoint.newest(run_dir)
+        for line in passed:
+            print(f"resume: {line}", flush=True)
+        choice = [str(folder) if folder else None]
+    dist.broadcast_object_list(choice)
+    return checkpoint.load(engine, Path(choice[0]), same) if choice[0] else None
+
+
+def _validation(job: Job, world: int, rank: int) -> list[Any]:
+    """This rank's share of the held-out bins, the same number on every rank but for the last ones."""
+    folder = job.parents[f"shard-{job.stage.name}"].path / "validation"
+    if not folder.is_dir():
+        return []
+    held_out = ShardSet.open(folder, verify=False)
+    return [held_out.bin(i) for i in range(rank, len(held_out), world)] or [held_out.bin(0)]
+
+
+def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
+    """Mean loss (nats a target) over the held-out bins of all ranks."""
+    engine.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for at in range(0, len(bins), micro):
+            batch = collate(bins[at : at + micro]).to(device)
+            sums += torch.tensor([engine.module(batch).item(), batch.targets.numel()], device=device)
+    engine.train()
+    dist.all_reduce(sums)
+    return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+def _publish(job: Job, lm: Any, base: str, config: Train, run_dir: Path, counts: dict[str, Any]) -> None:
+    """The stage's artifact: an adapter, or a whole model, with the tokenizer, the metrics and what serving verifies."""
+    recipe = job.recipe
+    with job.writing() as draft:
+        if config.lora:
+            counts["adapter_weights"] = save_adapter(
+                lm, config.lora, draft.path, os.path.relpath(base, job.plan.root) if Path(base).is_dir() else base
+            )
+        else:
+            lm.save_pretrained(draft.path)
+        folder, revision = job.plan.base_model(job.stage.name)
+        save_tokenizer(load_tokenizer(folder, revision, recipe.model.chat_template), draft.path)
+        probes = job.parents[f"shard-{job.stage.name}"].path / "probes.json"
+        if probes.is_file():
+            shutil.copyfile(probes, draft.path / "probes.json")
+        shutil.copyfile(run_dir / "metrics.jsonl", draft.path / "metrics.jsonl")
+        draft.counts.update(counts, checkpoints=os.path.relpath(run_dir, job.plan.root))
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _local_leader() -> bool:
+    """One process a node reads all shards to verify their hashes."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

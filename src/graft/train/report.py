@@ -1,0 +1,85 @@
+"""What rank 0 tells of a run: metrics.jsonl always, a progress bar, and wandb by choice (its code and argv capture off)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from graft.core.metrics import MetricsWriter
+from graft.core.stages import Job
+from graft.train.flops import Flops, peak_flops
+
+
+class Reporter:
+    """One object a run, on rank 0 only."""
+
+    def __init__(self, job: Job, run_dir: Path, total: int, first: int, world: int, flops: Flops):
+        self.total, self.world, self.flops, self.peak = total, world, flops, peak_flops()
+        self.stage = job.stage.name
+        self.last: dict[str, Any] = {}
+        self.step_times_s: list[float] = []
+        self.tokens = 0
+        self.writer = MetricsWriter(run_dir / "metrics.jsonl", first)
+        self.wandb = _wandb(job, run_dir)
+        console = Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.bar = self.progress.add_task(f"train {self.stage}", total=total, completed=first, numbers="")
+        console.print(
+            f"train {self.stage}: {total} steps" + (f", resumed at step {first}" if first else "") + f", {world} process{'es' if world > 1 else ''}"
+        )
+        self.progress.start()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """metrics: of one step, with step_time_s, tokens and mean_document_tokens; adds throughput, MFU and memory."""
+        seconds = metrics["step_time_s"]
+        flop_rate = self.flops.per_step(metrics["tokens"], metrics["mean_document_tokens"]) / seconds / self.world
+        metrics |= {
+            "tokens_per_s": metrics["tokens"] / seconds,
+            "tflops_per_process": flop_rate / 1e12,
+            "mfu_nominal": flop_rate / self.peak if self.peak else None,
+            "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        }
+        self.writer.write(metrics)
+        if self.wandb:
+            self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
+        self.step_times_s.append(seconds)
+        self.tokens += metrics["tokens"]
+        self.last |= {k: v for k, v in metrics.items() if v is not None}
+        self.progress.update(self.bar, advance=1, numbers=f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s")
+
+    def finish(self) -> dict[str, Any]:
+        """Close everything; the numbers for the manifest. Rates are of this launch, without its start."""
+        self.progress.stop()
+        self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+        counts: dict[str, Any] = {k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib", "mfu_nominal") if k in self.last}
+        if self.step_times_s:
+            counts |= {"step_time_s": median(self.step_times_s), "tokens_per_s": self.tokens / sum(self.step_times_s)}
+        Console().print(f"train {self.stage}: " + ", ".join(f"{k} {v:.4g}" for k, v in counts.items()))
+        return counts
+
+
+def _wandb(job: Job, run_dir: Path) -> Any:
+    tracking = job.recipe.tracking
+    if tracking.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=tracking.project,
+        name=f"{job.recipe.name}-{job.stage.name}",
+        id=f"{job.stage.name}-{job.fingerprint[:12]}",
+        resume="allow",
+        mode=tracking.wandb,
+        dir=str(run_dir),
+        config=job.head["keys"],
+        save_code=False,
+        settings=wandb.Settings(x_disable_meta=True, console="off", silent=True),
+    )
