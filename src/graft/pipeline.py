@@ -34,7 +34,7 @@ def check(plan: Plan) -> None:
     read_seeds(plan.beside(plan.recipe.augment.seeds), plan.recipe.task)
     for spec in plan.stages.values():
         for name in spec.inputs:
-            plan._input(name)
+            plan.external_input(name)
     if not plan.beside(plan.recipe.deepspeed).is_file():
         from graft.core.errors import ConfigError
 
@@ -63,7 +63,7 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None, cons
     check(plan)
     for name in (redo_from, until):
         if name:
-            plan._stage(name)
+            plan.stage(name)
     redo, finished = _redo(plan, redo_from), []
     with plan.lock(), ExitStack() as cluster:
         for name, spec in plan.stages.items():
@@ -113,7 +113,7 @@ def _run_stage(job: Job, cluster: ExitStack) -> None:
 def _redo(plan: Plan, redo_from: str | None) -> set[str]:
     if redo_from is None:
         return set()
-    plan._stage(redo_from)
+    plan.stage(redo_from)
     order = list(plan.stages)
     return set(order[order.index(redo_from) :])
 

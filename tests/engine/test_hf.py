@@ -57,7 +57,9 @@ def test_logits_and_greedy_tokens_equal_those_of_peft(tiny, engine, name):
             ours = engine.model(torch.tensor([prompt])).logits
             seen = torch.ones(1, len(prompt), dtype=torch.long)  # else generate takes every token equal to the pad id for padding
             ends = sorted(engine.ends)
-            tokens = model.generate(torch.tensor([prompt]), attention_mask=seen, max_new_tokens=24, do_sample=False, eos_token_id=ends, pad_token_id=0)
+            tokens = model.generate(
+                torch.tensor([prompt]), attention_mask=seen, max_new_tokens=24, do_sample=False, eos_token_id=ends, pad_token_id=0
+            )
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
         assert theirs.abs().max() > 1  # something was compared
         found = engine.generate([Request(prompt, 24, adapter=name)])[0]
@@ -71,7 +73,9 @@ def test_padding_changes_no_logits(engine):
     ids, mask = _left_pad(prompts, engine.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
-        padded = engine.model(ids, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache(config=engine.model.config)).logits[0, -1]
+        padded = engine.model(ids, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache(config=engine.model.config)).logits[
+            0, -1
+        ]
         engine.rows.slots = torch.tensor([2])
         torch.testing.assert_close(padded, engine.model(torch.tensor(prompts[:1])).logits[0, -1], atol=1e-4, rtol=1e-4)
 

@@ -25,8 +25,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(TEXT[:2], trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", additional_special_tokens=special[:1], chat_template=TEMPLATES["chatml"])
+    bpe.train_from_iterator(
+        TEXT[:2], trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", additional_special_tokens=special[:1], chat_template=TEMPLATES["chatml"]
+    )
 
 
 def build(folder: Path) -> tuple[Path, dict[str, Path]]:

@@ -37,7 +37,6 @@ class Stage:
 
 def stages(recipe: Recipe) -> list[Stage]:
     """The recipe's stages in the order they run."""
-    made = ["augment", "prepare"]
     source: dict[str, str] = {}  # the model that the next training stage starts from
     model_input: tuple[str, ...] = () if recipe.base else ("model",)
     lm = ("seed", "model", "deepspeed")
@@ -106,7 +105,6 @@ def stages(recipe: Recipe) -> list[Stage]:
     out.append(
         Stage("serve", "graft.serve.probe", 1, ("model", "serve.prompt", "serve.max_batch"), served, model_input if not source else (), CHECKPOINTS)
     )
-    assert [s.name for s in out[:2]] == made
     return out
 
 
@@ -153,7 +151,7 @@ class Plan:
     # ---- resolving ----------------------------------------------------------------------------------------------
     def resolve(self, stage: str) -> Job:
         """The stage with its parents; ArtifactError names the first parent that is not complete."""
-        spec = self._stage(stage)
+        spec = self.stage(stage)
         parents = {}
         for name in spec.parents:
             job = self.resolve(name)
@@ -166,7 +164,7 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "stage_version": spec.version,
             "keys": pick(self.recipe, spec.keys),
-            "inputs": {name: self._input(name) for name in spec.inputs},
+            "inputs": {name: self.external_input(name) for name in spec.inputs},
             "parents": {
                 n: {
                     "path": os.path.relpath(a.path, self.root),
@@ -194,7 +192,8 @@ class Plan:
             raise ArtifactError(f"stage {stage!r} of {self.recipe.name!r} is not complete: run `graft run {self.path.name}`")
         return found
 
-    def _stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> Stage:
+        """The stage of that name; ConfigError names those there are."""
         if name not in self.stages:
             raise ConfigError(f"recipe {self.recipe.name!r} has no stage {name!r}: it has {', '.join(self.stages)}")
         return self.stages[name]
@@ -207,7 +206,7 @@ class Plan:
     def base_model(self, stage: str = "sft") -> tuple[str, str | None]:
         """(folder or hub id, revision) of the frozen model that `stage` starts from."""
         for parent in ("merge", "base", "init"):
-            if parent in self._stage(stage).parents:
+            if parent in self.stage(stage).parents:
                 return str(self.artifact(parent).path), None
         return self.external_base()
 
@@ -215,7 +214,8 @@ class Plan:
         folder = self.beside(self.recipe.model.base)
         return (str(folder), None) if folder.is_dir() else (self.recipe.model.base, self.recipe.model.revision)
 
-    def _input(self, name: str) -> Any:
+    def external_input(self, name: str) -> Any:
+        """What a fingerprint records of an input that is no artifact; ConfigError where it is not there."""
         if name == "seeds":
             return self._digest(self.beside(self.recipe.augment.seeds), "augment.seeds")
         if name == "corpora":

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from graft.core.errors import TrainError
@@ -52,26 +53,22 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return [*argv, "-m", "graft.train", *arguments], environment
 
 
-def launch(arguments: list[str], log: Path | None = None) -> None:
+def launch(arguments: list[str], log: Path) -> None:
     """Run to the end; TrainError where the launcher failed. The ranks end with this process, however it ends.
 
-    log: where the launcher's and libraries' stderr goes; without one it stays on the terminal.
+    log: file for the stderr of the launcher, the ranks and their libraries; progress goes to stdout.
     """
     argv, environment = command(arguments)
-    log_file = log.open("w", encoding="utf-8") if log else None
-    process = subprocess.Popen(argv, env=environment, stderr=log_file, preexec_fn=_end_with_parent)
-    try:
-        code = process.wait()
-    except BaseException:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
-    finally:
-        if log_file:
-            log_file.close()
+    with log.open("w", encoding="utf-8") as stderr:
+        process = subprocess.Popen(argv, env=environment, stderr=stderr, preexec_fn=_end_with_parent)
+        try:
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
     if code:
-        said = _reason(log) if log else None
-        raise TrainError(said or f"training left with exit code {code}" + (f": see {log}" if log else ""))
+        raise TrainError(_reason(log) or f"training left with exit code {code}: see {log}")
 
 
 def _end_with_parent() -> None:
@@ -79,9 +76,9 @@ def _end_with_parent() -> None:
 
 
 def _reason(log: Path) -> str | None:
-    """The one line that a rank printed for the user."""
-    lines = [line.removeprefix("graft: ") for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("graft: ")]
-    return lines[-1] if lines else None
+    """The one line that a rank left for the user."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.removeprefix("graft: ") for line in reversed(lines) if line.startswith("graft: ")), None)
 
 
 def _free_port() -> int:
@@ -90,9 +87,17 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-if __name__ == "__main__":
+def main() -> int:
+    with tempfile.NamedTemporaryFile(prefix="graft-launch-", suffix=".log", delete=False) as f:
+        log = Path(f.name)
     try:
-        launch(sys.argv[1:])
+        launch(sys.argv[1:], log)
     except TrainError as error:
         print(f"graft: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    log.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A Ray cluster for the length of a `with` block: the one that runs already, the one RAY_ADDRESS names, or a local one.
+
+A local cluster starts in about 5 s, stops in 1.5 s and listens on the loopback alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+OBJECT_STORE = 256 << 20  # bytes; what does not fit spills to temp_dir
+
+
+@contextmanager
+def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = True) -> Iterator[None]:
+    """Connect to Ray, or start it; only what was started here is shut down again.
+
+    temp_dir: where a local cluster keeps sockets, logs and spilled objects (Ray's own default: the system's /tmp).
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone; read when ray is imported
+    import ray
+
+    if ray.is_initialized():
+        _quiet()
+        yield
+        return
+    common = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        ray.init(
+            **common,
+            num_cpus=max(2, os.cpu_count() or 1),  # a shuffle on one logical CPU would starve
+            object_store_memory=OBJECT_STORE,
+            include_dashboard=include_dashboard,
+            dashboard_host="127.0.0.1",
+            _temp_dir=str(temp_dir) if temp_dir else None,
+        )
+    try:
+        _protect_token()
+        _quiet()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _protect_token() -> None:
+    """Ray writes the token of its local clusters readable by all; only the owner needs it."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file():
+        token.chmod(0o600)
+
+
+def _quiet() -> None:
+    """No progress bars or execution notes of Ray Data, and its sort-based shuffle: 0.5 s where hash aggregators take 5."""
+    from ray.data import DataContext
+    from ray.data.context import ShuffleStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED

@@ -1,0 +1,168 @@
+"""The server: one Ray Serve deployment over the engine, on a local Ray that is started and stopped with it.
+
+`with start(spec_of(plan)) as server:` costs about 15 s on two cores, most of it Ray's, and about 1 GB of memory beside
+the model. Only loopback is served unless GRAFT_API_KEY is set; then every route but /health demands that key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import ipaddress
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.core.errors import ServeError
+from graft.core.stages import Plan
+from graft.serve.runner import Runner, ServeSpec
+
+OBJECT_STORE = 128 << 20  # bytes: nothing large is passed between processes, and Ray's own choice is a third of the memory
+STREAMS_BESIDE = 64  # requests that need no engine (health, models, the page), on top of the engine's own limit
+
+
+def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
+    """What a recipe serves: its adapter under the recipe's name and the model below it as "base"; a fully trained model alone."""
+    recipe, sft = plan.recipe, str(plan.artifact("sft").path)
+    base, revision = plan.base_model("sft") if recipe.sft.lora else (sft, None)
+    return ServeSpec(
+        base=base,
+        revision=revision,
+        precision=recipe.model.precision,
+        adapters={recipe.name: sft} if recipe.sft.lora else {},
+        tokenizer=sft,
+        base_name="base" if recipe.sft.lora else recipe.name,
+        host=recipe.serve.host,
+        port=port or recipe.serve.port,
+        max_batch=recipe.serve.max_batch,
+    )
+
+
+def check_address(host: str, port: int, key: str | None) -> None:
+    """ServeError where the port is taken, or where the host is open to others and there is no key."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an ended server do not count
+            probe.bind((host, port))
+            probe.listen(1)
+    except ValueError:
+        raise ServeError(f"serve.host = {host!r} is no address: write localhost, 127.0.0.1, or the address of an interface") from None
+    except OSError as e:
+        raise ServeError(
+            f"port {port} on {host} is in use or cannot be had ({e.strerror}): stop what listens there, or set --set serve.port=N"
+        ) from None
+    if not loopback and not key:
+        raise ServeError(f"serve.host = {host!r} is open to other machines: set GRAFT_API_KEY, which clients must then send, or use 127.0.0.1")
+
+
+class Replica:
+    """What Ray Serve runs: the runner's thread and the HTTP app over it, in one process."""
+
+    def __init__(self, spec: ServeSpec, key_sha256: str | None):
+        self.runner, self.key_sha256 = Runner(spec), key_sha256
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from graft.serve.api import build
+
+        return build(self.runner, self.key_sha256)
+
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces the replica on an error: an engine that ended does not come back by itself."""
+        if self.runner.engine is not None and not self.runner.thread.is_alive():
+            raise ServeError(self.runner.error or "the engine has stopped")
+
+
+@dataclass
+class Server:
+    """A server that answers. `stop` ends it and whatever was started for it; leaving a `with` block does the same."""
+
+    url: str  # http://host:port
+    dashboard_url: str | None
+    start_s: float
+    stop: Callable[[], None]
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.0) -> Server:
+    """Start Ray (unless this process has one), Serve and the engine; return once a token was generated.
+
+    ServeError where the address cannot be had, the model does not load, or nothing is ready after `timeout_s`; then
+    everything that was started is stopped again. temp_dir: Ray's session folder, short (its sockets lie in it).
+    """
+    key = os.environ.get("GRAFT_API_KEY") or None
+    check_address(spec.host, spec.port, key)
+    began = time.monotonic()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    with ExitStack() as undo:
+        dashboard = None
+        if not ray.is_initialized():
+            undo.callback(ray.shutdown)
+            context = ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 2),
+                object_store_memory=OBJECT_STORE,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level="warning",
+                _temp_dir=temp_dir,
+            )
+            dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
+            token = Path.home() / ".ray" / "auth_token"
+            if token.is_file():
+                token.chmod(0o600)  # Ray writes it readable to everyone
+        undo.callback(serve.shutdown)
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": spec.port}, logging_config=quiet)
+        deployment = serve.deployment(
+            name="graft",
+            max_ongoing_requests=spec.max_waiting + 2 * spec.max_batch + STREAMS_BESIDE,  # the runner itself says 429, and earlier
+            ray_actor_options={"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0},
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=2,
+            logging_config=quiet,
+        )(serve.ingress()(Replica))
+        serve.run(deployment.bind(spec, key and hashlib.sha256(key.encode()).hexdigest()), name="graft", logging_config=quiet)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.host, spec.host)
+        wait_until_ready(host, spec.port, key, began + timeout_s)
+        url = f"http://[{host}]:{spec.port}" if ":" in host else f"http://{host}:{spec.port}"
+        return Server(url, dashboard, time.monotonic() - began, undo.pop_all().close)
+
+
+def wait_until_ready(host: str, port: int, key: str | None, deadline: float) -> None:
+    """Ask /ready until it says 200; ServeError where loading failed or `deadline` (monotonic seconds) has passed."""
+    state = "nothing answered"
+    while time.monotonic() < deadline:
+        connection = http.client.HTTPConnection(host, port, timeout=5)  # no proxy, whatever the environment says
+        try:
+            connection.request("GET", "/ready", headers={"Authorization": f"Bearer {key}"} if key else {})
+            reply = connection.getresponse()
+            if reply.status == 200:
+                return
+            found = json.loads(reply.read())
+            if found.get("status") == "failed":
+                raise ServeError(f"the model cannot be served: {found['error']}")
+            state = f"the last answer was {found}"
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as e:
+            state = f"the last answer was {type(e).__name__}: {e}"
+        finally:
+            connection.close()
+        time.sleep(0.1)
+    raise ServeError(f"the server on {host}:{port} did not become ready in time ({state}): see the logs in Ray's session folder")

@@ -1,0 +1,78 @@
+"""The last stage of a recipe: start the server, ask it one sentence as any client would, keep the reply, stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from graft.core.errors import ServeError
+from graft.core.stages import Job, Plan
+from graft.serve.app import Server, spec_of, start
+
+
+def run(job: Job) -> None:
+    """Write reply.json: {model, prompt, reply, path, seconds, first_token_s}. About 20 s on two cores."""
+    recipe = job.recipe
+    with job.writing() as draft:
+        with start(spec_of(job.plan)) as server:
+            reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens)
+            (draft.path / "reply.json").write_text(json.dumps(reply, ensure_ascii=False, indent=1), encoding="utf-8")
+            draft.counts |= {
+                "model": reply["model"],
+                "reply": reply["reply"],
+                "first_token_s": reply["first_token_s"],
+                "start_s": round(server.start_s, 3),
+            }
+
+
+def ask(url: str, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+    """One greedy question through the openai client, streamed and whole; ServeError where the two replies differ."""
+    import openai
+
+    key = os.environ.get("GRAFT_API_KEY") or "none"
+    question: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, "temperature": 0}
+    with openai.DefaultHttpxClient(trust_env=False) as direct, openai.OpenAI(base_url=f"{url}/v1", api_key=key, http_client=direct) as client:
+        try:
+            began, first, streamed = time.monotonic(), None, ""
+            for event in client.chat.completions.create(**question, stream=True):
+                if event.choices and event.choices[0].delta.content:
+                    first = first or time.monotonic() - began
+                    streamed += event.choices[0].delta.content
+            began = time.monotonic()
+            whole = client.chat.completions.create(**question).choices[0].message.content
+            seconds = time.monotonic() - began
+        except openai.APIError as e:
+            raise ServeError(f"the server at {url} did not answer the question of serve.prompt: {e}") from None
+    if streamed != whole:
+        raise ServeError(f"the server at {url} streams {streamed!r}, but answers {whole!r} when it does not stream")
+    return {
+        "model": model,
+        "prompt": prompt,
+        "reply": whole,
+        "path": "/v1/chat/completions",
+        "seconds": round(seconds, 4),
+        "first_token_s": first and round(first, 4),  # None where the reply is empty
+    }
+
+
+def serve_forever(plan: Plan, port: int | None = None) -> None:
+    """Serve a finished recipe, say where, and stop on SIGINT or SIGTERM."""
+    with start(spec_of(plan, port)) as server:
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):  # for good: a second Ctrl-C must not cut the stopping short
+            signal.signal(number, lambda *_: ended.set())
+        print(where(server, plan.recipe.name), flush=True)
+        ended.wait()
+        print("stopping", flush=True)
+
+
+def where(server: Server, model: str) -> str:
+    """What a user needs to know of a running server, a line each."""
+    lines = [f"API        {server.url}/v1  (model {model!r})", f"chat page  {server.url}/"]
+    if server.dashboard_url:
+        lines.append(f"dashboard  {server.dashboard_url}  (asks for the token in ~/.ray/auth_token)")
+    return "\n".join([*lines, "Ctrl-C stops it"])

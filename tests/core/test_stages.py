@@ -1,0 +1,134 @@
+"""Plans: what a stage depends on, and nothing else, changes its fingerprint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from graft.core.artifact import sha256_file
+from graft.core.errors import ArtifactError, ConfigError
+from graft.core.stages import Plan, lineage
+
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    shutil.copytree(RECIPES.parent, tmp_path / "configs")
+    return tmp_path / "configs" / "recipes"
+
+
+def plan(recipes, *overrides):
+    return Plan(recipes / "image-intent-tiny.toml", overrides, recipes.parents[1] / "ws")
+
+
+def make(p, stage, **files):
+    job = p.resolve(stage)
+    with job.writing() as draft:
+        for name, text in files.items():
+            path = draft.path / name.replace("__", "/")
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".jsonl").write_text(text)
+    return job
+
+
+def test_order_and_parents(recipes):
+    assert list(plan(recipes).stages) == [
+        "augment",
+        "prepare",
+        "init",
+        "shard-base",
+        "shard-cpt",
+        "shard-sft",
+        "base",
+        "cpt",
+        "merge",
+        "sft",
+        "evaluate",
+        "serve",
+    ]
+    assert list(Plan(recipes / "image-intent-8b.toml").stages) == ["augment", "prepare", "shard-sft", "sft", "evaluate", "serve"]
+
+
+def test_only_what_matters_changes_the_fingerprint(recipes):
+    first = plan(recipes).resolve("augment").fingerprint
+    for same in ("augment.in_flight=3", "augment.timeout_s=5", "sft.lr=1e-5", "serve.port=9000"):
+        assert plan(recipes, same).resolve("augment").fingerprint == first, same
+    for other in ("seed=1", "augment.rows_per_class=10", "augment.model='x'", "task.function='draw'"):
+        assert plan(recipes, other).resolve("augment").fingerprint != first, other
+    seeds = recipes / "image-intent" / "seeds.jsonl"
+    seeds.write_text(seeds.read_text() + seeds.read_text().splitlines()[0] + "\n")
+    assert plan(recipes).resolve("augment").fingerprint != first
+
+
+def test_the_endpoint_is_part_of_augment_and_its_key_is_not(recipes, monkeypatch):
+    first = plan(recipes).resolve("augment").fingerprint
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://user:secret@api.example.com/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    job = plan(recipes).resolve("augment")
+    assert job.fingerprint != first
+    assert job.head["inputs"]["endpoint"] == "api.example.com" and "secret" not in json.dumps(job.head) and "planted" not in json.dumps(job.head)
+
+
+def test_a_parent_must_be_complete_and_its_content_counts(recipes):
+    p = plan(recipes)
+    with pytest.raises(ArtifactError, match="needs 'augment'"):
+        p.resolve("prepare")
+    make(p, "augment", rows="one", other="x")
+    first = p.resolve("prepare").fingerprint
+    shutil.rmtree(p.resolve("augment").directory)
+    make(p, "augment", rows="one", other="y")
+    assert p.resolve("prepare").fingerprint == first, "prepare reads rows.jsonl alone"
+    shutil.rmtree(p.resolve("augment").directory)
+    make(p, "augment", rows="two")
+    assert p.resolve("prepare").fingerprint != first
+
+
+def test_lineage_and_current(recipes):
+    p = plan(recipes)
+    augment = make(p, "augment", rows="one")
+    prepare = make(p, "prepare", rows__train="t", corpora__zh="z")
+    found = lineage(prepare.directory / "rows" / "train.jsonl")
+    assert [(d, a.manifest["kind"]) for d, a in found] == [(0, "prepare"), (1, "augment")]
+    assert (augment.directory.parent / "current").resolve() == augment.directory.resolve()
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        lineage(recipes)
+
+
+def test_one_writer_a_recipe(recipes):
+    with plan(recipes).lock(), pytest.raises(ConfigError, match="another"), plan(recipes).lock():
+        pass
+    with plan(recipes).lock():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("augment.seeds='gone.jsonl'", "gone.jsonl"),
+        ("corpora.own={kind='text', path='no.txt'}", "no.txt"),
+    ],
+)
+def test_missing_files_are_named(recipes, override, said):
+    p = plan(recipes, override)
+    with pytest.raises(ConfigError, match=said):
+        for spec in p.stages.values():
+            for name in spec.inputs:
+                p.external_input(name)
+
+
+def test_a_base_folder_must_be_a_model(recipes):
+    p = Plan(recipes / "image-intent-8b.toml", ("model.base='image-intent'",))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        p.external_input("model")
+    with pytest.raises(ConfigError, match="neither a folder"):
+        Plan(recipes / "image-intent-8b.toml", ("model.base='./gone'",)).external_input("model")
+
+
+def test_file_digests_are_remembered_until_the_file_changes(recipes):
+    p = plan(recipes)
+    seeds = recipes / "image-intent" / "seeds.jsonl"
+    assert p.external_input("seeds") == p.external_input("seeds") == sha256_file(seeds)
+    seeds.write_text("changed")
+    assert p.external_input("seeds") == sha256_file(seeds)

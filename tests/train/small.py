@@ -1,0 +1,103 @@
+"""A recipe whose parents of training are made by hand: a tiny random base and shards of random tokens, no Ray."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from graft.core.recipe import EmbeddedBase, Train
+from graft.core.shards import Bin, write_index, write_shard
+from graft.core.stages import Plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPE = """
+name = "small"
+seed = 3
+deepspeed = "{configs}/deepspeed/zero2.json"
+[augment]
+seeds = "{configs}/recipes/image-intent/seeds.jsonl"
+[shard]
+seq_len = 32
+[model]
+base = "base"
+precision = "fp32"
+chat_template = "chatml"
+[sft]
+lora = {{ r = 4, alpha = 8 }}
+lr = 1e-2
+epochs = 2
+global_batch = 4
+micro_batch = 2
+save_every = 2
+validate_every = 4
+"""
+BINS = 14  # an epoch is 3.5 steps: step 3 crosses its border
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    t.train_from_iterator(
+        ["a b c"], trainers.BpeTrainer(vocab_size=264, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|pad|>")
+
+
+def random_bins(count, seq_len, seed):
+    """Bins whose number of supervised tokens differs much, so that a wrong normalisation shows."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        lens = np.array([rng.integers(3, 12), rng.integers(3, 12)], np.int32)
+        ids = rng.integers(4, 260, seq_len, dtype=np.int32)
+        mask = (rng.random(seq_len) < rng.choice([0.1, 0.9])).astype(np.uint8)
+        mask[1], mask[lens.sum() :] = 1, 0
+        yield Bin(ids, mask, lens, ("t", "t"))
+
+
+def write_shards(folder, count, seq_len=32, seed=0):
+    folder.mkdir(parents=True)
+    entry = write_shard(folder / "part-000-000.arrow", random_bins(count, seq_len, seed), seq_len)
+    write_index(folder, seq_len=seq_len, pad_id=3, tokenizer="t", shards=[entry], documents=2 * count, tokens=0, supervised_tokens=0)
+
+
+def small_plan(root: Path, *overrides: str) -> Plan:
+    """A plan in `root` whose sft stage is ready to run."""
+    from graft.model.base import random_llama
+
+    if not (root / "small.toml").exists():
+        (root / "small.toml").write_text(RECIPE.format(configs=CONFIGS))
+        shape = EmbeddedBase(
+            vocab_size=300, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2, train=Train(corpora=("a",), lora=None)
+        )
+        random_llama(shape, 264, 64, 0).save_pretrained(root / "base")
+        tokenizer().save_pretrained(root / "base")
+    plan = Plan(root / "small.toml", overrides, root)
+    for stage, fill in (("augment", _rows), ("prepare", _splits), ("shard-sft", _shards)):
+        job = plan.resolve(stage)
+        if job.artifact is None:
+            with job.writing() as draft:
+                fill(draft.path)
+    return plan
+
+
+def _rows(folder):
+    (folder / "rows.jsonl").write_text(json.dumps({"id": "0"}) + "\n")
+
+
+def _splits(folder):
+    (folder / "rows").mkdir()
+    (folder / "rows" / "train.jsonl").write_text("{}\n")
+
+
+def _shards(folder):
+    write_shards(folder / "train", BINS)
+    write_shards(folder / "validation", 3, seed=9)
+
+
+def environment(processes: int) -> dict[str, str]:
+    return {**os.environ, "GRAFT_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,109 @@
+"""Training on two real processes (gloo, DeepSpeed ZeRO-2): the split changes nothing, a kill loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from graft.core.artifact import sha256_file
+from graft.core.metrics import read_metrics
+
+from .small import environment, small_plan
+
+
+def train(plan, processes=2, wait=True):
+    sets = [a for o in plan.overrides for a in ("--set", o)]
+    command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *sets]
+    process = subprocess.Popen(
+        command, env=environment(processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    if not wait:
+        return process
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    return plan.resolve("sft").artifact
+
+
+def curve(path):
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["targets"], m.get("validation_loss")) for m in read_metrics(path / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    return root, train(small_plan(root))
+
+
+def test_it_learns_and_says_what_it_did(undisturbed):
+    _, artifact = undisturbed
+    steps = curve(artifact.path)
+    assert [s[0] for s in steps] == list(range(7))
+    assert steps[-1][1] < steps[0][1]
+    assert artifact.counts["processes"] == 2 and artifact.counts["steps"] == 7 and artifact.counts["validation_loss"] > 0
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= set(artifact.manifest["files"])
+
+
+def test_checkpoints_hold_no_frozen_base(undisturbed):
+    root, artifact = undisturbed
+    run = root / artifact.counts["checkpoints"]
+    kept = sorted(p.name for p in run.glob("step-*"))
+    assert kept == ["step-00000006", "step-00000007"], "the last two are kept"
+    weights = sum(t.numel() for t in load_file(artifact.path / "adapter_model.safetensors").values())
+    held = sum(p.stat().st_size for p in (run / kept[-1]).rglob("*") if p.is_file())
+    assert held < 4 * weights * 4 + 200_000 < sum(p.stat().st_size for p in (root / "base").glob("*.safetensors")) + 4 * weights * 4 + 200_000
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 1)])
+def test_splitting_the_batch_differently_gives_the_same_curve(undisturbed, tmp_path, processes, micro):
+    other = train(small_plan(tmp_path, f"sft.micro_batch={micro}"), processes)
+    for ours, theirs in zip(curve(undisturbed[1].path), curve(other.path), strict=True):
+        assert ours[0] == theirs[0] and ours[4] == theirs[4]
+        assert ours[1:4] == pytest.approx(theirs[1:4], rel=1e-5)
+
+
+def test_a_kill_and_a_resume_end_in_the_same_adapter(undisturbed, tmp_path):
+    plan = small_plan(tmp_path, "sft.lora.dropout=0.1")
+    whole = train(plan)
+    wanted, steps = sha256_file(whole.path / "adapter_model.safetensors"), curve(whole.path)
+    run = plan.root / whole.counts["checkpoints"]
+    for extra in ("step-00000006", "step-00000007"):  # as if the run had been killed before these
+        subprocess.run(["rm", "-r", str(run / extra)], check=True)
+    subprocess.run(["rm", "-r", str(whole.path)], check=True)
+    process = train(plan, wait=False)
+    deadline = time.monotonic() + 120
+    while not (run / "step-00000002").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _no_ranks_left(plan)
+    again = train(plan)
+    assert sha256_file(again.path / "adapter_model.safetensors") == wanted
+    assert curve(again.path) == steps
+
+
+def _no_ranks_left(plan, within_s=30):
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        left = subprocess.run(["pgrep", "-f", f"graft.train {plan.path}"], capture_output=True, text=True).stdout.split()
+        if not left:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"ranks outlived the launcher: {left}")
+
+
+def test_a_wrong_shard_stops_it_in_one_line(tmp_path):
+    plan = small_plan(tmp_path)
+    shard = next(plan.resolve("shard-sft").directory.glob("train/*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[-300] ^= 1
+    shard.write_bytes(data)
+    process = train(plan, wait=False)
+    said, _ = process.communicate(timeout=120)
+    lines = [line for line in said.splitlines() if line.startswith("graft: ")]
+    assert process.returncode == 2 and len(set(lines)) == 1 and shard.name in lines[0], said[-2000:]
+    assert "Traceback" not in said
