@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,10 +14,72 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))  # for tiny_model:
 
 from tiny_model import build
 
+from graft.core.stages import Plan
 from graft.serve.runner import ServeSpec
+
+RECIPE = """
+name = "tiny"
+[augment]
+seeds = "seeds.jsonl"
+[model]
+base = "base"
+precision = "fp32"
+[sft]
+{lora}
+[evaluate]
+max_new_tokens = 16
+[serve]
+port = {port}
+prompt = "畫 sea"
+max_batch = 4
+"""
 
 
 @pytest.fixture(scope="session")
 def spec(tmp_path_factory):
     base, adapters = build(tmp_path_factory.mktemp("served"))
     return ServeSpec(str(base), None, "fp32", {name: str(folder) for name, folder in adapters.items()}, str(adapters["one"]), max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def finished(spec):
+    """make(trained folder, line of [sft]) -> the Plan of a recipe whose every stage before `serve` is complete."""
+    roots = []
+
+    def make(trained, lora=""):
+        roots.append(root := Path(tempfile.mkdtemp(prefix="graft-")))  # not pytest's folder: Ray's sockets need a short path
+        shutil.copytree(spec.base, root / "base")
+        (root / "seeds.jsonl").write_text("{}\n")
+        (root / "tiny.toml").write_text(RECIPE.format(port=free_port(), lora=lora))
+        plan = Plan(root / "tiny.toml", root=root)
+        for stage in ("augment", "prepare", "shard-sft", "sft"):
+            with plan.resolve(stage).writing() as draft:
+                if stage == "sft":
+                    shutil.copytree(trained, draft.path, dirs_exist_ok=True)
+        return plan
+
+    yield make
+    for root in roots:
+        shutil.rmtree(root)
+
+
+@pytest.fixture(scope="session")
+def process():
+    """launch(code, plan): Python in a process of its own, with Ray's home and sessions in the plan's folder.
+
+    Ray's token mode outlives `ray.shutdown` in a process and its token lies in HOME: one process, one home, one Ray.
+    """
+
+    def launch(code, plan):
+        env = {k: v for k, v in os.environ.items() if k not in ("GRAFT_API_KEY", "OPENAI_BASE_URL", "RAY_ADDRESS", "RAY_AUTH_MODE")}
+        env |= {"HOME": str(plan.root), "RAY_TMPDIR": str(plan.root), "OMP_NUM_THREADS": "1"}
+        code = "import sys; from graft.core.stages import Plan; plan = Plan(sys.argv[1], root=sys.argv[2])\n" + code
+        return subprocess.Popen([sys.executable, "-c", code, plan.path, plan.root], stdout=subprocess.PIPE, text=True, env=env)
+
+    return launch
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -56,19 +56,19 @@ class Prepare(Section):
 
 
 class Corpus(Section):
-    """A source of plain text: `grammar` and `docstrings` are made on the machine, `text` and `jsonl` are files."""
+    """A source of text: `grammar`, `dialogues` (in chat markup) and `docstrings` are made on the machine, `text` and `jsonl` are files."""
 
-    kind: Literal["grammar", "docstrings", "text", "jsonl"]
+    kind: Literal["grammar", "dialogues", "docstrings", "text", "jsonl"]
     path: str | None = None  # relative to the recipe; for text (a document a blank-line block) and jsonl (key "text")
-    documents: Count | None = None  # at most this many; needed for grammar
+    documents: Count | None = None  # at most this many; needed for grammar and dialogues
     seed: int = 0  # of the grammar; two corpora of one kind differ by it
 
     @model_validator(mode="after")
     def _files_have_paths(self) -> Corpus:
         if (self.kind in ("text", "jsonl")) != (self.path is not None):
             raise ValueError(f"kind = {self.kind!r} and path = {self.path!r} do not go together: only text and jsonl are files")
-        if self.kind == "grammar" and self.documents is None:
-            raise ValueError("kind = 'grammar' needs documents = N, it has no end of its own")
+        if self.kind in ("grammar", "dialogues") and self.documents is None:
+            raise ValueError(f"kind = {self.kind!r} needs documents = N, it has no end of its own")
         return self
 
 

@@ -25,12 +25,19 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
-    """Write one object a line, as UTF-8 with characters unescaped; returns how many. Makes the folder where it is missing."""
+    """Write one object a line, as UTF-8 with characters unescaped; returns how many. Makes the folder where it is missing.
+
+    A row with a lone surrogate, which an API's JSON may hold and UTF-8 cannot, is written with escapes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with path.open("w", encoding="utf-8") as f:
+    with path.open("wb") as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                line = json.dumps(row).encode()
+            f.write(line + b"\n")
             count += 1
     return count
 

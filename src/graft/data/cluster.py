@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 OBJECT_STORE = 256 << 20  # bytes; what does not fit spills to temp_dir
 
@@ -27,7 +28,7 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
         _quiet()
         yield
         return
-    common = {"log_to_driver": False, "logging_level": logging.ERROR}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
     else:

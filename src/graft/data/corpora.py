@@ -1,4 +1,4 @@
-"""Corpora as streams of documents: the grammar, the standard library's docstrings, text files, JSONL files.
+"""Corpora as streams of documents: the grammar's passages and dialogues, the standard library's docstrings, text files, JSONL files.
 
 The order is the same on every run. Docstrings cost about 5 s (the standard library is parsed); files 50 MB a second.
 """
@@ -17,6 +17,7 @@ from graft.core.errors import DataError
 from graft.core.recipe import Corpus
 from graft.core.stages import Plan
 from graft.data import grammar
+from graft.model.chat import in_chatml
 
 MIN_DOCSTRING = 200  # characters
 WINDOW = 1000  # characters of a document in a file without blank lines
@@ -32,9 +33,13 @@ class Document(NamedTuple):
 
 def documents(corpus: Corpus, plan: Plan) -> Iterator[Document]:
     """At most `corpus.documents` documents in a fixed order; DataError where a file cannot be read."""
+    found: Iterator[Document]
     if corpus.kind == "grammar":
         assert corpus.documents is not None  # the recipe demands it
         found = (Document(t) for t in grammar.corpus(corpus.documents, corpus.seed))
+    elif corpus.kind == "dialogues":
+        assert corpus.documents is not None
+        found = (Document(in_chatml(m)) for m in grammar.dialogues(corpus.documents, corpus.seed))
     elif corpus.kind == "docstrings":
         found = (Document(t) for t in docstrings(Path(sysconfig.get_path("stdlib"))))
     else:

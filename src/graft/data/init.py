@@ -33,14 +33,18 @@ def run(job: Job) -> None:
         # with the template inside tokenizer_config.json, the files `tokenizer*` are all that tokenization depends on
         tokenizer.save_pretrained(draft.path, save_jinja_files=False)
 
+        from transformers.utils.logging import disable_progress_bar
+
         from graft.model.base import random_llama  # imports torch
+
+        disable_progress_bar()  # of writing one small file
 
         model = random_llama(shape, len(tokenizer), max(2048, recipe.shard.seq_len), recipe.seed)
         for config in (model.config, model.generation_config):
             config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         model.save_pretrained(draft.path)
         draft.counts.update(documents=len(texts), vocabulary=len(tokenizer), parameters=model.num_parameters())
-        console.print(f"init: a tokenizer of {len(tokenizer)} tokens, a Llama of {model.num_parameters():,} random weights")
+        console.print(f"init: a tokenizer of {len(tokenizer)} tokens, a Llama of {model.num_parameters():,} random weights", soft_wrap=True)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -48,12 +52,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
     vocab_size: at most this many tokens, special ones included; little text gives fewer.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # a token a Han character: words that share one share it in every context, which a small model learns from
+    isolated = pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([isolated, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -56,7 +56,7 @@ def run(job: Job) -> None:
     test = families_held_out(rows, recipe.prepare.test_families, recipe.seed)
     held_out = HeldOut(s for row in rows if row["family"] in test for s in _sentences(row, recipe.prepare, recipe.task))
     with job.writing() as draft, ray_cluster():
-        console.print(f"prepare: {len(rows)} rows" + "".join(f", {name}" for name in recipe.corpora))
+        console.print(f"prepare: {len(rows)} rows; corpora: {', '.join(recipe.corpora) or 'none'}", soft_wrap=True)
         judged = _judge(job, rows, test, held_out)
         kept: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
         corpora: dict[str, list[Row]] = {name: [] for name in recipe.corpora}
@@ -78,13 +78,8 @@ def run(job: Job) -> None:
         write_jsonl(draft.path / "rejected.jsonl", rejected)
         draft.counts.update(_counts(kept, corpora, rejected))
         _check(kept, corpora, draft.counts)
-        console.print(
-            "prepare: "
-            + ", ".join(f"{len(found)} {name}" for name, found in kept.items())
-            + " rows"
-            + "".join(f", {len(found)} {name}" for name, found in corpora.items())
-            + f"; {len(rejected)} rejected"
-        )
+        splits, texts = (", ".join(f"{len(found)} {name}" for name, found in of.items()) for of in (kept, corpora))
+        console.print(f"prepare: {splits} rows; {texts or 'no'} documents; {len(rejected)} rejected", soft_wrap=True)
 
 
 # ---- the split ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
@@ -55,7 +56,7 @@ def run(job: Job) -> None:
     train = recipe.train_stage(job.stage.name.removeprefix("shard-"))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     with job.writing() as draft, ray_cluster():
-        console.print(f"{job.stage.name}: {len(items)} {'rows' if chat else 'documents'}")
+        console.print(f"{job.stage.name}: {len(items)} {'rows' if chat else 'documents'}", soft_wrap=True)
         reports = _execute(items, draft.path, source, recipe.shard, chat, train.pack, pad)
         rejected = sorted((r for report in reports for r in report["rejected"]), key=lambda r: (SPLITS.index(r["split"]), r["index"]))
         write_jsonl(draft.path / "rejected.jsonl", rejected)
@@ -73,6 +74,8 @@ def run(job: Job) -> None:
                     draft.path / name, seq_len=recipe.shard.seq_len, pad_id=pad, tokenizer=tokenizer_digest(tokenizer), shards=shards, **total
                 )
                 counts[name] = {key: index[key] for key in ("bins", *total, "utilisation")}
+            else:  # a split with nothing to learn has no folder
+                shutil.rmtree(draft.path / name, ignore_errors=True)
         if "train" not in counts:
             raise DataError(
                 f"{job.stage.name}: none of {len(items)} inputs can be used (rejected: {counts['rejected']}): raise shard.seq_len or add text"
@@ -80,11 +83,8 @@ def run(job: Job) -> None:
         if chat:
             (draft.path / "probes.json").write_text(json.dumps(probes, ensure_ascii=False, indent=1), encoding="utf-8")
         draft.counts.update(counts)
-        console.print(
-            f"{job.stage.name}: "
-            + "; ".join(f"{n} {c['bins']} bins, {c['tokens']:,} tokens, {c['utilisation']:.2%} used" for n in SPLITS if (c := counts.get(n)))
-            + f"; {len(rejected)} rejected"
-        )
+        made = [f"{n} {c['bins']} bins, {c['tokens']:,} tokens, {c['utilisation']:.2%} used" for n in SPLITS if (c := counts.get(n))]
+        console.print(f"{job.stage.name}: {'; '.join(made)}; {len(rejected)} rejected", soft_wrap=True)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -145,11 +145,7 @@ def _execute(items: list[tuple[Any, ...]], folder: Path, source: Source, shard: 
     written = tokenized.groupby(["split", "part"]).map_groups(
         partial(write_partition, folder=folder, shard=shard, packed=packed, pad=pad), batch_format="pyarrow"
     )
-    reports = [json.loads(row["report"]) for row in written.iter_rows()]
-    for name in SPLITS:  # a split without documents has no folder
-        if not any((folder / name).iterdir()):
-            (folder / name).rmdir()
-    return reports
+    return [json.loads(row["report"]) for row in written.iter_rows()]
 
 
 @cache

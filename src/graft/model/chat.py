@@ -29,6 +29,11 @@ TEMPLATES = {
 END_OF_TURN = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}
 
 
+def in_chatml(messages: Messages) -> str:
+    """A conversation as text in chatml markup, for corpora that teach a base the markup itself."""
+    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+
+
 @dataclass(frozen=True)
 class Rendered:
     """ids and loss_mask, equally long; mask[i] = 1 where token i is a target."""

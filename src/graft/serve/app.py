@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import ipaddress
 import json
+import logging
 import os
 import socket
 import time
@@ -112,8 +113,10 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
 
     with ExitStack() as undo:
         dashboard = None
-        if not ray.is_initialized():
-            undo.callback(ray.shutdown)
+        if ray.is_initialized():  # another's Ray: only Serve is ours to stop
+            undo.callback(serve.shutdown)
+        else:
+            undo.callback(ray.shutdown)  # ends Serve with it; serve.shutdown before that would print the raylet's complaint
             context = ray.init(
                 address="local",
                 num_cpus=max(2, os.cpu_count() or 2),
@@ -121,14 +124,14 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 log_to_driver=False,
-                logging_level="warning",
+                logging_level=logging.ERROR,
                 _temp_dir=temp_dir,
             )
             dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
             token = Path.home() / ".ray" / "auth_token"
             if token.is_file():
                 token.chmod(0o600)  # Ray writes it readable to everyone
-        undo.callback(serve.shutdown)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": spec.port}, logging_config=quiet)
         deployment = serve.deployment(
@@ -140,6 +143,7 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
             logging_config=quiet,
         )(serve.ingress()(Replica))
         serve.run(deployment.bind(spec, key and hashlib.sha256(key.encode()).hexdigest()), name="graft", logging_config=quiet)
+        undo.callback(serve.delete, "graft")  # answers under way may end
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.host, spec.host)
         wait_until_ready(host, spec.port, key, began + timeout_s)
         url = f"http://[{host}]:{spec.port}" if ":" in host else f"http://{host}:{spec.port}"
