@@ -62,6 +62,8 @@ def test_documents_stop_at_the_recipes_number(tmp_path):
     assert len(list(documents(Corpus(kind="text", path="t.txt"), plan))) == 6
     made = list(documents(Corpus(kind="grammar", documents=5, seed=1), plan))
     assert len(made) == 5 and made == list(documents(Corpus(kind="grammar", documents=5, seed=1), plan))
+    talk = [d.text for d in documents(Corpus(kind="dialogues", documents=5, seed=1), plan)]
+    assert len(talk) == 5 and all(t.startswith("<|im_start|>user\n") and t.endswith("<|im_end|>\n") for t in talk)
     assert len(list(documents(Corpus(kind="docstrings", documents=3), plan))) == 3
 
 

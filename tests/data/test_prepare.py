@@ -2,6 +2,7 @@ import json
 import random
 import shutil
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,6 +117,11 @@ def test_the_stage_splits_rejects_and_counts(tmp_path, workspace, ray_local, mon
     assert reasons == {1: "duplicate", 2: "contaminated", 3: "no JSON", 4: "empty", 5: "invalid UTF-8", 6: "too short"}
     assert corpora["notes"] == [{"text": "a clean note about nothing much", "source": "notes", "index": 0}]
 
+    order = {r["id"]: i for i, r in enumerate(rows)}
+    for found in split.values():
+        assert [order[r["id"]] for r in found] == sorted(order[r["id"]] for r in found), "rows keep their order"
+    assert [d["index"] for d in corpora["made"]] == sorted(d["index"] for d in corpora["made"])
+
     counts = artifact.counts
     assert counts["rows"]["in"] == len(rows) == counts["rows"]["kept"] + sum(counts["rows"]["rejected"].values())
     assert counts["rows"]["kept"] == sum(map(len, split.values()))
@@ -139,6 +145,21 @@ def test_the_stage_splits_rejects_and_counts(tmp_path, workspace, ray_local, mon
     monkeypatch.setattr(prepare, "BLOCK", 7)
     prepare.run(plan.resolve("prepare"))
     assert outputs(plan.artifact("prepare")) == first, "the result does not depend on how the work was cut"
+
+
+def test_the_first_by_index_is_kept_whatever_the_order_of_arrival():
+    items = [("", i, "{}", "too long" if i == 0 else "", bytes(16), bytes([i % 2] * 16), 0) for i in range(6)]
+    for order in (items, items[::-1], random.Random(0).sample(items, 6)):
+        group = pa.table(dict(zip(prepare.JUDGED.names, zip(*order, strict=True), strict=True)), schema=prepare.JUDGED)
+        found = prepare.first_of_each(group)
+        assert dict(zip(found["index"].to_pylist(), found["reason"].to_pylist(), strict=True)) == {
+            0: "too long",
+            1: "",
+            2: "duplicate user text",
+            3: "duplicate",
+            4: "duplicate",
+            5: "duplicate",
+        }
 
 
 def test_a_corpus_of_which_nothing_is_left_is_named_and_nothing_is_written(tmp_path, workspace, ray_local):

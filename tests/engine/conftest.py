@@ -22,4 +22,4 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def engine(tiny):
     base, adapters = tiny
-    return HFEngine(str(base), None, "fp32", adapters, load_tokenizer(str(base)), device="cpu", max_batch=5)
+    return HFEngine(str(base), None, "fp32", adapters, load_tokenizer(str(base)), device="cpu", max_batch=13)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny_model import MAX_LENGTH
 from transformers import DynamicCache
 
-from graft.core.errors import ArtifactError, DataError
+from graft.core.errors import ArtifactError, ConfigError, DataError
 from graft.engine.hf import HALF, HFEngine, _left_pad, _Row
 from graft.engine.protocol import Request
 from graft.model.base import load_base
-from graft.model.chat import render_prompt
+from graft.model.chat import load_tokenizer, render_prompt
 
 PROMPTS = ["Draw", "What is the weather like today?", "幫我畫一隻在海邊散步的柴犬", "a" * 60, "sea", "今天", "me", "walking by the sea"]
 
@@ -190,6 +190,21 @@ def test_an_adapter_of_another_base_is_refused(tiny, engine, tmp_path):
     refused({**tensors, first: torch.zeros(4, 3)}, "this base needs")
     refused({k.replace("layers.1.", "layers.9."): t for k, t in tensors.items()}, "layers.9.*no linear layer")
     refused({k: t for k, t in tensors.items() if k != first}, "lacks the tensor")
+
+
+def test_a_tokenizer_of_another_base_is_refused(tiny):
+    tokenizer = load_tokenizer(str(tiny[0]))
+    tokenizer.add_tokens([f"<new{i}>" for i in range(400)])
+    with pytest.raises(ConfigError, match="do not belong together"):
+        HFEngine(str(tiny[0]), None, "fp32", {}, tokenizer, device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_every_precision_generates(tiny, precision):
+    base, adapters = tiny
+    engine = HFEngine(str(base), None, precision, adapters, load_tokenizer(str(base)), device="cpu")
+    replies = [c.token_ids for c in engine.generate([Request([5, 6, 7], 12, adapter=a) for a in (None, "one", "two")])]
+    assert all(replies) and replies[0] != replies[2]
 
 
 @pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 4}}, {"use_dora": True}])

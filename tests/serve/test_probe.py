@@ -11,7 +11,6 @@ from graft.core.errors import ServeError
 from graft.serve import probe
 from graft.serve.app import spec_of
 
-
 SCENE = """
 import dataclasses, ray
 from graft.core.errors import ServeError

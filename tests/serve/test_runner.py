@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from graft.core.errors import ServeError
 from graft.engine.protocol import Request
 from graft.serve.api import build
+from graft.serve.app import Replica
 from graft.serve.runner import Overloaded, Runner
 
 PROMPT = [5, 6, 7]
@@ -47,7 +48,7 @@ def test_waiting_requests_become_one_batch_and_too_many_are_refused(spec):
         await asyncio.gather(*map(read, [busy, *others]))
         assert sizes == [1] + [3] * 8
         runner.stop()
-        with pytest.raises(ServeError, match="stopping|failed"):
+        with pytest.raises(ServeError, match=r"stopping|failed"):
             runner.submit(Request(PROMPT, 2))
         await wait(lambda: not runner.thread.is_alive())
 
@@ -75,13 +76,17 @@ def test_a_reader_that_leaves_frees_its_row(spec):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_breaks_tells_every_reader(spec):
     async def scene():
-        runner = Runner(spec)
+        replica = Replica(spec, None)
+        runner = replica.runner
         await wait(lambda: runner.state == "ready")
+        replica.check_health()
         bad = runner.submit(Request([10**6], 5))  # no such token: the embedding raises
         with pytest.raises(ServeError, match="stopped while"):
             await read(bad)
         runner.thread.join(10)
         assert runner.state == "failed" and not runner.thread.is_alive()
+        with pytest.raises(ServeError, match="stopped"):
+            replica.check_health()  # so Ray Serve replaces it
         with pytest.raises(ServeError, match="failed"):
             runner.submit(Request(PROMPT, 1))
         reply = TestClient(build(runner)).post("/v1/chat/completions", json={"model": "base", "messages": [{"role": "user", "content": "x"}]})

@@ -40,7 +40,7 @@ class Augment(Section):
     rows_per_class: Count = 600
     rewrites_per_call: Count = 4
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    calls_per_round: Count = 96  # requests between two joins of accepted rewrites to the seeds
+    calls_per_round: Count = 200  # requests between two joins of accepted rewrites to the seeds
     max_rounds: Count = 60
     in_flight: Count = 32  # concurrent requests of one actor
     timeout_s: Annotated[float, Field(gt=0)] = 60.0

@@ -112,11 +112,11 @@ class SelfInstruct:
         requests = []
         for label, n in missing.items():
             calls = min(a.calls_per_round // len(missing) or 1, math.ceil(n / a.rewrites_per_call))
-            requests += [self._request(row) for row in self._parents(label, calls)]
+            requests += [self._request(row, sample) for row, sample in self._parents(label, calls)]
         return requests
 
-    def _parents(self, label: str, calls: int) -> list[Row]:
-        """Rows to rewrite: families in turn, the smallest first, and in a family the row that was asked least."""
+    def _parents(self, label: str, calls: int) -> list[tuple[Row, int]]:
+        """(row to rewrite, how often it was asked before): families in turn, the smallest first, in a family the least asked row."""
         families: dict[str, list[Row]] = {}
         for row in self.rows[label]:
             families.setdefault(row["family"], []).append(row)
@@ -125,18 +125,19 @@ class SelfInstruct:
         for _ in range(calls):
             family = min(weight, key=lambda f: (weight[f], f))
             row = min(families[family], key=lambda r: self._asked.get(r["id"], 0))
-            self._asked[row["id"]] = self._asked.get(row["id"], 0) + 1
+            sample = self._asked.get(row["id"], 0)
+            self._asked[row["id"]] = sample + 1
             weight[family] += self.recipe.augment.rewrites_per_call
-            chosen.append(row)
+            chosen.append((row, sample))
         return chosen
 
-    def _request(self, row: Row) -> Row:
+    def _request(self, row: Row, sample: int) -> Row:
         a = self.recipe.augment
         seed = json.dumps({"user": row["messages"][-2]["content"], "assistant": row["messages"][-1]["content"]}, ensure_ascii=False)
         body = {
             "model": a.model,
             "temperature": a.temperature,
-            "seed": self.recipe.seed * 1_000_000 + self._asked[row["id"]],  # the sample index: another answer to the same words
+            "seed": self.recipe.seed * 1_000_000 + sample,  # another answer to the same words
             "response_format": {"type": "json_object"},
             "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": INSTRUCTION.format(n=a.rewrites_per_call, seed=seed)}],
         }

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from graft.core.errors import ConfigError
 
 OBJECT_STORE = 256 << 20  # bytes; what does not fit spills to temp_dir
 
@@ -20,6 +23,7 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
     """Connect to Ray, or start it; only what was started here is shut down again.
 
     temp_dir: where a local cluster keeps sockets, logs and spilled objects (Ray's own default: the system's /tmp).
+    Raises ConfigError where RAY_ADDRESS names a cluster that does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone; read when ray is imported
     import ray
@@ -29,8 +33,12 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
         yield
         return
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**common)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _knock(address)
+        try:
+            ray.init(**common)
+        except ConnectionError:
+            raise _nobody(address) from None
     else:
         ray.init(
             **common,
@@ -46,6 +54,20 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for minutes; a port that is closed is known at once."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError:
+            raise _nobody(address) from None
+
+
+def _nobody(address: str) -> ConfigError:
+    return ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there; start it (launch/ray.sh), or unset RAY_ADDRESS for a local one")
 
 
 def _protect_token() -> None:

@@ -2,7 +2,7 @@
 
 The test split is settled first: a share of each class's seed families, so no test row descends from a training seed. Every
 other row and document that holds a test row's user sentence is rejected. Everything is ordered by index, so the
-result does not depend on the number of workers. 1,200 rows and 12,000 documents cost about 3 s once Ray is up, and the
+result does not depend on the number of workers. 1,200 rows and 12,000 documents cost about 6 s once Ray is up, and the
 docstrings corpus up to 4 s more. The driver holds the cleaned text in memory, about twice the corpora's size.
 """
 

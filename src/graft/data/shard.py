@@ -1,7 +1,7 @@
 """Stages `shard-base`, `shard-cpt`, `shard-sft`: text to token ids, loss mask, packed bins and Arrow shards, in Ray Data.
 
 Tokenization is a map over blocks; then every partition is packed and written, as files, by the worker that holds it. The
-bytes depend on (documents, seq_len, partitions) and never on the number of workers. 12,000 documents cost about 5 s once
+bytes depend on (documents, seq_len, partitions) and never on the number of workers. 12,000 documents cost about 6 s once
 Ray is up, half of it workers importing transformers. One partition's ids are in memory at once, 4 bytes a token.
 """
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from graft.core.errors import ArtifactError, DataError
+from graft.core.errors import ArtifactError, ConfigError, DataError
 from graft.engine.protocol import Chunk, Completion, Finish, Request
 from graft.model.base import DTYPES, load_base
 from graft.model.chat import end_of_turn_ids
@@ -26,7 +26,7 @@ HALF = "\ufffd"  # what decoding gives for a character whose bytes are not all t
 class HFEngine:
     """adapters: {name: folder of a saved LoRA adapter}; tokenizer: the one whose template ends the turns.
 
-    Raises ConfigError where `base` is no model and ArtifactError where an adapter does not fit it, tensor by tensor.
+    Raises ConfigError where `base` is no model or has fewer tokens than the tokenizer, and ArtifactError where an adapter does not fit it, tensor by tensor.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class HFEngine:
         self.model = load_base(base, revision, precision, self.device)
         self.tokenizer, self.max_batch, self.adapters = tokenizer, max_batch, list(adapters)
         self.max_length: int = self.model.config.get_text_config().max_position_embeddings
+        if len(tokenizer) > (known := self.model.get_input_embeddings().weight.shape[0]):
+            raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens and the base {base!r} embeds {known}: they do not belong together")
         self.ends = frozenset(end_of_turn_ids(tokenizer))
         self.slot_of: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(adapters, 1)}}
         self.rows = _bind(self.model, adapters, DTYPES[precision])

@@ -17,16 +17,15 @@ from graft.serve.app import Server, spec_of, start
 def run(job: Job) -> None:
     """Write reply.json: {model, prompt, reply, path, seconds, first_token_s}. About 20 s on two cores."""
     recipe = job.recipe
-    with job.writing() as draft:
-        with start(spec_of(job.plan)) as server:
-            reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens)
-            (draft.path / "reply.json").write_text(json.dumps(reply, ensure_ascii=False, indent=1), encoding="utf-8")
-            draft.counts |= {
-                "model": reply["model"],
-                "reply": reply["reply"],
-                "first_token_s": reply["first_token_s"],
-                "start_s": round(server.start_s, 3),
-            }
+    with job.writing() as draft, start(spec_of(job.plan)) as server:
+        reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens)
+        (draft.path / "reply.json").write_text(json.dumps(reply, ensure_ascii=False, indent=1), encoding="utf-8")
+        draft.counts |= {
+            "model": reply["model"],
+            "reply": reply["reply"],
+            "first_token_s": reply["first_token_s"],
+            "start_s": round(server.start_s, 3),
+        }
 
 
 def ask(url: str, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:

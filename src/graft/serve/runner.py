@@ -10,7 +10,7 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Ticket:
         except RuntimeError:  # the loop was closed, and the client with it
             self.dropped = True
 
-    async def bursts(self, pause_s: float = 0.0) -> AsyncIterator[list[Chunk]]:
+    async def bursts(self, pause_s: float = 0.0) -> AsyncGenerator[list[Chunk], None]:
         """All chunks there are, then those of the next `pause_s`, and so on: few messages, the first one at once.
 
         A reader that leaves gives the row up at the next step. ServeError where the engine ends first.
@@ -131,9 +131,7 @@ class Runner:
             engine = self._load()
             while (first := self.waiting.get()) is not None:
                 batch = [first, *self._more()]
-                for chunks in engine.stream([t.request for t in batch], dropped=lambda row: batch[row].dropped):
-                    for chunk in chunks:
-                        batch[chunk.row].give(chunk)
+                _answer(engine, batch)
         except GraftError as e:
             self.error = str(e)
         finally:  # whatever ended the thread, nobody waits for ever
@@ -170,3 +168,9 @@ class Runner:
                 break
             found.append(ticket)
         return found
+
+
+def _answer(engine: Engine, batch: list[Ticket]) -> None:
+    for chunks in engine.stream([ticket.request for ticket in batch], dropped=lambda row: batch[row].dropped):
+        for chunk in chunks:
+            batch[chunk.row].give(chunk)
