@@ -60,18 +60,15 @@ def _plan(args: argparse.Namespace):
 
 
 def _run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from graft import pipeline
 
-    plan, console = _plan(args), Console()
+    plan = _plan(args)
     if args.dry_run:
         pipeline.check(plan)
         for stage, action, artifact in pipeline.outlook(plan, args.redo_from):
-            console.print(f"{stage:<12} {action:<10} {artifact.path.relative_to(plan.root) if artifact else ''}", markup=False, highlight=False)
+            print(f"{stage:<12} {action}" + (f"  {artifact.path.relative_to(plan.root)}" if artifact else ""))
         return 0
-    finished = pipeline.run(plan, args.redo_from, args.until, console)
-    pipeline.summary(plan, finished, console)
+    pipeline.summary(plan, pipeline.run(plan, args.redo_from, args.until))
     if args.keep:
         from graft.serve.probe import serve_forever
 
@@ -80,12 +77,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _until(args: argparse.Namespace, stage: str) -> int:
-    from rich.console import Console
-
     from graft import pipeline
 
-    plan, console = _plan(args), Console()
-    pipeline.summary(plan, pipeline.run(plan, until=stage, console=console), console)
+    plan = _plan(args)
+    pipeline.summary(plan, pipeline.run(plan, until=stage))
     return 0
 
 

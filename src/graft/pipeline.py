@@ -6,18 +6,21 @@ Ray lives only while data stages run and is gone before training starts; trainin
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich import get_console
 from rich.table import Table
 
 from graft.core.artifact import Artifact
-from graft.core.errors import ArtifactError
+from graft.core.errors import ArtifactError, ConfigError
 from graft.core.rows import read_seeds
 from graft.core.stages import Job, Plan
+
+OWN_PROGRESS = {"graft.data.augment", "graft.evaluate.classify", "launch"}  # they draw bars; the others get a spinner
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,6 @@ def check(plan: Plan) -> None:
         for name in spec.inputs:
             plan.external_input(name)
     if not plan.beside(plan.recipe.deepspeed).is_file():
-        from graft.core.errors import ConfigError
-
         raise ConfigError(f"deepspeed = {plan.recipe.deepspeed!r} is no file: it is relative to {plan.path.parent}")
 
 
@@ -57,14 +58,22 @@ def outlook(plan: Plan, redo_from: str | None = None) -> list[tuple[str, str, Ar
     return found
 
 
-def run(plan: Plan, redo_from: str | None = None, until: str | None = None, console: Console | None = None) -> list[Done]:
+def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> list[Done]:
     """Make what is missing, in order; returns every stage with its artifact."""
-    console = console or Console()
+    console = get_console()
     check(plan)
-    for name in (redo_from, until):
-        if name:
-            plan.stage(name)
     redo, finished = _redo(plan, redo_from), []
+    to_make = {stage for stage, _, artifact in outlook(plan, redo_from) if artifact is None}
+    if until:
+        plan.stage(until)
+    if "augment" in to_make and plan.endpoint:
+        from graft.data.api import check_credentials
+
+        check_credentials(plan.endpoint)
+    if "serve" in to_make and until in (None, "serve"):  # the server will be started at the end: its port must be free
+        from graft.serve.app import check_address
+
+        check_address(plan.recipe.serve.host, plan.recipe.serve.port, os.environ.get("GRAFT_API_KEY"))
     with plan.lock(), ExitStack() as cluster:
         for name, spec in plan.stages.items():
             job = plan.resolve(name)
@@ -82,7 +91,11 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None, cons
                     cluster.close()
                 started = time.perf_counter()
                 console.print(f"[bold]{name}[/bold]")
-                _run_stage(job, cluster)
+                if spec.room in OWN_PROGRESS:
+                    _run_stage(job, cluster)
+                else:
+                    with console.status(f"{name} …"):
+                        _run_stage(job, cluster)
                 wall_s = time.perf_counter() - started
                 artifact = job.artifact
                 if artifact is None:
@@ -122,50 +135,50 @@ def _where(job: Job) -> str:
     return str(job.directory.relative_to(job.plan.root))
 
 
-def summary(plan: Plan, finished: list[Done], console: Console) -> None:
+def summary(plan: Plan, finished: list[Done]) -> None:
     """The last screen: what was made, where, how good, how to go on."""
-    table = Table(title=f"{plan.recipe.name}", title_justify="left", show_edge=False, pad_edge=False)
-    for column in ("stage", "result", "time", "artifact"):
+    console = get_console()
+    table = Table(
+        title=f"{plan.recipe.name}: artifacts at {{data_shards,checkpoints}}/{plan.recipe.name}/STAGE/current", title_justify="left", show_edge=False
+    )
+    for column in ("stage", "made", "time"):
         table.add_column(column, overflow="fold")
     for done in finished:
-        table.add_row(
-            done.stage, _result(done), "-" if done.wall_s is None else f"{done.wall_s:.0f} s", str(done.artifact.path.relative_to(plan.root))
-        )
+        table.add_row(done.stage, _made(done), "kept" if done.wall_s is None else f"{done.wall_s:.0f} s")
+    lines = []
+    by_stage = {done.stage: done.artifact for done in finished}
+    if "evaluate" in by_stage:
+        lines.append((by_stage["evaluate"].path / "report.txt").read_text(encoding="utf-8"))
+    if "serve" in by_stage:
+        lines += [f"asked    {plan.recipe.serve.prompt}", f"replied  {by_stage['serve'].counts['reply']}", ""]
+    recipe = os.path.relpath(plan.path)
+    if finished[-1].stage == "serve":
+        lines.append(f"serve it     graft serve {recipe}")
+    lines.append(f"ancestry     graft lineage {os.path.relpath(finished[-1].artifact.path)}")
+    lines.append(f"another run  graft run {recipe} --set seed=1")
     console.print(table)
-    evaluation = next((d.artifact for d in finished if d.stage == "evaluate"), None)
-    if evaluation:
-        console.print((evaluation.path / "report.txt").read_text(encoding="utf-8").rstrip(), markup=False, highlight=False)
-    reply = next((d.artifact for d in finished if d.stage == "serve"), None)
-    if reply:
-        console.print(f"asked:   {plan.recipe.serve.prompt}\nreplied: {reply.counts['reply']}", markup=False, highlight=False)
-    recipe = _shown(plan)
-    console.print(
-        f"next:    graft serve {recipe}  |  graft lineage {finished[-1].artifact.path.relative_to(plan.root)}  |  graft run {recipe} --set sft.lr=3e-4",
-        markup=False,
-        highlight=False,
-    )
+    console.print("\n".join(["", *lines]), markup=False, highlight=False)
 
 
-def _shown(plan: Plan) -> str:
-    return str(plan.path.relative_to(plan.root)) if plan.path.is_relative_to(plan.root) else str(plan.path)
-
-
-def _result(done: Done) -> str:
-    counts = done.artifact.counts
-    shown = {
-        "augment": ("rows", "requests", "endpoint"),
-        "prepare": ("train", "validation", "test"),
-        "init": ("vocab_size", "parameters"),
-        "merge": ("layers", "logit_difference_max"),
-        "evaluate": ("rows", "strict_f1", "intent_f1"),
-        "serve": ("model", "first_token_s"),
-    }.get(done.stage, ("bins", "tokens", "steps", "loss", "validation_loss", "tokens_per_s"))
-    return ", ".join(f"{k} {_short(counts[k])}" for k in shown if k in counts)
-
-
-def _short(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return "+".join(_short(v) for v in value.values())
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _made(done: Done) -> str:
+    """One stage's numbers, for people."""
+    c = done.artifact.counts
+    if done.stage == "augment":
+        return f"{c['rows']['call']} + {c['rows']['text']} rows from {c['seeds']} seeds, {c['requests']} requests to {c['endpoint']}"
+    if done.stage == "prepare":
+        rows = c["rows"]
+        return (
+            ", ".join(f"{sum(rows[s].values())} {s}" for s in ("train", "validation", "test")) + f" rows, {c['families']['test']} families held out"
+        )
+    if done.stage.startswith("shard-"):
+        return f"{c['train']['bins']:,} bins, {c['train']['tokens']:,} tokens, {c['train']['utilisation']:.1%} used"
+    if done.stage == "init":
+        return f"{c['vocabulary']:,} tokens, {c['parameters']:,} random weights"
+    if done.stage == "merge":
+        return f"{c['layers']} layers, logits differ by {c['logit_difference_max']:.1e} at most"
+    if done.stage == "evaluate":
+        return f"F1 {c['strict_f1']:.3f} on {c['rows']} rows, best constant {c['best_constant_f1']:.3f}"
+    if done.stage == "serve":
+        return f"first token after {c['first_token_s'] or 0:.3f} s"
+    held_out = f", held-out loss {c['validation_loss']:.3f}" if "validation_loss" in c else ""
+    return f"{c['steps']} steps, loss {c['loss']:.3f}{held_out}, {c['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in c else f"{c['steps']} steps"

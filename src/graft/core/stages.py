@@ -103,7 +103,15 @@ def stages(recipe: Recipe) -> list[Stage]:
         )
     )
     out.append(
-        Stage("serve", "graft.serve.probe", 1, ("model", "serve.prompt", "serve.max_batch"), served, model_input if not source else (), CHECKPOINTS)
+        Stage(
+            "serve",
+            "graft.serve.probe",
+            1,
+            ("model", "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
+            served,
+            model_input if not source else (),
+            CHECKPOINTS,
+        )
     )
     return out
 

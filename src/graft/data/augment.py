@@ -13,15 +13,16 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
-from graft.core.rows import read_seeds, write_jsonl
-from graft.data.cluster import ray_cluster
-from rich.console import Console
+from rich import get_console
+from rich.progress import track
 
 from graft.core.calls import parse_answer
 from graft.core.errors import CredentialError, DataError
 from graft.core.recipe import Recipe
+from graft.core.rows import read_seeds, write_jsonl
 from graft.core.stages import Job
 from graft.data.api import Caller, check_credentials
+from graft.data.cluster import ray_cluster
 from graft.data.endpoint import embedded_endpoint
 from graft.data.ledger import Ledger, request_key
 
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 
 def run(job: Job) -> None:
     """Write rows.jsonl (seeds and accepted rewrites), rejected.jsonl and requests.jsonl."""
-    recipe, plan, console = job.recipe, job.plan, Console()
+    recipe, plan, console = job.recipe, job.plan, get_console()
     seeds = read_seeds(plan.beside(recipe.augment.seeds), recipe.task)
     base_url = plan.endpoint
     if base_url:
@@ -52,7 +53,7 @@ def run(job: Job) -> None:
             sent = 0
             while requests := loop.requests():
                 new = [r for r in requests if ledger.get(r["key"]) is None]
-                _ask(new, url, recipe, ledger)
+                _ask(new, url, recipe, ledger, f"augment round {loop.round}")
                 sent += len(new)
                 loop.accept(requests, ledger)
                 console.print(
@@ -193,7 +194,7 @@ class SelfInstruct:
         )
 
 
-def _ask(requests: list[Row], url: str, recipe: Recipe, ledger: Ledger) -> None:
+def _ask(requests: list[Row], url: str, recipe: Recipe, ledger: Ledger, title: str) -> None:
     """Send the requests through Ray Data and journal each answer as it comes; CredentialError or DataError ends the stage."""
     if not requests:
         return
@@ -205,7 +206,7 @@ def _ask(requests: list[Row], url: str, recipe: Recipe, ledger: Ledger) -> None:
         Caller, fn_constructor_args=(url, a.timeout_s), batch_size=a.in_flight, concurrency=min(ACTORS, len(unique)), num_cpus=0.5
     )
     failed = None
-    for row in answers.iter_rows():
+    for row in track(answers.iter_rows(), title, total=len(unique), transient=True):
         if row["error"]:
             failed = failed or row["error"]
         else:

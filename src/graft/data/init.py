@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich import get_console
 
 from graft.core.errors import ConfigError
 from graft.core.rows import read_jsonl
@@ -21,7 +21,7 @@ END_OF_TEXT, START, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<
 
 def run(job: Job) -> None:
     """Write the tokenizer, config.json and model.safetensors."""
-    recipe, console = job.recipe, Console()
+    recipe, console = job.recipe, get_console()
     shape = recipe.base
     assert shape is not None  # the stage exists for an embedded base alone
     if recipe.model.chat_template == "llama-3":

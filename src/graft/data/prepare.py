@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-from rich.console import Console
+from rich import get_console
 
 from graft.core.calls import parse_answer
 from graft.core.errors import DataError
@@ -51,7 +51,7 @@ JUDGED = pa.schema(
 
 def run(job: Job) -> None:
     """Write rows/{train,validation,test}.jsonl, corpora/<name>.jsonl and rejected.jsonl; in = kept + rejected."""
-    recipe, console = job.recipe, Console()
+    recipe, console = job.recipe, get_console()
     rows = list(read_jsonl(job.parents["augment"].path / "rows.jsonl"))
     test = families_held_out(rows, recipe.prepare.test_families, recipe.seed)
     held_out = HeldOut(s for row in rows if row["family"] in test for s in _sentences(row, recipe.prepare, recipe.task))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
+from rich import get_console
 
 from graft.core.artifact import digest_of
 from graft.core.errors import DataError
@@ -47,7 +47,7 @@ TOKENIZED = pa.schema([*WHICH, ("reason", pa.string()), ("ids", pa.large_list(pa
 
 def run(job: Job) -> None:
     """Write train/ and validation/ (shards and index.json), rejected.jsonl, and probes.json for sft; in = kept + rejected."""
-    recipe, console, chat = job.recipe, Console(), job.stage.name == "shard-sft"
+    recipe, console, chat = job.recipe, get_console(), job.stage.name == "shard-sft"
     base, revision = (str(job.parents["init"].path), None) if "init" in job.parents else job.plan.external_base()
     source = (base, revision, recipe.model.chat_template)
     tokenizer = load_tokenizer(*source)

@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import get_console
 from rich.progress import track
 
 from graft.core.calls import parse_answer
-from graft.core.rows import read_jsonl
+from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.stages import Job
 from graft.engine.hf import HFEngine
 from graft.engine.protocol import Request
@@ -38,9 +38,9 @@ def run(job: Job) -> None:
         table["always-call"] = score(truth, ["call"] * len(rows))
         table["always-text"] = score(truth, ["text"] * len(rows))
         ours = predictions["adapter"]
-        _write_jsonl(draft.path / "predictions.jsonl", ours)
-        _write_jsonl(draft.path / "predictions-base.jsonl", predictions["base"])
-        _write_jsonl(draft.path / "failures.jsonl", [p for p in ours if p["predicted"] != p["label"]])
+        write_jsonl(draft.path / "predictions.jsonl", ours)
+        write_jsonl(draft.path / "predictions-base.jsonl", predictions["base"])
+        write_jsonl(draft.path / "failures.jsonl", [p for p in ours if p["predicted"] != p["label"]])
         matrix = confusion(truth, [p["predicted"] for p in ours])
         with (draft.path / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([["true \\ predicted", *PREDICTED], *([label, *matrix[label].values()] for label in LABELS)])
@@ -63,7 +63,7 @@ def run(job: Job) -> None:
             rows=len(rows), strict_f1=strict["f1"], strict_precision=strict["precision"], strict_recall=strict["recall"], intent_f1=table["adapter"]["intent"]["f1"],
             accuracy=table["adapter"]["accuracy"], best_constant_f1=best_constant, beats_constants=strict["f1"] > best_constant, failures=sum(p["predicted"] != p["label"] for p in ours),
         )  # fmt: skip
-    Console().print(report, markup=False, highlight=False)
+    get_console().print(report, markup=False, highlight=False)
 
 
 def _predict(engine: HFEngine, tokenizer: Any, rows: list[dict[str, Any]], adapter: str | None, job: Job) -> list[dict[str, Any]]:
@@ -147,7 +147,3 @@ def _draw(matrix: dict[str, dict[str, int]], path: Path) -> None:
             ax.text(x, y, str(n), ha="center", va="center", color="white" if n > top / 2 else "black")
     fig.savefig(path, dpi=150)
     plt.close(fig)
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.core.errors import ConfigError, DataError
+from graft.core.rows import wrong_roles
 
 Messages = list[dict[str, str]]
 
@@ -70,7 +71,8 @@ def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
 
 def render(tokenizer: Any, messages: Messages) -> Rendered:
     """Ids and assistant-only loss mask; DataError where the roles are unbalanced or the template is no prefix code."""
-    check_roles(messages)
+    if wrong := wrong_roles(messages):
+        raise DataError(wrong)
     text = _apply(tokenizer, messages, False)
     spans = []
     for i, message in enumerate(messages):
@@ -87,16 +89,6 @@ def render(tokenizer: Any, messages: Messages) -> Rendered:
     return Rendered(encoded["input_ids"], mask)
 
 
-def check_roles(messages: Messages) -> None:
-    """[system], then user and assistant in turn, the assistant last; DataError says what is wrong."""
-    roles = [m.get("role") for m in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise DataError(f"roles are {roles}: expected an optional system message, then user and assistant in turn")
-    if empty := [m["role"] for m in messages if not isinstance(m.get("content"), str) or not m["content"].strip()]:
-        raise DataError(f"the {empty[0]} message is empty")
-
-
 def end_of_turn_ids(tokenizer: Any) -> list[int]:
     """Ids that end a generation: the end of sequence, and the token with which the template closes a turn."""
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
@@ -108,7 +100,7 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)  # one file decides ids and template, and digests cover it
 
 
 def _apply(tokenizer: Any, messages: Messages, generation: bool) -> str:
