@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-all}"
 venv="${GRAFT_VENV:-.venv}"
+if [ -n "${GRAFT_INSTALLED:-}" ]; then exit 0; fi # an environment that was made otherwise: modules, a container
 stamp="$venv/.graft-$extra"
 want="$(cat setup.cfg pyproject.toml launch/constraints.txt launch/install.sh | sha256sum) $PWD"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then exit 0; fi

@@ -115,3 +115,9 @@ def dialogues(documents: int, seed: int) -> Iterator[list[dict[str, str]]]:
         bound: dict[str, str] = {}
         user, assistant = (expand(form, rng, bound) for form in rng.choice(turns))
         yield [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def sentences(text: str) -> list[str]:
+    """The pieces of a passage between marks that end or quote a sentence, and each line of a conversation, whole."""
+    lines = [line for line in re.split(r"<\|[a-z_]+\|>|\n", text) if line]
+    return lines + [piece for line in lines for piece in re.split("[。！？「」：；]", line) if piece]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers may import DeepSpeed, which else warns on stdout
 
 from graft.core.errors import ConfigError
 from graft.core.recipe import EmbeddedBase

@@ -25,9 +25,12 @@ def processes_per_node() -> int:
     """GRAFT_PROCESSES, or the GPUs that this process may use, or two on the CPU."""
     if given := os.environ.get("GRAFT_PROCESSES"):
         return int(given)
+    return _gpus() or CPU_PROCESSES
+
+
+def _gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len([g for g in visible.split(",") if g]) if visible is not None else len([p for p in Path("/dev").glob("nvidia[0-9]*")])
-    return gpus or CPU_PROCESSES
+    return len([g for g in visible.split(",") if g]) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -49,6 +52,8 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // each))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment.setdefault("PYTHONWARNINGS", "ignore")
+    if not _gpus():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on stdout that it found none
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return [*argv, "-m", "graft.train", *arguments], environment
 
