@@ -27,12 +27,16 @@ def main() -> None:
     for seed in args.seeds:
         overrides = [f"seed={seed}", *args.overrides]
         sets = [a for o in overrides for a in ("--set", o)]
-        subprocess.run([sys.executable, "-m", "graft.cli", "run", str(RECIPE), "--workspace", args.workspace, "--until", "evaluate", *sets], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "graft.cli", "run", str(RECIPE), "--workspace", args.workspace, "--until", "evaluate", *sets], check=True
+        )
         artifact = Plan(RECIPE, tuple(overrides), args.workspace).artifact("evaluate")
         metrics = json.loads((artifact.path / "metrics.json").read_text())
         scores, held_out = metrics["scores"], metrics["per_family_accuracy"]
         rows.append((seed, scores["adapter"], max(scores[c]["strict"]["f1"] for c in ("always-call", "always-text")), metrics["rows"], held_out))
-    print("| seed | F1 strict | precision | recall | F1 intent | best constant | rows | accuracy by held-out family |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| seed | F1 strict | precision | recall | F1 intent | best constant | rows | accuracy by held-out family |\n|---|---|---|---|---|---|---|---|"
+    )
     for seed, a, constant, n, held_out in rows:
         s, families = a["strict"], ", ".join(f"{f} {v:.2f}" for f, v in held_out.items())
         print(f"| {seed} | {s['f1']:.3f} | {s['precision']:.3f} | {s['recall']:.3f} | {a['intent']['f1']:.3f} | {constant:.3f} | {n} | {families} |")

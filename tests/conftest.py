@@ -14,6 +14,18 @@ from graft.core.rows import Row, write_jsonl
 from graft.core.stages import Plan
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="run the long campaigns too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--campaign"):
+        skip = pytest.mark.skip(reason="a long campaign: launch/test.sh --campaign")
+        for item in items:
+            if item.get_closest_marker("campaign"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A local Ray cluster for the whole session, with a home and a temporary folder of its own."""

@@ -67,8 +67,9 @@ class Tree:
                 continue
         return found
 
-    def none_alive(self, within_s: float = 30) -> None:
+    def none_alive(self, within_s: float = 30, but: tuple[str, ...] = ()) -> None:
+        """Wait until no process is left; `but`: beginnings of command lines that may stay."""
         deadline = time.monotonic() + within_s
-        while left := self.alive():
+        while left := {pid: line for pid, line in self.alive().items() if not line.startswith(but or ("\0",))}:
             assert time.monotonic() < deadline, f"outlived their run: {left}"
             time.sleep(0.2)

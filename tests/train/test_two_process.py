@@ -1,7 +1,9 @@
 """Training on two real processes (gloo, DeepSpeed ZeRO-2): the split changes nothing, a kill loses nothing."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,8 +73,8 @@ def test_a_kill_and_a_resume_end_in_the_same_adapter(undisturbed, tmp_path):
     wanted, steps = sha256_file(whole.path / "adapter_model.safetensors"), curve(whole.path)
     run = plan.root / whole.counts["checkpoints"]
     for extra in ("step-00000006", "step-00000007"):  # as if the run had been killed before these
-        subprocess.run(["rm", "-r", str(run / extra)], check=True)
-    subprocess.run(["rm", "-r", str(whole.path)], check=True)
+        shutil.rmtree(run / extra)
+    shutil.rmtree(whole.path)
     process = train(plan, wait=False)
     deadline = time.monotonic() + 120
     while not (run / "step-00000002").exists():
@@ -107,3 +109,47 @@ def test_a_wrong_shard_stops_it_in_one_line(tmp_path):
     lines = [line for line in said.splitlines() if line.startswith("graft: ")]
     assert process.returncode == 2 and len(set(lines)) == 1 and shard.name in lines[0], said[-2000:]
     assert "Traceback" not in said
+
+
+def test_two_launchers_with_one_rendezvous_are_one_run(undisturbed, tmp_path):
+    """What slurm/train.sbatch starts: a launcher a node, here two of one process each on this machine."""
+    plan = small_plan(tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root)]
+    nodes = []
+    for rank in ("0", "1"):
+        where = {"NUM_NODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        nodes.append(subprocess.Popen(command, env=environment(1) | where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    artifact = plan.resolve("sft").artifact
+    assert artifact.counts["processes"] == 2 and curve(artifact.path) == curve(undisturbed[1].path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_other_precisions_train_and_resume_bitwise(tmp_path, precision):
+    plan = small_plan(tmp_path, f"model.precision={precision}")
+    whole = train(plan)
+    wanted, steps = sha256_file(whole.path / "adapter_model.safetensors"), curve(whole.path)
+    assert steps[-1][1] < steps[0][1]
+    run = plan.root / whole.counts["checkpoints"]
+    shutil.rmtree(run / "step-00000007")
+    shutil.rmtree(whole.path)
+    again = train(plan)
+    assert sha256_file(again.path / "adapter_model.safetensors") == wanted and curve(again.path) == steps
+
+
+def test_another_number_of_processes_is_refused_in_one_line(undisturbed, tmp_path):
+    plan = small_plan(tmp_path)
+    whole = train(plan)
+    shutil.rmtree(whole.path)
+    process = subprocess.run(
+        [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root)],
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "processes = 2" in process.stderr

@@ -179,14 +179,21 @@ def _validation(job: Job, world: int, rank: int) -> list[Any]:
 
 
 def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
-    """Mean loss (nats a target) over the held-out bins of all ranks."""
-    engine.eval()
+    """Mean loss (nats a target) over the held-out bins of all ranks.
+
+    Only dropout is switched off: a layer of bitsandbytes that once ran in eval mode on a CPU repacks its 4-bit weights and
+    computes otherwise from then on, so that a resumed run would part from an undisturbed one.
+    """
+    dropouts = [m for m in engine.module.modules() if isinstance(m, torch.nn.Dropout)]
+    for m in dropouts:
+        m.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for at in range(0, len(bins), micro):
             batch = collate(bins[at : at + micro]).to(device)
             sums += torch.tensor([engine.module(batch).item(), batch.targets.numel()], device=device)
-    engine.train()
+    for m in dropouts:
+        m.train()
     dist.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1)).item()
 
