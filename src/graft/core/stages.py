@@ -22,6 +22,7 @@ from graft.core.errors import ArtifactError, ConfigError
 from graft.core.recipe import Recipe, load, pick
 
 DATA, CHECKPOINTS = "data_shards", "checkpoints"
+GRAMMAR = Path(__file__).parents[1] / "data" / "grammar.toml"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Stage:
     version: int  # raised when the same keys would give another result
     keys: tuple[str, ...]
     parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, corpora, model, endpoint, python
+    inputs: tuple[str, ...] = ()  # external: seeds, corpora, machine, model, endpoint
     place: str = DATA
 
 
@@ -48,7 +49,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             ("seed", "task", *_fields("augment", "seeds model rows_per_class rewrites_per_call temperature calls_per_round max_rounds")),
             inputs=("seeds", "endpoint"),
         ),
-        Stage("prepare", "graft.data.prepare", 1, ("seed", "task", "prepare", "corpora"), {"augment": "rows.jsonl"}, ("corpora", "python")),
+        Stage("prepare", "graft.data.prepare", 1, ("seed", "task", "prepare", "corpora"), {"augment": "rows.jsonl"}, ("corpora", "machine")),
     ]
     tokenizer = {}
     if recipe.base:
@@ -228,11 +229,15 @@ class Plan:
             return self._digest(self.beside(self.recipe.augment.seeds), "augment.seeds")
         if name == "corpora":
             return {c: self._digest(self.beside(s.path), f"corpora.{c}.path") for c, s in self.recipe.corpora.items() if s.path}
-        if name == "python":  # the docstrings corpus is this interpreter's
-            return platform.python_version() if any(c.kind == "docstrings" for c in self.recipe.corpora.values()) else None
+        if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar
+            kinds = {c.kind for c in self.recipe.corpora.values()}
+            return {
+                "python": platform.python_version() if "docstrings" in kinds else None,
+                "grammar": sha256_file(GRAMMAR) if kinds & {"grammar", "dialogues"} else None,
+            }
         if name == "endpoint":
             url = self.endpoint
-            return "embedded" if url is None else urlsplit(url).netloc.rsplit("@", 1)[-1]
+            return f"embedded {sha256_file(GRAMMAR)[:12]}" if url is None else urlsplit(url).netloc.rsplit("@", 1)[-1]
         base, revision = self.external_base()
         folder = Path(base)
         if not folder.is_dir():

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich import get_console
 from rich.progress import track
 
 from graft.core.calls import parse_answer
@@ -55,15 +54,13 @@ def run(job: Job) -> None:
             "argument_exact_share": sum(copied) / len(copied) if copied else None,
         }
         (draft.path / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")
-        report = render_report(metrics)
-        (draft.path / "report.txt").write_text(report, encoding="utf-8")
+        (draft.path / "report.txt").write_text(render_report(metrics), encoding="utf-8")
         best_constant = max(table["always-call"]["strict"]["f1"], table["always-text"]["strict"]["f1"])
         strict = table["adapter"]["strict"]
         draft.counts.update(
             rows=len(rows), strict_f1=strict["f1"], strict_precision=strict["precision"], strict_recall=strict["recall"], intent_f1=table["adapter"]["intent"]["f1"],
             accuracy=table["adapter"]["accuracy"], best_constant_f1=best_constant, beats_constants=strict["f1"] > best_constant, failures=sum(p["predicted"] != p["label"] for p in ours),
         )  # fmt: skip
-    get_console().print(report, markup=False, highlight=False)
 
 
 def _predict(engine: HFEngine, tokenizer: Any, rows: list[dict[str, Any]], adapter: str | None, job: Job) -> list[dict[str, Any]]:

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,13 @@ def run(job: Job) -> None:
     recipe, stage = job.recipe, job.stage.name
     config = recipe.train_stage(stage)
     shards = ShardSet.open(job.parents[f"shard-{stage}"].path / "train", verify=_local_leader())
-    accelerator = _accelerator(job, config)
+    with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
+        accelerator = _accelerator(job, config)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     micro = micro_batch_of(config.global_batch, world, config.micro_batch)
 
     base, revision = job.plan.base_model(stage)
-    precision = "fp32" if stage == "base" and recipe.model.precision == "nf4" else recipe.model.precision
+    precision = "bf16" if stage == "base" and recipe.model.precision == "nf4" else recipe.model.precision
     lm = load_base(base, revision, precision, device)
     if config.lora:
         inject(lm, config.lora, DTYPES[precision], recipe.seed)
