@@ -89,9 +89,16 @@ def _rows(folder):
     (folder / "rows.jsonl").write_text(json.dumps({"id": "0"}) + "\n")
 
 
+CALL = 'call("generate_image", {"prompt": "b"})'
+
+
 def _splits(folder):
     (folder / "rows").mkdir()
     (folder / "rows" / "train.jsonl").write_text("{}\n")
+    with (folder / "rows" / "test.jsonl").open("w") as f:
+        for i, (label, answer) in enumerate([("call", CALL), ("text", "c"), ("text", "a")]):
+            messages = [{"role": "user", "content": "abc"[i]}, {"role": "assistant", "content": answer}]
+            f.write(json.dumps({"id": str(i), "messages": messages, "label": label, "family": f"{label}-0"}) + "\n")
 
 
 def _shards(folder):

@@ -1,5 +1,6 @@
 """Training on two real processes (gloo, DeepSpeed ZeRO-2): the split changes nothing, a kill loses nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -155,3 +156,17 @@ def test_another_number_of_processes_is_refused_in_one_line(undisturbed, tmp_pat
         timeout=120,
     )
     assert process.returncode == 2 and process.stderr.count("\n") == 1 and "processes = 2" in process.stderr
+
+
+def test_whole_weights_train_on_two_ranks_and_the_model_is_evaluated_alone(tmp_path):
+    from graft.evaluate import classify
+
+    plan = small_plan(tmp_path, "sft.lora=false", "sft.lr=1e-3", "sft.max_steps=3", "evaluate.max_new_tokens=4")
+    artifact = train(plan)
+    steps = curve(artifact.path)
+    assert len(steps) == 3 and steps[-1][1] < steps[0][1]
+    trained, base = (load_file(folder / "model.safetensors") for folder in (artifact.path, plan.root / "base"))
+    assert all((trained[k] != base[k]).any() for k in base)
+    classify.run(plan.resolve("evaluate"))
+    metrics = json.loads((plan.artifact("evaluate").path / "metrics.json").read_text())
+    assert metrics["rows"] == 3 and set(metrics["scores"]) == {"model", "always-call", "always-text"}

@@ -219,6 +219,13 @@ class Plan:
                 return str(self.artifact(parent).path), None
         return self.external_base()
 
+    def trained(self) -> tuple[str, str | None, dict[str, Path]]:
+        """(folder or hub id, revision, adapters by name) that evaluate and serve load; a fully trained model has no adapter."""
+        sft = self.artifact("sft").path
+        if self.recipe.sft.lora is None:
+            return str(sft), None, {}
+        return *self.base_model("sft"), {self.recipe.name: sft}
+
     def external_base(self) -> tuple[str, str | None]:
         folder = self.beside(self.recipe.model.base)
         return (str(folder), None) if folder.is_dir() else (self.recipe.model.base, self.recipe.model.revision)

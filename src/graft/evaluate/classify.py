@@ -27,18 +27,21 @@ def run(job: Job) -> None:
     """Write metrics.json, predictions.jsonl, failures.jsonl, confusion.csv, confusion.png and report.txt."""
     recipe, plan = job.recipe, job.plan
     rows = list(read_jsonl(job.parents["prepare"].path / "rows" / "test.jsonl"))
-    base, revision = plan.base_model("sft")
+    base, revision, adapters = plan.trained()
     tokenizer = load_tokenizer(str(job.parents["sft"].path))
-    engine = HFEngine(base, revision, recipe.model.precision, {recipe.name: job.parents["sft"].path}, tokenizer, max_batch=recipe.evaluate.batch_size)
+    engine = HFEngine(base, revision, recipe.model.precision, adapters, tokenizer, max_batch=recipe.evaluate.batch_size)
+    systems = {"adapter": recipe.name, "base": None} if adapters else {"model": None}
+    trained = next(iter(systems))
     with job.writing() as draft:
-        predictions = {name: _predict(engine, tokenizer, rows, adapter, job) for name, adapter in (("adapter", recipe.name), ("base", None))}
+        predictions = {name: _predict(engine, tokenizer, rows, adapter, job) for name, adapter in systems.items()}
         truth = [row["label"] for row in rows]
         table = {name: score(truth, [p["predicted"] for p in found]) for name, found in predictions.items()}
         table["always-call"] = score(truth, ["call"] * len(rows))
         table["always-text"] = score(truth, ["text"] * len(rows))
-        ours = predictions["adapter"]
+        ours = predictions[trained]
         write_jsonl(draft.path / "predictions.jsonl", ours)
-        write_jsonl(draft.path / "predictions-base.jsonl", predictions["base"])
+        if adapters:
+            write_jsonl(draft.path / "predictions-base.jsonl", predictions["base"])
         write_jsonl(draft.path / "failures.jsonl", [p for p in ours if p["predicted"] != p["label"]])
         matrix = confusion(truth, [p["predicted"] for p in ours])
         with (draft.path / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
@@ -56,10 +59,10 @@ def run(job: Job) -> None:
         (draft.path / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")
         (draft.path / "report.txt").write_text(render_report(metrics), encoding="utf-8")
         best_constant = max(table["always-call"]["strict"]["f1"], table["always-text"]["strict"]["f1"])
-        strict = table["adapter"]["strict"]
+        strict = table[trained]["strict"]
         draft.counts.update(
-            rows=len(rows), strict_f1=strict["f1"], strict_precision=strict["precision"], strict_recall=strict["recall"], intent_f1=table["adapter"]["intent"]["f1"],
-            accuracy=table["adapter"]["accuracy"], best_constant_f1=best_constant, beats_constants=strict["f1"] > best_constant, failures=sum(p["predicted"] != p["label"] for p in ours),
+            rows=len(rows), strict_f1=strict["f1"], strict_precision=strict["precision"], strict_recall=strict["recall"], intent_f1=table[trained]["intent"]["f1"],
+            accuracy=table[trained]["accuracy"], best_constant_f1=best_constant, beats_constants=strict["f1"] > best_constant, failures=sum(p["predicted"] != p["label"] for p in ours),
         )  # fmt: skip
 
 

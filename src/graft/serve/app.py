@@ -30,15 +30,14 @@ STREAMS_BESIDE = 64  # requests that need no engine (health, models, the page), 
 
 def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
     """What a recipe serves: its adapter under the recipe's name and the model below it as "base"; a fully trained model alone."""
-    recipe, sft = plan.recipe, str(plan.artifact("sft").path)
-    base, revision = plan.base_model("sft") if recipe.sft.lora else (sft, None)
+    recipe, (base, revision, adapters) = plan.recipe, plan.trained()
     return ServeSpec(
         base=base,
         revision=revision,
         precision=recipe.model.precision,
-        adapters={recipe.name: sft} if recipe.sft.lora else {},
-        tokenizer=sft,
-        base_name="base" if recipe.sft.lora else recipe.name,
+        adapters={name: str(folder) for name, folder in adapters.items()},
+        tokenizer=str(plan.artifact("sft").path),
+        base_name="base" if adapters else recipe.name,
         host=recipe.serve.host,
         port=port or recipe.serve.port,
         max_batch=recipe.serve.max_batch,
