@@ -110,8 +110,9 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> l
 def _run_stage(job: Job, cluster: ExitStack) -> None:
     room = job.stage.room
     if room == "launch":
-        from graft.train.launch import launch
+        from graft.train.launch import launch, processes_per_node
 
+        get_console().print(f"train {job.stage.name}: starting {processes_per_node()} processes under accelerate launch, 10 to 50 s")
         job.run_directory.mkdir(parents=True, exist_ok=True)
         overrides = [a for item in job.plan.overrides for a in ("--set", item)]
         launch([str(job.plan.path), "--stage", job.stage.name, "--workspace", str(job.plan.root), *overrides], log=job.run_directory / "launch.log")

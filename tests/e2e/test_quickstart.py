@@ -1,8 +1,12 @@
 """The README's first command, as a stranger runs it: a copy of the tree, no `../shared`, no key, no GPU."""
 
 import json
+import signal
+import socket
 import time
+import urllib.request
 
+import openai
 import pytest
 
 from graft.core.artifact import Artifact
@@ -113,3 +117,32 @@ def test_from_makes_that_stage_again_and_to_the_same_result(quickstart, plan):
     after = Artifact.open(before.path)
     assert after.manifest["created_unix_s"] > before.manifest["created_unix_s"]
     assert after.digest_of_files("predictions.jsonl") == digest
+
+
+def test_the_base_can_be_asked_for_alone(quickstart):
+    assert quickstart.run(*quickstart.graft("base", "build", RECIPE)) < 10
+
+
+def test_keep_leaves_the_server_up_until_it_is_interrupted(quickstart, plan):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = quickstart.start(*quickstart.graft("run", RECIPE, "--keep", "--set", f"serve.port={port}"))
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
+            break
+        except OSError:
+            time.sleep(0.5)
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+        assert {m.id for m in client.models.list()} == {"image-intent-tiny", "base"}
+        rows = [r for r in rows_of(plan, "test") if r["label"] == "text"][:8]
+        predictions = {p["id"]: p for p in map(json.loads, (plan.artifact("evaluate").path / "predictions.jsonl").read_text().splitlines())}
+        for row in rows:
+            answer = client.chat.completions.create(model="image-intent-tiny", messages=row["messages"][:1], temperature=0, max_tokens=64)
+            assert answer.choices[0].message.content == predictions[row["id"]]["answer"], "served as it was evaluated"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    quickstart.none_alive(within_s=60)
