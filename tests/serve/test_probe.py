@@ -27,6 +27,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.campaign  # in the suite the quickstart runs this very stage
 def test_the_stage_asks_the_served_adapter_and_keeps_the_reply(spec, finished, process):
     """In a process that has a Ray of its own, which must outlive both a start that fails and one that works."""
     plan = finished(spec.adapters["two"])
