@@ -139,9 +139,7 @@ def _where(job: Job) -> str:
 def summary(plan: Plan, finished: list[Done]) -> None:
     """The last screen: what was made, where, how good, how to go on."""
     console = get_console()
-    table = Table(
-        title=f"{plan.recipe.name}: artifacts at {{data_shards,checkpoints}}/{plan.recipe.name}/STAGE/current", title_justify="left", show_edge=False
-    )
+    table = Table(title=f"{plan.recipe.name}: each artifact at */{plan.recipe.name}/STAGE/current", title_justify="left", show_edge=False)
     for column in ("stage", "made", "time"):
         table.add_column(column, overflow="fold")
     for done in finished:
@@ -165,7 +163,7 @@ def _made(done: Done) -> str:
     """One stage's numbers, for people."""
     c = done.artifact.counts
     if done.stage == "augment":
-        return f"{c['rows']['call']} + {c['rows']['text']} rows from {c['seeds']} seeds, {c['requests']} requests to {c['endpoint']}"
+        return f"{c['rows']['call']} + {c['rows']['text']} rows from {c['seeds']} seeds, {c['requests']} requests, {c['endpoint'].split()[0]}"
     if done.stage == "prepare":
         rows = c["rows"]
         return (
@@ -182,4 +180,8 @@ def _made(done: Done) -> str:
     if done.stage == "serve":
         return f"first token after {c['first_token_s'] or 0:.3f} s"
     held_out = f", held-out loss {c['validation_loss']:.3f}" if "validation_loss" in c else ""
-    return f"{c['steps']} steps, loss {c['loss']:.3f}{held_out}, {c['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in c else f"{c['steps']} steps"
+    return (
+        f"{c['steps']} steps, loss {c['loss']:.3f}{held_out}, {c['tokens_per_s'] / 1000:.1f}k tokens/s"
+        if "tokens_per_s" in c
+        else f"{c['steps']} steps"
+    )

@@ -61,7 +61,8 @@ class Reporter:
             self.wandb.finish()
         counts: dict[str, Any] = {k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib", "mfu_nominal") if k in self.last}
         if self.step_times_s:
-            counts |= {"step_time_s": median(self.step_times_s), "tokens_per_s": self.tokens / sum(self.step_times_s)}
+            total_s = sum(self.step_times_s)
+            counts |= {"step_time_s": median(self.step_times_s), "tokens_per_s": self.tokens / total_s, "steps_s": total_s}
         Console().print(f"train {self.stage}: " + ", ".join(f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in counts.items()))
         return counts
 
