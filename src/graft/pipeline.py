@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rich import get_console
 from rich.table import Table
 
 from graft.core.artifact import Artifact
-from graft.core.errors import ArtifactError, ConfigError
+from graft.core.errors import ArtifactError
 from graft.core.rows import read_seeds
 from graft.core.stages import Job, Plan
 
@@ -38,8 +37,6 @@ def check(plan: Plan) -> None:
     for spec in plan.stages.values():
         for name in spec.inputs:
             plan.external_input(name)
-    if not plan.beside(plan.recipe.deepspeed).is_file():
-        raise ConfigError(f"deepspeed = {plan.recipe.deepspeed!r} is no file: it is relative to {plan.path.parent}")
 
 
 def outlook(plan: Plan, redo_from: str | None = None) -> list[tuple[str, str, Artifact | None]]:
@@ -79,8 +76,7 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> l
             job = plan.resolve(name)
             artifact = job.artifact
             if artifact and name in redo:
-                shutil.rmtree(job.directory)
-                shutil.rmtree(job.run_directory, ignore_errors=True)
+                job.discard()
                 artifact = None
             if artifact:
                 job.mark_current()

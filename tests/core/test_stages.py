@@ -62,6 +62,26 @@ def test_only_what_matters_changes_the_fingerprint(recipes):
     assert plan(recipes).resolve("augment").fingerprint != first
 
 
+def test_an_edited_strategy_file_is_never_skipped_over(recipes):
+    p = plan(recipes)
+    before = p.external_input("deepspeed")
+    assert {"base", "cpt", "sft"} == {s.name for s in p.stages.values() if "deepspeed" in s.inputs}
+    path = recipes.parent / "deepspeed" / "zero2.json"
+    path.write_text(path.read_text().replace("50000000", "60000000"))
+    assert p.external_input("deepspeed") != before
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"zero2\.json"):
+        p.external_input("deepspeed")
+
+
+def test_a_discarded_artifact_is_gone_under_its_name(recipes):
+    p = plan(recipes)
+    job = make(p, "augment", rows="one")
+    job.run_directory.mkdir(parents=True)
+    job.discard()
+    assert job.artifact is None and not job.run_directory.exists() and [f.name for f in job.directory.parent.iterdir()] == ["current"]
+
+
 def test_the_endpoint_is_part_of_augment_and_its_key_is_not(recipes, monkeypatch):
     first = plan(recipes).resolve("augment").fingerprint
     monkeypatch.setenv("OPENAI_BASE_URL", "https://user:secret@api.example.com/v1")

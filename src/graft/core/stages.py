@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Stage:
     version: int  # raised when the same keys would give another result
     keys: tuple[str, ...]
     parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, corpora, machine, model, endpoint
+    inputs: tuple[str, ...] = ()  # external: seeds, corpora, machine, model, endpoint, deepspeed
     place: str = DATA
 
 
@@ -40,7 +41,7 @@ def stages(recipe: Recipe) -> list[Stage]:
     """The recipe's stages in the order they run."""
     source: dict[str, str] = {}  # the model that the next training stage starts from
     model_input: tuple[str, ...] = () if recipe.base else ("model",)
-    lm = ("seed", "model", "deepspeed")
+    lm = ("seed", "model")
     out = [
         Stage(
             "augment",
@@ -85,7 +86,17 @@ def stages(recipe: Recipe) -> list[Stage]:
             for k in _fields(section, " ".join(type(recipe.sft).model_fields))
             if k.rsplit(".", 1)[-1] not in ("save_every", "keep_checkpoints", "micro_batch")
         ]
-        out.append(Stage(stage, "launch", 1, (*lm, *result), {**source, f"shard-{stage}": "*"}, model_input if not source else (), CHECKPOINTS))
+        out.append(
+            Stage(
+                stage,
+                "launch",
+                1,
+                (*lm, *result),
+                {**source, f"shard-{stage}": "*"},
+                ("deepspeed", *(model_input if not source else ())),
+                CHECKPOINTS,
+            )
+        )
         if stage == "base":
             source = {"base": "*"}
         if stage == "cpt":
@@ -123,10 +134,7 @@ def _fields(section: str, names: str) -> tuple[str, ...]:
 
 @dataclass
 class Plan:
-    """A recipe bound to a workspace: resolves each stage's inputs, fingerprint and directory.
-
-    endpoint: how the augmentation API is named in fingerprints and output; the key never enters.
-    """
+    """A recipe bound to a workspace: resolves each stage's inputs, fingerprint and directory."""
 
     path: Path
     overrides: tuple[str, ...] = ()
@@ -234,6 +242,8 @@ class Plan:
         """What a fingerprint records of an input that is no artifact; ConfigError where it is not there."""
         if name == "seeds":
             return self._digest(self.beside(self.recipe.augment.seeds), "augment.seeds")
+        if name == "deepspeed":
+            return self._digest(self.beside(self.recipe.deepspeed), "deepspeed")
         if name == "corpora":
             return {c: self._digest(self.beside(s.path), f"corpora.{c}.path") for c, s in self.recipe.corpora.items() if s.path}
         if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar
@@ -314,6 +324,13 @@ class Job:
         with writing(self.directory, kind=self.stage.name, fingerprint=self.fingerprint, head=self.head) as draft:
             yield draft
         self.mark_current()
+
+    def discard(self) -> None:
+        """Remove the artifact and its training run; a kill on the way leaves no half of the artifact under its name."""
+        doomed = self.directory.with_name(f".{self.directory.name}.draft-discarded")  # the next writer sweeps what is left
+        os.rename(self.directory, doomed)
+        shutil.rmtree(doomed)
+        shutil.rmtree(self.run_directory, ignore_errors=True)
 
     def mark_current(self) -> None:
         point(self.directory.parent / "current", self.directory)

@@ -116,7 +116,7 @@ def run(job: Job) -> None:
             "mean_document_tokens": float(costs.sum()) / tokens,
             "data_s": data_s,
         }
-        if validation and (done == total or (config.validate_every and done % config.validate_every == 0)):
+        if validation is not None and (done == total or (config.validate_every and done % config.validate_every == 0)):
             metrics["validation_loss"] = _validate(engine, validation, micro, device)
         if report:
             report.step({**metrics, "step_time_s": time.perf_counter() - started})
@@ -172,13 +172,13 @@ def _resume(engine: Any, run_dir: Path, same: dict[str, Any]) -> dict[str, Any] 
     return checkpoint.load(engine, Path(choice[0]), same) if choice[0] else None
 
 
-def _validation(job: Job, world: int, rank: int) -> list[Any]:
-    """This rank's share of the held-out bins, the same number on every rank but for the last ones."""
+def _validation(job: Job, world: int, rank: int) -> list[Any] | None:
+    """This rank's share of the held-out bins, maybe none; None on every rank where nothing is held out."""
     folder = job.parents[f"shard-{job.stage.name}"].path / "validation"
     if not folder.is_dir():
-        return []
+        return None
     held_out = ShardSet.open(folder, verify=False)
-    return [held_out.bin(i) for i in range(rank, len(held_out), world)] or [held_out.bin(0)]
+    return [held_out.bin(i) for i in range(rank, len(held_out), world)]
 
 
 def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
