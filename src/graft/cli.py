@@ -44,7 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
     with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
-    with_recipe(verb("augment", lambda a: _until(a, "augment"), "make the recipe's rows from its seeds"))
+    augment = with_recipe(verb("augment", _augment, "make the recipe's rows from its seeds or images"))
+    augment.add_argument("--dry-run", action="store_true", help="print what it would ask and cost, and send nothing")
+    augment.add_argument("--max-retries", type=int, metavar="N", help="the same as --set api.max_retries=N")
+    with_recipe(verb("review", _review, "page through the recipe's new rows, keep or reject each from the keyboard"))
+    export = with_recipe(verb("export", _export, "write the recipe's rows in another trainer's format"))
+    export.add_argument("--format", required=True, choices=["messages", "ms-swift", "llama-factory"])
+    export.add_argument("--out", required=True, metavar="FILE", help="a .jsonl or .json file that does not exist yet; images go beside it")
     base = verb("base", _base, "`graft base build RECIPE`: build the recipe's embedded base")
     base.add_argument("action", choices=["build"])
     with_recipe(base)
@@ -75,6 +81,43 @@ def _run(args: argparse.Namespace) -> int:
         from graft.serve.probe import serve_forever
 
         serve_forever(plan, None)
+    return 0
+
+
+def _augment(args: argparse.Namespace) -> int:
+    if args.max_retries is not None:
+        args.overrides.append(f"api.max_retries={args.max_retries}")
+    if not args.dry_run:
+        return _until(args, "augment")
+    from graft import pipeline
+    from graft.data.augment.outlook import outlook
+
+    plan = _plan(args)
+    pipeline.check(plan)
+    print("\n".join(outlook(plan)))
+    return 0
+
+
+def _review(args: argparse.Namespace) -> int:
+    from graft.core.rows import read_jsonl
+    from graft.data.augment.review import review_in_terminal
+
+    plan = _plan(args)
+    made = plan.latest("augment").path
+    rows, rejected = (list(read_jsonl(made / f"{name}.jsonl")) for name in ("rows", "rejected"))
+    with plan.lock():
+        done = review_in_terminal(rows, plan.review_file, rejected)
+    print(f"{done['keep']} kept, {done['reject']} rejected, {done['undecided']} undecided; `graft augment {args.recipe}` takes the decisions in")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from graft.data.export import export
+
+    made = export(_plan(args).latest("augment").path, args.format, Path(args.out))
+    print(f"{made['rows']} rows and {made['images']} images in {args.out}")
     return 0
 
 

@@ -33,7 +33,8 @@ class Done:
 
 def check(plan: Plan) -> None:
     """Everything that can be found wrong without torch or Ray: the recipe, the seeds, the corpora, the base."""
-    read_seeds(plan.beside(plan.recipe.augment.seeds), plan.recipe.task)
+    if plan.recipe.augment.seeds:
+        read_seeds(plan.beside(plan.recipe.augment.seeds), plan.recipe.task)
     for spec in plan.stages.values():
         for name in spec.inputs:
             plan.external_input(name)
@@ -64,7 +65,7 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> l
     if until:
         plan.stage(until)
     if "augment" in to_make and plan.endpoint:
-        from graft.data.api import check_credentials
+        from graft.data.api.caller import check_credentials
 
         check_credentials(plan.endpoint)
     if "serve" in to_make and until in (None, "serve"):  # the server will be started at the end: its port must be free

@@ -53,9 +53,9 @@ def test_order_and_parents(recipes):
 
 def test_only_what_matters_changes_the_fingerprint(recipes):
     first = plan(recipes).resolve("augment").fingerprint
-    for same in ("augment.in_flight=3", "augment.timeout_s=5", "sft.lr=1e-5", "serve.port=9000"):
+    for same in ("api.in_flight=3", "api.timeout_s=5", "api.requests_per_minute=60", "sft.lr=1e-5", "serve.port=9000"):
         assert plan(recipes, same).resolve("augment").fingerprint == first, same
-    for other in ("seed=1", "augment.rows_per_class=10", "augment.model='x'", "task.function='draw'"):
+    for other in ("seed=1", "augment.rows_per_class=10", "api.model='x'", "task.function='draw'"):
         assert plan(recipes, other).resolve("augment").fingerprint != first, other
     seeds = recipes / "image-intent" / "seeds.jsonl"
     seeds.write_text(seeds.read_text() + seeds.read_text().splitlines()[0] + "\n")
@@ -80,6 +80,30 @@ def test_a_discarded_artifact_is_gone_under_its_name(recipes):
     job.run_directory.mkdir(parents=True)
     job.discard()
     assert job.artifact is None and not job.run_directory.exists() and [f.name for f in job.directory.parent.iterdir()] == ["current"]
+
+
+def test_a_persons_decisions_are_part_of_augment(recipes):
+    p = plan(recipes)
+    first = p.resolve("augment").fingerprint
+    p.review_file.parent.mkdir(parents=True, exist_ok=True)
+    p.review_file.write_text('{"id": "a-0", "decision": "reject"}\n')
+    assert p.resolve("augment").fingerprint != first
+
+
+def test_images_are_digested_by_content(tmp_path):
+    (tmp_path / "images/deep").mkdir(parents=True)
+    (tmp_path / "images/deep/a.png").write_bytes(b"a")
+    (tmp_path / "list.jsonl").write_text('{"image": "images/deep/a.png"}\n{"image": "https://example.com/b.png"}\nno json\n')
+    (tmp_path / "folder.toml").write_text('name = "f"\n[augment.images]\nfolder = "images"\nprompts = ["?"]\n')
+    (tmp_path / "listed.toml").write_text('name = "l"\n[augment.images]\nfile = "list.jsonl"\nprompts = ["?"]\n')
+    plans = [Plan(tmp_path / f"{n}.toml", root=tmp_path) for n in ("folder", "listed")]
+    before = [p.external_input("images") for p in plans]
+    assert [list(p.stages) for p in plans] == [["augment"], ["augment"]] and [b["images"] for b in before] == [1, 1]
+    (tmp_path / "images/deep/a.png").write_bytes(b"b")
+    assert all(p.external_input("images") != b for p, b in zip(plans, before, strict=True))
+    (tmp_path / "folder.toml").write_text('name = "f"\n[augment.images]\nfolder = "gone"\nprompts = ["?"]\n')
+    with pytest.raises(ConfigError, match="gone"):
+        Plan(tmp_path / "folder.toml", root=tmp_path).external_input("images")
 
 
 def test_the_endpoint_is_part_of_augment_and_its_key_is_not(recipes, monkeypatch):

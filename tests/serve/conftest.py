@@ -19,6 +19,7 @@ from graft.serve.runner import ServeSpec
 
 RECIPE = """
 name = "tiny"
+deepspeed = "zero2.json"
 [augment]
 seeds = "seeds.jsonl"
 [model]
@@ -50,6 +51,7 @@ def finished(spec):
         roots.append(root := Path(tempfile.mkdtemp(prefix="graft-")))  # not pytest's folder: Ray's sockets need a short path
         shutil.copytree(spec.base, root / "base")
         (root / "seeds.jsonl").write_text("{}\n")
+        (root / "zero2.json").write_text("{}")
         (root / "tiny.toml").write_text(RECIPE.format(port=free_port(), lora=lora))
         plan = Plan(root / "tiny.toml", root=root)
         for stage in ("augment", "prepare", "shard-sft", "sft"):

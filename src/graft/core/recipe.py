@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from graft.core.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(pattern=r"\S")]  # not blank
 Share = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
@@ -32,18 +33,87 @@ class Task(Section):
     argument: str = "prompt"
 
 
-class Augment(Section):
-    """Self-instruct over an OpenAI-compatible API (OPENAI_BASE_URL and OPENAI_API_KEY come from the environment)."""
+class Price(Section):
+    """US dollars a million tokens."""
 
-    seeds: str  # chat JSONL, relative to the recipe
+    input: Annotated[float, Field(ge=0)]
+    cached_input: Annotated[float, Field(ge=0)] | None = None  # absent: as input
+    output: Annotated[float, Field(ge=0)]
+    batch: Annotated[float, Field(gt=0, le=1)] = 0.5  # factor on all three where the server says it served at batch price (service_tier "flex")
+
+
+class Api(Section):
+    """An OpenAI-compatible API; OPENAI_BASE_URL and OPENAI_API_KEY come from the environment."""
+
     model: str = "gpt-4o-mini"
-    rows_per_class: Count = 600
-    rewrites_per_call: Count = 4
+    max_output_tokens: Count = 1024  # an answer's upper bound: sent with each request and reserved in the budget
+    output_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # the name that the server knows it by
+    image_tokens: Count = 26_000  # upper bound of what the server counts for one image
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"  # the most that the server can hold an answer to
+    service_tier: Literal["default", "flex"] | None = None
+    budget_usd: Annotated[float, Field(gt=0)] | None = None  # all that this recipe may ever spend in this workspace
+    budget_tokens: Count | None = None  # the same in tokens, input and output together
+    prices: dict[str, Price] = {}  # by model
+    in_flight: Count = 64  # concurrent requests, all actors together
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    actors: Count = 1  # processes that ask
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of one attempt
+    max_retries: Annotated[int, Field(ge=0)] = 8  # of one request
+    give_up_after_s: Annotated[float, Field(gt=0)] = 300.0  # a server that is down this long ends the run
+
+    @model_validator(mode="after")
+    def _a_budget_has_a_price(self) -> Api:
+        if self.budget_usd is not None and self.model not in self.prices:
+            raise ValueError(f"api.budget_usd = {self.budget_usd} cannot be held without a price of {self.model!r}: add [api.prices.{self.model!r}]")
+        return self
+
+
+class Images(Section):
+    """Images to ask about: a folder, or a JSONL file of {"image": path or http(s) URL, "prompt"?, "system"?}; paths relative to the recipe."""
+
+    folder: str | None = None
+    file: str | None = None
+    system: str | None = None
+    prompts: tuple[Text, ...] = ()  # each is asked of every image that brings no prompt of its own
+    questions: Annotated[int, Field(ge=0)] = 0  # further questions an image, made by the model and then answered by it
+    answer_schema: str | None = None  # a JSON Schema file, relative to the recipe; absent: free text
+    max_side: Count = 1024  # pixels; larger images are scaled down
+    max_bytes: Count = 1_000_000  # of an image as sent
+    max_download_bytes: Count = 20_000_000
+    duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 4  # perceptual hashes that differ in at most so many of 64 bits are one image
+
+    @model_validator(mode="after")
+    def _a_source_and_something_to_ask(self) -> Images:
+        if (self.folder is None) == (self.file is None):
+            raise ValueError('augment.images needs either folder = "…" or file = "….jsonl"')
+        if self.folder is not None and not self.prompts and not self.questions:
+            raise ValueError('augment.images asks nothing: give prompts = ["…"], or questions = N to have them made')
+        return self
+
+
+class Augment(Section):
+    """Self-instruct from seed sentences, or questions and answers about images."""
+
+    seeds: str | None = None  # chat JSONL, relative to the recipe
+    images: Images | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    calls_per_round: Count = 200  # requests between two joins of accepted rewrites to the seeds
+    rows_per_class: Count = 600  # seeds included
+    rows_per_seed: Count | None = None  # instead: each seed's family grows to so many rows, whatever the others do
+    rewrites_per_call: Count = 4
+    calls_per_generation: Count = 4  # requests of one family between two joins of its accepted rewrites to what it rewrites
     max_rounds: Count = 60
-    in_flight: Count = 32  # concurrent requests of one actor
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    saturation: Share = 0.05  # a family ends when a smaller share of a generation's rewrites is accepted
+    novelty: Annotated[float, Field(gt=0, le=1)] = 0.7  # a rewrite this similar to an accepted row is refused; 1: only repeats
+    language: Literal["any", "zh", "zh-Hant", "en"] = "any"
+    min_chars: Count = 2
+    max_chars: Count = 4096
+
+    @model_validator(mode="after")
+    def _seeds_or_images(self) -> Augment:
+        if (self.seeds is None) == (self.images is None):
+            raise ValueError('[augment] needs either seeds = "….jsonl" or an [augment.images] section')
+        return self
 
 
 class Prepare(Section):
@@ -152,6 +222,7 @@ class Recipe(Section):
     seed: int = 0
     deepspeed: str = "../deepspeed/zero2.json"  # relative to the recipe
     task: Task = Task()
+    api: Api = Api()
     augment: Augment
     prepare: Prepare = Prepare()
     corpora: dict[Name, Corpus] = {}
@@ -159,13 +230,21 @@ class Recipe(Section):
     model: Model = Model()
     base: EmbeddedBase | None = None
     cpt: Train | None = None
-    sft: Train
+    sft: Train | None = None  # absent: the recipe ends with its rows
     evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        if self.sft is None:
+            if self.base or self.cpt:
+                raise ValueError("[base] or [cpt] without [sft]: add an [sft] section, or leave all training out and the recipe ends with its rows")
+            return self
+        if self.augment.images:
+            raise ValueError(
+                "[augment.images] and [sft] in one recipe: training on images is not built yet; leave [sft] out and `graft export` the rows"
+            )
         if (self.model.base == "embedded") != (self.base is not None):
             raise ValueError(
                 f"model.base = {self.model.base!r} and a [base] section that is {'present' if self.base else 'absent'} "

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
 from graft.core.errors import ArtifactError, ConfigError
-from graft.core.recipe import Recipe, load, pick
+from graft.core.recipe import Recipe, Train, load, pick
 
 DATA, CHECKPOINTS = "data_shards", "checkpoints"
 GRAMMAR = Path(__file__).parents[1] / "data" / "grammar.toml"
@@ -33,7 +33,7 @@ class Stage:
     version: int  # raised when the same keys would give another result
     keys: tuple[str, ...]
     parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, corpora, machine, model, endpoint, deepspeed
+    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, endpoint, deepspeed
     place: str = DATA
 
 
@@ -45,13 +45,20 @@ def stages(recipe: Recipe) -> list[Stage]:
     out = [
         Stage(
             "augment",
-            "graft.data.augment",
-            1,
-            ("seed", "task", *_fields("augment", "seeds model rows_per_class rewrites_per_call temperature calls_per_round max_rounds")),
-            inputs=("seeds", "endpoint"),
+            "graft.data.augment.stage",
+            2,
+            (
+                "seed",
+                "task",
+                "augment",
+                *_fields("api", "model max_output_tokens output_limit response_format service_tier budget_usd budget_tokens"),
+            ),
+            inputs=("images" if recipe.augment.images else "seeds", "review", "endpoint"),
         ),
-        Stage("prepare", "graft.data.prepare", 1, ("seed", "task", "prepare", "corpora"), {"augment": "rows.jsonl"}, ("corpora", "machine")),
     ]
+    if recipe.sft is None:
+        return out
+    out.append(Stage("prepare", "graft.data.prepare", 1, ("seed", "task", "prepare", "corpora"), {"augment": "rows.jsonl"}, ("corpora", "machine")))
     tokenizer = {}
     if recipe.base:
         shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads")
@@ -82,9 +89,7 @@ def stages(recipe: Recipe) -> list[Stage]:
     for stage in recipe.train_stages():
         section = "base.train" if stage == "base" else stage
         result = [
-            k
-            for k in _fields(section, " ".join(type(recipe.sft).model_fields))
-            if k.rsplit(".", 1)[-1] not in ("save_every", "keep_checkpoints", "micro_batch")
+            k for k in _fields(section, " ".join(Train.model_fields)) if k.rsplit(".", 1)[-1] not in ("save_every", "keep_checkpoints", "micro_batch")
         ]
         out.append(
             Stage(
@@ -209,6 +214,13 @@ class Plan:
             raise ArtifactError(f"stage {stage!r} of {self.recipe.name!r} is not complete: run `graft run {self.path.name}`")
         return found
 
+    def latest(self, stage: str) -> Artifact:
+        """The artifact that `current` points at, whatever was edited since; ArtifactError where none was ever made."""
+        current = self.home(self.stage(stage).place) / stage / "current"
+        if not current.exists():
+            raise ArtifactError(f"stage {stage!r} of {self.recipe.name!r} was never completed: run `graft run {self.path.name} --until {stage}`")
+        return Artifact.open(current.resolve())
+
     def stage(self, name: str) -> Stage:
         """The stage of that name; ConfigError names those there are."""
         if name not in self.stages:
@@ -230,7 +242,7 @@ class Plan:
     def trained(self) -> tuple[str, str | None, dict[str, Path]]:
         """(folder or hub id, revision, adapters by name) that evaluate and serve load; a fully trained model has no adapter."""
         sft = self.artifact("sft").path
-        if self.recipe.sft.lora is None:
+        if self.recipe.train_stage("sft").lora is None:
             return str(sft), None, {}
         return *self.base_model("sft"), {self.recipe.name: sft}
 
@@ -241,7 +253,11 @@ class Plan:
     def external_input(self, name: str) -> Any:
         """What a fingerprint records of an input that is no artifact; ConfigError where it is not there."""
         if name == "seeds":
-            return self._digest(self.beside(self.recipe.augment.seeds), "augment.seeds")
+            return self._digest(self.beside(self.recipe.augment.seeds or ""), "augment.seeds")
+        if name == "images":
+            return self._images()
+        if name == "review":
+            return self._digest(self.review_file, "review") if self.review_file.is_file() else None
         if name == "deepspeed":
             return self._digest(self.beside(self.recipe.deepspeed), "deepspeed")
         if name == "corpora":
@@ -265,19 +281,56 @@ class Plan:
             raise ConfigError(f"model.base = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
         return {p.name: self._digest(p, "model.base") for p in sorted(folder.iterdir()) if p.is_file()}
 
+    @property
+    def review_file(self) -> Path:
+        """A person's decisions on the recipe's rows (`graft review`)."""
+        return self.home(DATA) / "review.jsonl"
+
+    def _images(self) -> dict[str, Any]:
+        """Digests of the image source: the listing with the local files it names, or every file of the folder."""
+        images = self.recipe.augment.images
+        assert images is not None
+        schema = self._digest(self.beside(images.answer_schema), "augment.images.answer_schema") if images.answer_schema else None
+        if images.file:
+            listing = self.beside(images.file)
+            found: dict[str, Any] = {"file": self._digest(listing, "augment.images.file")}
+            local = sorted({p for name in _listed(listing) if "://" not in name and (p := self.beside(name)).is_file()})
+        else:
+            folder = self.beside(images.folder or "")
+            if not folder.is_dir():
+                raise ConfigError(f"augment.images.folder names {folder}, which is no folder: mend the path (it is relative to {self.path.parent})")
+            found, local = (
+                {},
+                sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)),
+            )
+        digests = self._digests(local)
+        return {
+            **found,
+            "schema": schema,
+            "images": len(local),
+            "content": digest_of({os.path.relpath(p, self.path.parent): d for p, d in digests.items()}),
+        }
+
     def _digest(self, path: Path, key: str) -> str:
-        """SHA-256 of an external file, remembered by (path, size, mtime) so that a second run reads no base again."""
         if not path.is_file():
             raise ConfigError(f"{key} names {path}, which is no file: mend the path (it is relative to {self.path.parent})")
-        stat = path.stat()
+        return self._digests([path])[path]
+
+    def _digests(self, paths: list[Path]) -> dict[Path, str]:
+        """SHA-256 of external files, remembered by (path, size, mtime) so that a second run reads no base again."""
         memory = self.home(DATA) / ".digests.json"
         known = json.loads(memory.read_text()) if memory.is_file() else {}
-        tag = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
-        if tag not in known:
-            known[tag] = sha256_file(path)
+        found, new = {}, False
+        for path in paths:
+            stat = path.stat()
+            tag = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+            if tag not in known:
+                known[tag], new = sha256_file(path), True
+            found[path] = known[tag]
+        if new:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(memory, json.dumps(known, indent=1))
-        return known[tag]
+        return found
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -334,6 +387,15 @@ class Job:
 
     def mark_current(self) -> None:
         point(self.directory.parent / "current", self.directory)
+
+
+def _listed(listing: Path) -> Iterator[str]:
+    """The images that a JSONL file names; lines that name none are the stage's to reject."""
+    with listing.open("rb") as f:
+        for line in f:
+            with suppress(ValueError, AttributeError):
+                if isinstance(name := json.loads(line).get("image"), str):
+                    yield name
 
 
 def lineage(path: Path) -> list[tuple[int, Artifact]]:

@@ -1,0 +1,102 @@
+"""What the broker keeps book of: budgets, runs, connected processes, requests that wait and requests under way."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft.data.api.ledger import Attempt, Spend
+from graft.data.api.limits import Lane
+
+WINDOW_S = 60.0  # of the rates shown
+
+
+@dataclass
+class Account:
+    """A recipe's budget: what it has spent, what is reserved for requests under way."""
+
+    spend: Spend
+    usd_cap: float | None = None
+    tokens_cap: int | None = None
+    reserved_usd: float = 0.0
+    reserved_tokens: int = 0
+    under_way: int = 0
+
+    def fits(self, usd: float, tokens: int) -> bool:
+        return (self.usd_cap is None or self.spend.usd + self.reserved_usd + usd <= self.usd_cap) and (
+            self.tokens_cap is None or self.spend.tokens + self.reserved_tokens + tokens <= self.tokens_cap
+        )
+
+    def reserve(self, usd: float, tokens: int, n: int = 1) -> None:
+        self.reserved_usd += n * usd
+        self.reserved_tokens += n * tokens
+        self.under_way += n
+
+
+@dataclass
+class Session:
+    """One run of `graft augment`: its driver and its callers."""
+
+    account: str
+    lane: tuple[str, str]
+    limits: dict[str, Any]
+    peers: set[Any] = field(default_factory=set)
+    stopped: dict[str, str] | None = None  # {"kind", "reason"}
+    answered: int = 0
+    refused: int = 0
+    retries: int = 0
+    recent: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens) of settled requests
+
+
+@dataclass(eq=False)
+class Peer:
+    """A connected process."""
+
+    socket: Any
+    owner: str = ""
+    session: str = ""
+    outbox: dict[str, list[Any]] = field(default_factory=dict)
+
+    def tell(self, what: str, item: Any) -> None:
+        self.outbox.setdefault(what, []).append(item)
+
+
+@dataclass(eq=False)
+class Want:
+    key: str
+    usd: float
+    tokens: int
+    peer: Peer
+
+
+@dataclass
+class Live:
+    """A request under way; `peer` is None while its owner is away."""
+
+    attempt: Attempt
+    lane: Lane | None
+    peer: Peer | None
+
+
+def figures(session: Session, account: Account, lane: Lane, queued: int) -> dict[str, Any]:
+    """A run's numbers for the panel."""
+    now = time.monotonic()
+    while session.recent and session.recent[0][0] < now - WINDOW_S:
+        session.recent.popleft()
+    span_s = max(1.0, min(WINDOW_S, now - session.recent[0][0])) if session.recent else 1.0
+    return {
+        "spent_usd": account.spend.usd,
+        "reserved_usd": account.reserved_usd,
+        "presumed_usd": account.spend.lost_usd,
+        "presumed": account.spend.lost,
+        "tokens": account.spend.tokens,
+        "answers": session.answered,
+        "retries": session.retries,
+        "in_flight": lane.in_flight,
+        "queued": queued,
+        "requests_per_minute": len(session.recent) * 60 / span_s,
+        "tokens_per_minute": sum(t for _, t in session.recent) * 60 / span_s,
+        "down_s": lane.breaker.down_s(now),
+    }

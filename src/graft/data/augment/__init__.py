@@ -1,0 +1,1 @@
+"""Stage `augment`: seeds become chat rows, images become question-and-answer rows, through an OpenAI-compatible API."""
