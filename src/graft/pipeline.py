@@ -19,7 +19,7 @@ from graft.core.errors import ArtifactError
 from graft.core.rows import read_seeds
 from graft.core.stages import Job, Plan
 
-OWN_PROGRESS = {"graft.data.augment", "graft.evaluate.classify", "launch"}  # they draw bars; the others get a spinner
+OWN_PROGRESS = {"graft.data.augment.stage", "graft.evaluate.classify", "launch"}  # they draw bars; the others get a spinner
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,12 @@ def _made(done: Done) -> str:
     """One stage's numbers, for people."""
     c = done.artifact.counts
     if done.stage == "augment":
-        return f"{c['rows']['call']} + {c['rows']['text']} rows from {c['seeds']} seeds, {c['requests']} requests, {c['endpoint'].split()[0]}"
+        made = (
+            f"{c['accepted']} rows from {c['images']['kept']} images"
+            if "images" in c
+            else f"{' + '.join(map(str, c['rows'].values()))} rows from {c['seeds']} seeds"
+        )
+        return f"{made}, {c['requests']} requests, {c['endpoint'].split()[0]}"
     if done.stage == "prepare":
         rows = c["rows"]
         return (

@@ -14,10 +14,13 @@ MARK = "GRAFT_TEST_RUN"
 
 
 class Tree:
-    """The copy at `path`; every process started through it carries a mark in its environment."""
+    """The copy at `path`; every process started through it carries a mark in its environment.
 
-    def __init__(self, path: Path):
-        self.path, self.mark = path / "graft", uuid.uuid4().hex
+    extra: what else their environment holds.
+    """
+
+    def __init__(self, path: Path, extra: dict[str, str] | None = None):
+        self.path, self.mark, self.extra = path / "graft", uuid.uuid4().hex, extra or {}
         self.home = path / "home"
         self.home.mkdir(parents=True)
         listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
@@ -40,6 +43,7 @@ class Tree:
             "GRAFT_INSTALLED": "1",
             "PYTHONPATH": str(self.path / "src"),
             MARK: self.mark,
+            **self.extra,
         }
 
     def start(self, *command: str) -> subprocess.Popen:

@@ -34,7 +34,7 @@ def sha256_file(path: Path) -> str:
 
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON-ready value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def fsync_dir(path: Path) -> None:

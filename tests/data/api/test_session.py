@@ -1,6 +1,8 @@
 """A run's access to the API against a server that fails on purpose and keeps its own books, through real Ray actors."""
 
+import os
 import sqlite3
+import subprocess
 import time
 
 import pytest
@@ -48,6 +50,12 @@ def test_answers_come_in_order_and_are_asked_for_once(ray_local, tmp_path):
         assert figures["spent_usd"] == pytest.approx(truth["billed_usd"]) and open_attempts(tmp_path) == 0
         again, _ = ask(tmp_path, server, 310, actors=2)
         assert again[:300] == answers and server.report()["requests"] == 310
+
+
+def test_a_lone_surrogate_is_asked_about_like_anything_else(ray_local, tmp_path):
+    odd = Request({**requests(1)[0].body, "messages": [{"role": "user", "content": '4 則\n{"user": "\ud83d", "assistant": "好"}'}]})
+    with FaultyEndpoint(answers="canned") as server, Session(recipe(), tmp_path / "ledger.sqlite", server.base_url) as session:
+        assert [a.error for a in session.ask([odd])] == [None] and next(iter(session.known([odd]))) == odd.key
 
 
 def all_faults(tmp_path, n, kinds):
@@ -163,6 +171,25 @@ def test_the_servers_limits_are_kept_once_they_are_known(ray_local, tmp_path):
         assert truth["statuses"].get("429", 0) <= 16, "the first burst, at most"
         told, _ = ask(tmp_path / "told", server, 60, in_flight=16, requests_per_minute=1100)
         assert all(a.response for a in told) and server.report()["statuses"].get("429", 0) == truth["statuses"].get("429", 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
+def test_a_full_disk_is_one_line_and_room_again_goes_on(ray_local, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "none", small], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        with FaultyEndpoint() as server:
+            with pytest.raises(DataError, match=r"cannot be written: .*full") as e:
+                ask(small, server, 1500)
+            assert "\n" not in str(e.value)
+            subprocess.run(["mount", "-o", "remount,size=50m", small], check=True)
+            answers, _ = ask(small, server, 1500)
+            truth = server.report()
+            assert all(a.response for a in answers) and truth["requests"] <= truth["unique"] + 2 * 32
+    finally:
+        subprocess.run(["umount", "-l", small], check=False)
 
 
 def test_an_answer_dearer_than_its_worst_case_stops_a_run_with_a_budget(ray_local, tmp_path):

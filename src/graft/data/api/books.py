@@ -47,7 +47,16 @@ class Session:
     answered: int = 0
     refused: int = 0
     retries: int = 0
-    recent: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens) of settled requests
+    recent: deque[list[float]] = field(default_factory=deque)  # [second, requests, tokens] that came back, of the last minute
+
+    def count(self, now: float, tokens: int) -> None:
+        """A request came back."""
+        if not self.recent or self.recent[-1][0] != int(now):
+            self.recent.append([int(now), 0, 0])
+        self.recent[-1][1] += 1
+        self.recent[-1][2] += tokens
+        while self.recent[0][0] < now - WINDOW_S:
+            self.recent.popleft()
 
 
 @dataclass(eq=False)
@@ -83,9 +92,8 @@ class Live:
 def figures(session: Session, account: Account, lane: Lane, queued: int) -> dict[str, Any]:
     """A run's numbers for the panel."""
     now = time.monotonic()
-    while session.recent and session.recent[0][0] < now - WINDOW_S:
-        session.recent.popleft()
-    span_s = max(1.0, min(WINDOW_S, now - session.recent[0][0])) if session.recent else 1.0
+    recent = [r for r in session.recent if r[0] >= now - WINDOW_S]
+    span_s = max(1.0, now - recent[0][0]) if recent else 1.0
     return {
         "spent_usd": account.spend.usd,
         "reserved_usd": account.reserved_usd,
@@ -96,7 +104,7 @@ def figures(session: Session, account: Account, lane: Lane, queued: int) -> dict
         "retries": session.retries,
         "in_flight": lane.in_flight,
         "queued": queued,
-        "requests_per_minute": len(session.recent) * 60 / span_s,
-        "tokens_per_minute": sum(t for _, t in session.recent) * 60 / span_s,
+        "requests_per_minute": sum(r[1] for r in recent) * 60 / span_s,
+        "tokens_per_minute": sum(r[2] for r in recent) * 60 / span_s,
         "down_s": lane.breaker.down_s(now),
     }

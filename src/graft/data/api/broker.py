@@ -1,7 +1,7 @@
 """The broker: decides which request may leave now, and makes each answer durable before anyone reads it.
 
 It runs in the process that holds the ledger's lease and serves every caller of the workspace, on this machine or another,
-over a WebSocket (JSON messages, see `client.py`). No request leaves without a grant, and a grant is durable, with its worst
+over a WebSocket (MessagePack, see `client.py`). No request leaves without a grant, and a grant is durable, with its worst
 case reserved, before it is given: so one answer is never paid twice, and no budget is passed. One loop admits, commits and
 notifies in groups, so a thousand callers cost a few fsyncs a second.
 """
@@ -9,7 +9,6 @@ notifies in groups, so a thousand callers cost a few fsyncs a second.
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 import time
 from collections import deque
@@ -17,12 +16,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import msgpack
+
 from graft.data.api.books import Account, Live, Peer, Session, Want, figures
 from graft.data.api.lease import surely_dead
 from graft.data.api.ledger import Attempt, LeaseLost, Ledger, Settled, Spend
 from graft.data.api.limits import Bucket, Lane
 
 RECONNECT_S = 15.0  # an owner that is away this long has died, and its open requests are presumed billed
+GROUP_S = 0.005  # what comes in so long is committed and sent together
 HOPELESS_AFTER = 5  # requests refused, none answered: all will be
 
 
@@ -57,9 +59,9 @@ class Broker:
         self.peers.add(peer)
         try:
             async for message in socket:
-                if not isinstance(message.data, str):
+                if not isinstance(message.data, bytes):
                     break
-                await self._read(peer, json.loads(message.data))
+                await self._read(peer, msgpack.unpackb(message.data))
         finally:
             self.peers.discard(peer)
             self._gone(peer)
@@ -73,7 +75,7 @@ class Broker:
         for item in message.get("settle", ()):
             self._settle(peer, item)
         if (number := message.get("ask")) is not None:
-            await peer.socket.send_str(json.dumps({"reply": number, "value": await self._query(message)}))
+            await peer.socket.send_bytes(msgpack.packb({"reply": number, "value": await self._query(message)}))
         self.wake.set()
 
     async def _query(self, message: dict[str, Any]) -> Any:
@@ -169,7 +171,7 @@ class Broker:
                 lane.breaker.success()
         if session is None:
             return
-        session.recent.append((now, item["tokens"]))
+        session.count(now, item["tokens"])
         if item["usd"] > live.attempt.usd * (1 + 1e-9) and item["state"] == "paid" and session.limits["budget_usd"]:
             session.stopped = session.stopped or {
                 "kind": "data",
@@ -220,6 +222,7 @@ class Broker:
                 with suppress(TimeoutError):  # no wait_for: in Python 3.11 it may swallow the cancellation
                     async with asyncio.timeout(min(wait_s, 1.0)):
                         await self.wake.wait()
+                await asyncio.sleep(GROUP_S)
                 self.wake.clear()
 
     def _close(self, item: Settled) -> None:
@@ -321,9 +324,9 @@ class Broker:
                     want.peer.tell("known", want.key)
         for peer in list(self.peers):
             if peer.outbox:
-                message, peer.outbox = json.dumps(peer.outbox), {}
+                message, peer.outbox = msgpack.packb(peer.outbox), {}
                 with suppress(ConnectionError):  # its reader notices too, and cleans up
-                    await peer.socket.send_str(message)
+                    await peer.socket.send_bytes(message)
 
     def _account(self, name: str) -> Account:
         return self.accounts.setdefault(name, Account(Spend()))

@@ -23,15 +23,23 @@ from graft.data.api.limits import QUOTA_CODES, RATE_HEADERS, backoff_s, retry_af
 from graft.data.api.spending import cost_usd, price_of, usage_of, worst_case
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+SECRET_CHARS = 16  # a shorter key is a stand-in, as "none" or "EMPTY" for a local server, and may be a word of an answer
 IMAGE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
 Row = dict[str, Any]
 
 
 def check_credentials(base_url: str) -> None:
-    """CredentialError where a remote endpoint would be called without a key."""
-    if urlsplit(base_url).hostname not in LOOPBACK and not os.environ.get("OPENAI_API_KEY"):
+    """CredentialError where a remote endpoint would be called without a key, the key is in its address, or no header takes it."""
+    address, key = urlsplit(base_url), os.environ.get("OPENAI_API_KEY", "")
+    if "@" in address.netloc or address.query:  # addresses are printed and kept, and the client takes neither
         raise CredentialError(
-            f"OPENAI_BASE_URL names {urlsplit(base_url).hostname}, but OPENAI_API_KEY is not set: export it, or unset OPENAI_BASE_URL to use the embedded endpoint"
+            f"OPENAI_BASE_URL holds more than the address of {address.hostname}: leave out name, password and query, put the key into OPENAI_API_KEY"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise CredentialError("OPENAI_API_KEY holds a line break or another character that keys do not have: export it again, from one line")
+    if address.hostname not in LOOPBACK and not key:
+        raise CredentialError(
+            f"OPENAI_BASE_URL names {address.hostname}, but OPENAI_API_KEY is not set: export it, or unset OPENAI_BASE_URL to use the embedded endpoint"
         )
 
 
@@ -135,9 +143,9 @@ class Caller:
         try:
             async with asyncio.timeout(self.api.timeout_s):  # of the whole: the client's own is of one read, a drip never ends it
                 reply = await self.client.post(self.url, cast_to=httpx2.Response, content=content)
-            return {"outcome": "answer", "state": "paid", "headers": _headers(reply.headers), "response": reply.text}
+            return {"outcome": "answer", "state": "paid", "headers": _headers(reply.headers), "response": _redacted(reply.text)}
         except APIStatusError as e:
-            return {"headers": _headers(e.response.headers), **_refusal(e.status_code, e.code, e.message)}
+            return {"headers": _headers(e.response.headers), **_refusal(e.status_code, str(e.code or ""), e.message)}
         except TimeoutError:
             return {"outcome": "connection", "state": "lost", "headers": {}, "reason": f"no answer within {self.api.timeout_s:g} s"}
         except (APIConnectionError, aiohttp.ClientError) as e:
@@ -147,9 +155,9 @@ class Caller:
             return {"outcome": "connection", "state": "free" if never_left else "lost", "headers": {}, "reason": reason}
 
 
-def _refusal(status: int, code: str | None, message: str) -> Row:
+def _refusal(status: int, code: str, message: str) -> Row:
     """What an HTTP error means: which wait may mend it, which ends the run, whether it may have been billed."""
-    reason = " ".join(str(p) for p in (status, code, _one_line(message)) if p)
+    reason = " ".join(str(p) for p in (status, _one_line(code), _one_line(message)) if p)
     if code in QUOTA_CODES:
         return {"outcome": "fatal", "state": "free", "kind": "credential", "reason": f"the account's quota is used up: {reason}"}
     if status in (401, 403):
@@ -193,4 +201,10 @@ def _headers(headers: Any) -> dict[str, str]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    return " ".join(_redacted(text).split())[:200]
+
+
+def _redacted(text: str) -> str:
+    """`text` without the key: some servers and gateways repeat the headers that they were sent."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return text.replace(key, "…") if len(key) >= SECRET_CHARS else text

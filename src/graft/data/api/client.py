@@ -1,6 +1,6 @@
 """The other end of the broker's WebSocket: a process that asks for grants and hands in what came back.
 
-Messages are JSON objects of lists, many items each: out {"hello", "want": [[key, usd, tokens]], "settle": [...]} and
+Messages are MessagePack maps of lists, many items each: out {"hello", "want": [[key, usd, tokens]], "settle": [...]} and
 {"ask": n, …}; in {"grant": [[key, attempt]], "known", "budget", "stopped", "halt", "durable"} and {"reply": n, "value"}.
 When the broker's process ends, the client waits for the next holder of the lease and tells it all that is still undecided.
 """
@@ -8,7 +8,6 @@ When the broker's process ends, the client waits for the next holder of the leas
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import deque
 from contextlib import suppress
@@ -16,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgpack
+
 from graft.core.errors import ArtifactError
 from graft.data.api.lease import Lease, this_process
 
 PATIENCE_S = 60.0  # without any broker
+GROUP_S = 0.005  # what is said within it goes as one message
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,13 @@ class Client:
         }
         self._out = {k: v for k, v in self._out.items() if v}
         asked: set[int] = set()
-        await socket.send_str(json.dumps({"hello": {**self.hello, "holding": sorted(self._granted)}}))
+        await socket.send_bytes(msgpack.packb({"hello": {**self.hello, "holding": sorted(self._granted)}}))
         self._wake.set()
         writer = asyncio.create_task(self._write(socket, asked))
         try:
             async for message in socket:
-                if isinstance(message.data, str):
-                    self._read(json.loads(message.data))
+                if isinstance(message.data, bytes):
+                    self._read(msgpack.unpackb(message.data))
         finally:
             writer.cancel()
 
@@ -129,13 +131,14 @@ class Client:
         with suppress(ConnectionError):  # the reader sees the end of it
             while True:
                 await self._wake.wait()
+                await asyncio.sleep(GROUP_S)
                 self._wake.clear()
                 if self._out:
                     message, self._out = self._out, {}
-                    await socket.send_str(json.dumps(message))
+                    await socket.send_bytes(msgpack.packb(message))
                 for number in [n for n in self._asks if n not in asked]:
                     asked.add(number)
-                    await socket.send_str(json.dumps(self._asks[number][0]))
+                    await socket.send_bytes(msgpack.packb(self._asks[number][0]))
 
     def _read(self, message: dict[str, Any]) -> None:
         for key, attempt in message.get("grant", ()):

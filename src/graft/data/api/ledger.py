@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS answers (
   request TEXT NOT NULL,      -- its JSON, images as their SHA-256
   response TEXT NOT NULL,     -- the body as it came, parsed or not
   unix_s REAL NOT NULL
-) WITHOUT ROWID;
+);
 CREATE TABLE IF NOT EXISTS attempts (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   key TEXT NOT NULL,
@@ -92,6 +92,7 @@ class Ledger:
             self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
             self.db.execute(f"PRAGMA journal_mode={'TRUNCATE' if on_network(path) else 'WAL'}")
             self.db.execute("PRAGMA synchronous=FULL")
+            self.db.execute("PRAGMA wal_autocheckpoint=8000")  # pages; a checkpoint holds up the commit that triggers it
             self.db.executescript(SCHEMA)
             self.epoch: int = self.db.execute("UPDATE holder SET epoch = epoch + 1 RETURNING epoch").fetchone()[0]
         except sqlite3.DatabaseError as e:

@@ -7,6 +7,7 @@ chunk at a time, so memory stays flat however many there are. Starting a chunk's
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from graft.data.api.keeper import keep
 from graft.data.api.request import Answer, Request
 
 CHUNK = 16_384  # requests of one Ray Data run
+READ = 512  # answers read from the ledger at once
 BLOCK = 64  # requests handed to an actor together
 LEDGER = "ledger.sqlite"  # under data_shards/
 
@@ -76,8 +78,8 @@ class Session:
         while chunk := list(itertools.islice(requests, CHUNK)):
             known = self._raw(chunk)
             missing = {r.key: r for r in chunk if r.key not in known}
-            outcomes = self._send(list(missing.values())) if missing else {}
-            known |= self._raw([r for r in missing.values() if outcomes[r.key]["status"] == "answered"])
+            outcomes, new = self._send(list(missing.values())) if missing else ({}, {})
+            known |= new
             for request in chunk:
                 yield _answer(request.key, known.get(request.key), outcomes.get(request.key))
 
@@ -94,12 +96,12 @@ class Session:
         """(request, raw response) of this recipe's last answers."""
         return [(a, b) for a, b in self._do(self._client.ask(usage=self.recipe.name))]
 
-    def _send(self, requests: list[Request]) -> dict[str, dict[str, Any]]:
-        """Ask all of `requests`; what became of each, by key."""
+    def _send(self, requests: list[Request]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Ask all of `requests`; what became of each, and the raw answers, by key."""
         import ray
 
         api = self.recipe.api
-        rows = [{"key": r.key, "body": json.dumps(r.body, ensure_ascii=False), "files": json.dumps(r.files)} for r in requests]
+        rows = [{"key": r.key, "body": _json(r.body), "files": json.dumps(r.files)} for r in requests]
         actors = min(api.actors, math.ceil(len(rows) / BLOCK))
         outcomes: dict[str, dict[str, Any]] = {}
         stopped: dict[str, Any] | None = None
@@ -113,26 +115,25 @@ class Session:
             compute=ray.data.ActorPoolStrategy(size=actors, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=2 * calls),
             num_cpus=0.5,
         )
-        with self._watching():
+        read = _Reader(self._client, self._loop)
+        with _Watch(self):
             for row in pipeline.iter_rows():
                 outcomes[row["key"]] = row
-                if row["status"] == "stopped":
+                if row["status"] == "answered":
+                    read.add(row["key"])
+                elif row["status"] == "stopped":
                     stopped = stopped or row
         self.sent += len(rows)
         if stopped:
             raise _error(stopped["kind"], f"augment: {stopped['error']}; every answer so far is in {self.ledger}, run again to go on")
-        return outcomes
-
-    def _watching(self) -> Any:
-        return _Watch(self)
+        return outcomes, read.all()
 
     def _raw(self, requests: list[Request]) -> dict[str, str]:
         self._alive()
-        found: dict[str, str] = {}
-        keys = [r.key for r in requests]
-        for i in range(0, len(keys), 1000):
-            found |= self._do(self._client.ask(answers=keys[i : i + 1000]))
-        return found
+        read = _Reader(self._client, self._loop)
+        for request in requests:
+            read.add(request.key)
+        return read.all()
 
     async def _connect(self) -> Client:
         return Client(self.ledger, self.hello)
@@ -154,6 +155,40 @@ class Session:
                 if future.done():
                     raise
                 self._alive()
+
+
+def _json(body: dict[str, Any]) -> str:
+    """Characters as they are; a lone surrogate, which an earlier answer may have held and UTF-8 cannot, makes escapes of all."""
+    text = json.dumps(body, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(body)
+    return text
+
+
+class _Reader:
+    """Reads answers from the ledger while others are still under way."""
+
+    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop):
+        self.client, self.loop = client, loop
+        self.keys: list[str] = []
+        self.parts: list[concurrent.futures.Future[dict[str, str]]] = []
+
+    def add(self, key: str) -> None:
+        self.keys.append(key)
+        if len(self.keys) == READ:
+            self._ask()
+
+    def all(self) -> dict[str, str]:
+        """Raw answer by key, of those that have one."""
+        self._ask()
+        return {key: raw for part in self.parts for key, raw in part.result().items()}
+
+    def _ask(self) -> None:
+        if self.keys:
+            self.parts.append(asyncio.run_coroutine_threadsafe(self.client.ask(answers=self.keys), self.loop))
+            self.keys = []
 
 
 class _Watch:

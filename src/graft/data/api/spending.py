@@ -37,7 +37,7 @@ def worst_prompt_tokens(body: dict[str, Any], image_tokens: int) -> int:
     for message in body["messages"]:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        total += MESSAGE_TOKENS + sum(image_tokens if p["type"] == "image_url" else len(p["text"].encode()) for p in parts)
+        total += MESSAGE_TOKENS + sum(image_tokens if p["type"] == "image_url" else len(p["text"].encode("utf-8", "surrogatepass")) for p in parts)
     if schema := body.get("response_format"):
         total += len(json.dumps(schema, ensure_ascii=False).encode())
     return total

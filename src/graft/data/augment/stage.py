@@ -41,7 +41,7 @@ def run(job: Job) -> None:
     base_url = plan.endpoint
     if base_url:
         check_credentials(base_url)
-        console.print(f"augment: {recipe.api.model} at {base_url}", markup=False, highlight=False)
+        console.print(f"augment: {recipe.api.model} at {job.head['inputs']['endpoint']}", markup=False, highlight=False)
     else:
         console.print("augment: no OPENAI_BASE_URL or OPENAI_API_KEY: the embedded endpoint rewrites by grammar, it is no language model")
     with ExitStack() as stack:

@@ -1,0 +1,276 @@
+"""A key planted in the environment appears in no file, log, manifest, Ray API answer or wandb run of the whole pipeline.
+
+One `graft run` with every key planted and the API's really asked for, while Ray's own API is read as anyone with the
+cluster's token could; then runs against a server that repeats the header it was sent. Every byte left is searched.
+"""
+
+import base64
+import gzip
+import json
+import re
+import secrets
+import shutil
+import socket
+import sqlite3
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from graft import cli
+from graft.core.rows import read_jsonl
+from graft.core.stages import Plan
+from graft.data.endpoint import complete
+
+from ..data.api.faulty import FaultyEndpoint
+from .leaks import PIECE, new_key, search
+from .test_kill import SMALL
+from .tree import RECIPE, Tree
+
+KEYS = ("OPENAI_API_KEY", "WANDB_API_KEY", "HF_TOKEN", "GRAFT_API_KEY")
+OVERRIDES = [
+    *SMALL,
+    *(f"{stage}.max_steps=4" for stage in ("base.train", "cpt", "sft")),
+    "tracking.wandb=offline",
+    "api.prices={gpt-4o-mini = {input = 1.0, output = 4.0}}",
+]
+LISTS = "actors tasks workers nodes objects placement_groups runtime_envs jobs cluster_events"
+RAY_API = [
+    "/api/jobs/",
+    "/logical/actors",
+    "/api/cluster_status",
+    "/api/component_activities",
+    "/events",
+    "/nodes?view=summary",
+    "/nodes/{node}",
+    "/api/serve/applications/",
+    *(f"/api/v0/{name}?detail=1" for name in LISTS.split()),
+]
+
+
+# ---- the search ---------------------------------------------------------------------------------------------------------
+def test_the_search_finds_what_is_hidden(tmp_path):
+    key = new_key("OPENAI_API_KEY")
+    plain = {"plain": key, "json": json.dumps({"a": [key]}), "quoted": quote(key, safe=""), "cut": "x" * 50 + key[:30], "tail": key[-30:]}
+    for offset in range(3):
+        plain[f"base64-{offset}"] = base64.b64encode(b"x" * offset + key.encode() + b"tail").decode()
+    for name, text in plain.items():
+        (tmp_path / name).write_text(text)
+    with gzip.open(tmp_path / "log.gz", "wt") as f:
+        f.write(f"header {key}")
+    with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "log.gz", "inner/log.gz")
+    with sqlite3.connect(tmp_path / "some.db") as db:
+        db.execute("CREATE TABLE t (a TEXT)")
+        db.execute("INSERT INTO t VALUES (?)", ("字" * 5000 + key,))
+    (tmp_path / "innocent").write_text(new_key("OPENAI_API_KEY"))
+    searched, found = search(tmp_path, {"key": key})
+    assert searched.total() == len(plain) + 4
+    names = {where for _, where in found}
+    assert names >= {*plain, "log.gz, unpacked", "model.zip/inner/log.gz, unpacked", "some.db, rows"} and "innocent" not in names
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------------
+class RayApi:
+    """Reads the API of the cluster that a tree's run has at the moment; each answer becomes a file in `answers`."""
+
+    def __init__(self, tree: Tree, temporary: Path, answers: Path):
+        self.tree, self.temporary, self.answers = tree, temporary, answers
+        self.seen: dict[str, list[bytes]] = {path: [] for path in [*RAY_API, "metrics"]}
+        answers.mkdir()
+
+    def read(self) -> None:
+        sessions = sorted(self.temporary.glob("ray/session_2*/logs/dashboard.log"), key=lambda p: p.stat().st_mtime)
+        address = re.search(r"http address: (127\.0\.0\.1:\d+)", sessions[-1].read_text()) if sessions else None
+        token = self.tree.home / ".ray/auth_token"
+        if not address or not token.exists():
+            return
+        headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
+        nodes = self._get(f"http://{address[1]}/api/v0/nodes?detail=1", headers)
+        listed = json.loads(nodes)["data"]["result"]["result"] if nodes else []
+        if not listed:
+            return
+        for path in RAY_API:
+            self._keep(path, self._get(f"http://{address[1]}{path.format(node=listed[0]['node_id'])}", headers))
+        for target in json.loads((self.temporary / "ray/prom_metrics_service_discovery.json").read_text())[0]["targets"]:
+            self._keep("metrics", self._get(f"http://{target}/metrics", headers))
+
+    def _get(self, url: str, headers: dict[str, str]) -> bytes:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
+                return reply.read()
+        except (OSError, ValueError):  # not up yet, or gone
+            return b""
+
+    def _keep(self, path: str, answer: bytes) -> None:
+        if answer:
+            self.seen[path].append(answer)
+            name = re.sub(r"\W+", "-", path).strip("-")
+            (self.answers / f"{name}-{len(self.seen[path])}").write_bytes(answer)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """A tree after one `graft run`, with `keys`, `marker` (in a seed's text) and `api`, what Ray said meanwhile."""
+    root = Path(tempfile.mkdtemp(prefix="graft-"))  # short: Ray's socket paths have a limit of 107 bytes
+    keys = {name: new_key(name) for name in KEYS}
+    (root / "tmp").mkdir()
+    report = {"RAY_metrics_report_interval_ms": "1000"}  # the default of 10 s is as long as the asking
+    tree = Tree(root, {**keys, **report, "TMPDIR": str(root / "tmp"), "RAY_TMPDIR": str(root / "tmp")})
+    tree.keys, tree.marker, tree.root = keys, f"seed-{secrets.token_hex(20)}", root
+    seed = [{"role": "user", "content": f"請畫一座叫{tree.marker}的島"}, {"role": "assistant", "content": 'call("generate_image", {"prompt": "島"})'}]
+    seeds = tree.path / "configs/recipes/image-intent/seeds.jsonl"  # at the head: the last families may not be needed
+    seeds.write_text(json.dumps({"messages": seed}, ensure_ascii=False) + "\n" + seeds.read_text())
+    tree.api = RayApi(tree, root / "tmp", root / "answers")
+    with FaultyEndpoint(api_key=keys["OPENAI_API_KEY"], latency_s=3, log=root / "server.jsonl") as server:
+        tree.extra["OPENAI_BASE_URL"] = server.base_url
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        process = tree.start(*tree.graft("run", RECIPE, *(a for o in [*OVERRIDES, f"serve.port={port}"] for a in ("--set", o))))
+        deadline = time.monotonic() + 400
+        while process.poll() is None:
+            assert time.monotonic() < deadline, (root / "output.log").read_text()[-3000:]
+            tree.api.read()
+            time.sleep(1)
+        assert process.returncode == 0, (root / "output.log").read_text()[-4000:]
+        tree.statuses = server.report()["statuses"]
+    tree.none_alive(within_s=60)
+    yield tree
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def test_a_planted_key_is_in_no_file_and_in_no_answer_of_ray(pipeline):
+    assert pipeline.statuses.keys() == {"200"}, "every request carried the key"
+    searched, found = search(pipeline.root, {**pipeline.keys, "marker": pipeline.marker})
+    plan = Plan(pipeline.path / RECIPE, tuple(OVERRIDES), pipeline.path)
+    places = {where for name, where in found if name == "marker"}
+    rows = plan.latest("augment").path.relative_to(pipeline.root.resolve())
+    assert {f"{rows}/rows.jsonl", "graft/data_shards/ledger.sqlite, rows"} <= places, "what is there is found"
+    assert searched[".wandb"] >= 3 and searched[".safetensors"] >= 3 and searched[".log"] > 20 and searched[""] > 100, searched
+    assert not [where for name, where in found if name != "marker"]
+    for name in plan.stages:
+        assert plan.latest(name).manifest["kind"] == name
+    print(f"{searched.total()} files, {sum(map(len, pipeline.api.seen.values()))} answers of Ray, keys found: 0")
+
+
+def test_ray_was_really_asked(pipeline):
+    seen = pipeline.api.seen
+    assert all(seen.values()), [path for path, answers in seen.items() if not answers]
+    actors = [a for answer in seen["/api/v0/actors?detail=1"] for a in json.loads(answer)["data"]["result"]["result"]]
+    assert any("Caller" in a["class_name"] and a["state"] == "ALIVE" for a in actors)
+    assert any("Replica" in a["class_name"] for a in actors), "the server's too"
+    assert any(b"Caller" in answer for answer in seen["/api/v0/tasks?detail=1"])
+    assert any(b"graft.cli run" in answer for answer in seen["/api/jobs/"])
+    assert all(json.loads(answer)["data"]["result"]["total"] for answer in seen["/api/v0/workers?detail=1"])
+
+
+def test_the_panels_numbers_are_rays_metrics_while_it_runs(pipeline):
+    values: dict[str, list[float]] = {}
+    for answer in pipeline.api.seen["metrics"]:
+        for name, labels, value in re.findall(r"^ray_graft_augment_(\w+)\{(.*)\} (\S+)$", answer.decode(), re.MULTILINE):
+            assert 'recipe="image-intent-tiny"' in labels
+            label = re.search(r'label="(\w+)"', labels)
+            values.setdefault(name + (f" {label[1]}" if label else ""), []).append(float(value))
+    names = {"spent_usd", "projected_usd", "accept_rate", "requests_per_minute", "tokens_per_minute", "in_flight", "retries"}
+    assert values.keys() == names | {"rows call", "rows text"}
+    assert max(values["in_flight"]) > 1 and max(values["spent_usd"]) > 0 and max(values["rows call"]) == max(values["rows text"]) == 60
+    assert max(values["projected_usd"]) > 0 and max(values["accept_rate"]) > 0.5 and max(values["tokens_per_minute"]) > 1000
+
+
+# ---- a server that tells ----------------------------------------------------------------------------------------------
+class Telltale(BaseHTTPRequestHandler):
+    """Repeats the Authorization header in whatever it refuses, and in a 200 that holds an error; answers half of the requests."""
+
+    protocol_version = "HTTP/1.1"
+    refuse_all = False
+    told = 0
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        n = Telltale.told
+        Telltale.told += 1
+        status = 401 if Telltale.refuse_all else (400, 500, 200, 429)[n // 2 % 4] if n % 2 == 0 else 0
+        if status:
+            sent = self.headers["Authorization"]
+            error = {"message": f"{'x' * (n % 5 * 40)} not with\n{sent}", "type": "odd", "param": sent, "code": sent[7:]}
+            reply = {"error": error, "headers": dict(self.headers)}
+        else:
+            status, reply = complete(body)
+        data = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def telltale(pipeline):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Telltale) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        pipeline.extra["OPENAI_BASE_URL"] = f"http://127.0.0.1:{server.server_port}/v1"
+        yield Telltale
+        server.shutdown()
+
+
+def augment(tree, workspace):
+    """(exit code, what was said) of `graft augment` in a workspace of its own."""
+    log = tree.root / "output.log"
+    at = log.stat().st_size
+    command = tree.graft("augment", RECIPE, "--set", "augment.rows_per_class=60", "--workspace", workspace)
+    code = tree.start(*command).wait(200)
+    return code, log.read_bytes()[at:].decode()
+
+
+def test_what_a_server_repeats_is_cut_out(pipeline, telltale):
+    code, said = augment(pipeline, "telltale")
+    assert code == 0 and telltale.told > 20, said[-3000:]
+    artifact = Plan(pipeline.path / RECIPE, ("augment.rows_per_class=60",), pipeline.path / "telltale").latest("augment")
+    reasons = [r["reason"] for r in read_jsonl(artifact.path / "rejected.jsonl")]
+    assert any("400" in r and "Bearer …" in r for r in reasons) and any("the server reports" in r and "Bearer …" in r for r in reasons)
+    with sqlite3.connect(pipeline.path / "telltale/data_shards/ledger.sqlite") as db:
+        assert any("Bearer …" in json.loads(raw)["error"]["message"] for (raw,) in db.execute("SELECT response FROM answers") if '"error"' in raw)
+    assert not search(pipeline.root, pipeline.keys)[1]
+
+
+def test_a_wrong_key_is_refused_in_one_line_that_does_not_hold_it(pipeline, telltale, monkeypatch):
+    monkeypatch.setattr(telltale, "refuse_all", True)
+    code, said = augment(pipeline, "refused")
+    lines = [line for line in said.splitlines() if line.startswith("graft: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in said, said[-3000:]
+    assert "the API refused the key: 401" in lines[0] and "…" in lines[0]
+    assert not search(pipeline.root, pipeline.keys)[1]
+
+
+@pytest.mark.parametrize("address", ["http://me:{}@127.0.0.1:9/v1", "https://{}@example.com/v1", "https://example.com/v1?api-key={}"])
+def test_a_key_in_the_address_is_refused_in_one_line_that_does_not_hold_it(tmp_path, monkeypatch, capsys, address):
+    key = new_key("OPENAI_API_KEY").replace("/", "-")
+    monkeypatch.setenv("OPENAI_BASE_URL", address.format(key))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    recipe = Path(__file__).parents[2] / RECIPE
+    assert cli.main(["augment", str(recipe), "--workspace", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "OPENAI_BASE_URL holds more than the address" in said.err and said.out == ""
+    assert key[:PIECE] not in said.err and not search(tmp_path, {"key": key})[1]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\nX-Other: 1", "ä"])
+def test_a_key_that_no_header_takes_is_refused_before_anything_is_sent(tmp_path, monkeypatch, capsys, end):
+    key = new_key("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", key + end)
+    assert cli.main(["augment", str(Path(__file__).parents[2] / RECIPE), "--workspace", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "OPENAI_API_KEY holds a line break" in said.err and key[:PIECE] not in said.err
