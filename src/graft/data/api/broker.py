@@ -24,7 +24,7 @@ from graft.data.api.ledger import Attempt, LeaseLost, Ledger, Settled, Spend
 from graft.data.api.limits import Bucket, Lane
 
 RECONNECT_S = 15.0  # an owner that is away this long has died, and its open requests are presumed billed
-GROUP_S = 0.005  # what comes in so long is committed and sent together
+GROUP_S = 0.002  # what comes in so long is committed and sent together
 HOPELESS_AFTER = 5  # requests refused, none answered: all will be
 
 

@@ -21,7 +21,7 @@ from graft.core.errors import ArtifactError
 from graft.data.api.lease import Lease, this_process
 
 PATIENCE_S = 60.0  # without any broker
-GROUP_S = 0.005  # what is said within it goes as one message
+GROUP_S = 0.002  # what is said within it goes as one message
 
 
 @dataclass(frozen=True)
