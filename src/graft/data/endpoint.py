@@ -45,7 +45,7 @@ def complete(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """(HTTP status, response) of one chat completion request; usage counts characters, the grammar has no tokens."""
     try:
         content = json.dumps(rewrite(body["messages"], body.get("seed") or 0), ensure_ascii=False)
-    except (KeyError, IndexError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as e:  # image parts too: a grammar sees nothing
         return 400, {
             "error": {
                 "message": f"the embedded endpoint rewrites a seed given as JSON on the last line: {e!r}",

@@ -79,7 +79,7 @@ def _most_prompt_tokens(body: dict[str, Any]) -> int:
     for message in body["messages"]:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        total += 8 + sum(IMAGE_TOKENS if p["type"] == "image_url" else len(p["text"].encode()) for p in parts)
+        total += 8 + sum(IMAGE_TOKENS if p["type"] == "image_url" else len(p["text"].encode("utf-8", "surrogatepass")) for p in parts)
     if form := body.get("response_format"):
         total += len(json.dumps(form, ensure_ascii=False).encode())
     return total

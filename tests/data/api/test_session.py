@@ -70,7 +70,8 @@ def all_faults(tmp_path, n, kinds):
     with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
         kept = {k for (k,) in db.execute("SELECT key FROM answers")}
     lost = [a for a in answers if a.key not in kept]
-    assert delivered <= kept and len(lost) <= 2, "an answer that was paid for and came is in the ledger"
+    assert delivered <= kept, "an answer that was paid for and came is in the ledger"
+    assert not lost, "13 attempts are enough"
     assert all("unreadable" in a.error for a in answers if a.error and a.key in kept)
     assert truth["undercuts_key"] == truth["undercuts_any"] == 0
     assert figures["spent_usd"] >= truth["billed_usd"], "what may have been billed is counted"
@@ -85,7 +86,7 @@ def test_every_fault_at_once(ray_local, tmp_path):
 
 @pytest.mark.campaign
 def test_every_fault_at_once_in_2000_requests(ray_local, tmp_path):
-    all_faults(tmp_path, 2000, PASSING + PAID_BUT_USELESS)
+    all_faults(tmp_path, 2000, ISSUE)
 
 
 def test_a_cap_of_one_dollar_is_not_passed_by_the_servers_own_count(ray_local, tmp_path):

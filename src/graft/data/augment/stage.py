@@ -62,6 +62,10 @@ def run(job: Job) -> None:
             tokens_of_recipe=after["tokens"],
             retries=after["retries"],
         )
+        if failed := made.get("failed") or made["reasons"].get("failed"):
+            panel.say(
+                f"augment: {failed} requests had no usable answer (rejected.jsonl says why): graft run {plan.path.name} --from augment asks the unanswered again"
+            )
         panel.say(
             f"augment: {made['accepted']} rows accepted, {made['rejected']} rejected; $ {after['spent_usd']:.4f} spent by this recipe, "
             f"$ {after['spent_usd'] - before['spent_usd']:.4f} in this run"
