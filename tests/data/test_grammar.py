@@ -11,7 +11,7 @@ from graft.core.calls import parse_answer
 from graft.core.recipe import Task
 from graft.core.rows import read_seeds
 from graft.data import grammar
-from graft.data.augment import INSTRUCTION
+from graft.data.augment.rewrites import INSTRUCTION
 from graft.data.endpoint import complete, embedded_endpoint, rewrite
 
 SEEDS = Path(__file__).parents[2] / "configs/recipes/image-intent/seeds.jsonl"

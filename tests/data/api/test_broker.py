@@ -85,6 +85,20 @@ def test_a_failure_hands_the_request_to_the_next_who_waits(tmp_path):
     with_broker(tmp_path, scenario)
 
 
+def test_a_client_that_comes_back_keeps_its_own_grants_alone(tmp_path):
+    async def scenario(path):
+        a = Client(path, hello("a"))
+        grant = await a.claim("k", 1, 10)
+        b = Client(path, hello("b"))  # of the same process: it says hello while the first has a request under way
+        waiting = asyncio.create_task(b.claim("k", 1, 10))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        await a.settle(paid(grant, "k"))
+        assert (await waiting).what == "known"
+
+    with_broker(tmp_path, scenario)
+
+
 def test_the_cap_counts_what_is_reserved_lost_and_paid(tmp_path):
     async def scenario(path):
         c = Client(path, hello(budget_usd=1.0))

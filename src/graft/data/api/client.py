@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Client:
     """
 
     def __init__(self, ledger: Path, hello: dict[str, Any]):
-        self.lease, self.hello = Lease(ledger), {**hello, "owner": this_process()}
+        self.lease, self.hello = Lease(ledger), {**hello, "owner": f"{this_process()}#{uuid.uuid4().hex[:8]}"}
         self.halted: dict[str, str] | None = None
         self._wants: dict[str, deque[tuple[list[Any], asyncio.Future[Decision]]]] = {}
         self._settles: dict[int, tuple[dict[str, Any], asyncio.Future[None]]] = {}

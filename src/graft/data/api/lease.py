@@ -104,8 +104,8 @@ def this_process() -> str:
 
 
 def surely_dead(owner: str) -> bool:
-    """Whether `owner`, as this_process() named it, is a process of this machine that has ended."""
-    host, pid, started = owner.rsplit(":", 2)
+    """Whether `owner`, as this_process() named it (what follows a "#" tells its clients apart), is a process of this machine that has ended."""
+    host, pid, started = owner.partition("#")[0].rsplit(":", 2)
     return host == socket.gethostname() and _started(int(pid)) != started
 
 
