@@ -106,17 +106,7 @@ class Caller:
                 await broker.settle(unsent(decision.attempt, row["key"]))
                 return {"status": "stopped", "error": broker.halted["reason"], "kind": broker.halted["kind"]}
             outcome = await self._send(content)
-            item = {
-                "attempt": decision.attempt,
-                "key": row["key"],
-                "usd": 0.0,
-                "tokens": 0,
-                "request": None,
-                "response": None,
-                "reason": "",
-                "kind": "",
-                **outcome,
-            }
+            item = {**unsent(decision.attempt, row["key"]), **outcome}
             if item["state"] == "lost":
                 item.update(usd=usd, tokens=tokens)
             elif item["state"] == "paid":

@@ -183,17 +183,8 @@ class Client:
 
 def unsent(attempt: int, key: str) -> dict[str, Any]:
     """What `settle` takes for a grant that was not used."""
-    return {
-        "attempt": attempt,
-        "key": key,
-        "state": "free",
-        "usd": 0.0,
-        "tokens": 0,
-        "request": None,
-        "response": None,
-        "headers": {},
-        "outcome": "unsent",
-    }
+    nothing: dict[str, Any] = {"usd": 0.0, "tokens": 0, "request": None, "response": None, "headers": {}, "reason": "", "kind": ""}
+    return {"attempt": attempt, "key": key, "state": "free", "outcome": "unsent", **nothing}
 
 
 def _settled(future: asyncio.Future[Any], value: Any) -> None:
