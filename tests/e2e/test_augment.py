@@ -13,7 +13,7 @@ from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
 
 from ..data.api.faulty import FaultyEndpoint
-from .test_kill import RAY_AGENTS
+from .kills import RAY_AGENTS
 from .tree import RECIPE, Tree
 
 BIG = ["augment.rewrites_per_call=1", "augment.novelty=1", "api.in_flight=16"]
@@ -48,7 +48,7 @@ def killed_and_resumed(tmp_path, rows, kills):
             target = asked(server) + rng.randint(1, int(1.6 * share))  # requests seen when the kill comes
             process = tree.start(*command)
             while asked(server) <= target:
-                assert process.poll() is None, (tree.path.parent / "output.log").read_text()[-3000:]
+                assert process.poll() is None, tree.said()[-3000:]
                 time.sleep(0.02)
             time.sleep(rng.random() * 0.1)
             os.kill(process.pid, signal.SIGKILL)
@@ -91,7 +91,7 @@ def test_two_at_once_share_what_they_pay_for(tmp_path):
         twin.write_text((tree.path / RECIPE).read_text().replace('name = "image-intent-tiny"', 'name = "image-intent-twin"'))
         overrides = [*BIG, "augment.rows_per_class=150"]
         runs = [tree.start(*tree.graft("augment", r, *arguments(overrides))) for r in (RECIPE, str(twin))]
-        assert [r.wait(240) for r in runs] == [0, 0], (tree.path.parent / "output.log").read_text()[-3000:]
+        assert [r.wait(240) for r in runs] == [0, 0], tree.said()[-3000:]
         made = [Plan(p, tuple(overrides), tree.path).latest("augment") for p in (tree.path / RECIPE, twin)]
         truth = server.report()
         assert truth["billed_twice"] == 0 and truth["requests"] == truth["unique"]

@@ -8,15 +8,8 @@ import base64
 import gzip
 import json
 import re
-import secrets
-import shutil
-import socket
 import sqlite3
-import tempfile
 import threading
-import time
-import urllib.error
-import urllib.request
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,30 +22,8 @@ from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
 from graft.data.endpoint import complete
 
-from ..data.api.faulty import FaultyEndpoint
 from .leaks import PIECE, new_key, search
-from .test_kill import SMALL
-from .tree import RECIPE, Tree
-
-KEYS = ("OPENAI_API_KEY", "WANDB_API_KEY", "HF_TOKEN", "GRAFT_API_KEY")
-OVERRIDES = [
-    *SMALL,
-    *(f"{stage}.max_steps=4" for stage in ("base.train", "cpt", "sft")),
-    "tracking.wandb=offline",
-    "api.prices={gpt-4o-mini = {input = 1.0, output = 4.0}}",
-]
-LISTS = "actors tasks workers nodes objects placement_groups runtime_envs jobs cluster_events"
-RAY_API = [
-    "/api/jobs/",
-    "/logical/actors",
-    "/api/cluster_status",
-    "/api/component_activities",
-    "/events",
-    "/nodes?view=summary",
-    "/nodes/{node}",
-    "/api/serve/applications/",
-    *(f"/api/v0/{name}?detail=1" for name in LISTS.split()),
-]
+from .tree import RECIPE
 
 
 # ---- the search ---------------------------------------------------------------------------------------------------------
@@ -78,80 +49,10 @@ def test_the_search_finds_what_is_hidden(tmp_path):
 
 
 # ---- the run ------------------------------------------------------------------------------------------------------------
-class RayApi:
-    """Reads the API of the cluster that a tree's run has at the moment; each answer becomes a file in `answers`."""
-
-    def __init__(self, tree: Tree, temporary: Path, answers: Path):
-        self.tree, self.temporary, self.answers = tree, temporary, answers
-        self.seen: dict[str, list[bytes]] = {path: [] for path in [*RAY_API, "metrics"]}
-        answers.mkdir()
-
-    def read(self) -> None:
-        sessions = sorted(self.temporary.glob("ray/session_2*/logs/dashboard.log"), key=lambda p: p.stat().st_mtime)
-        address = re.search(r"http address: (127\.0\.0\.1:\d+)", sessions[-1].read_text()) if sessions else None
-        token = self.tree.home / ".ray/auth_token"
-        if not address or not token.exists():
-            return
-        headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
-        nodes = self._get(f"http://{address[1]}/api/v0/nodes?detail=1", headers)
-        listed = json.loads(nodes)["data"]["result"]["result"] if nodes else []
-        if not listed:
-            return
-        for path in RAY_API:
-            self._keep(path, self._get(f"http://{address[1]}{path.format(node=listed[0]['node_id'])}", headers))
-        for target in json.loads((self.temporary / "ray/prom_metrics_service_discovery.json").read_text())[0]["targets"]:
-            self._keep("metrics", self._get(f"http://{target}/metrics", headers))
-
-    def _get(self, url: str, headers: dict[str, str]) -> bytes:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
-                return reply.read()
-        except (OSError, ValueError):  # not up yet, or gone
-            return b""
-
-    def _keep(self, path: str, answer: bytes) -> None:
-        if answer:
-            self.seen[path].append(answer)
-            name = re.sub(r"\W+", "-", path).strip("-")
-            (self.answers / f"{name}-{len(self.seen[path])}").write_bytes(answer)
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    """A tree after one `graft run`, with `keys`, `marker` (in a seed's text) and `api`, what Ray said meanwhile."""
-    root = Path(tempfile.mkdtemp(prefix="graft-"))  # short: Ray's socket paths have a limit of 107 bytes
-    keys = {name: new_key(name) for name in KEYS}
-    (root / "tmp").mkdir()
-    report = {"RAY_metrics_report_interval_ms": "1000"}  # the default of 10 s is as long as the asking
-    tree = Tree(root, {**keys, **report, "TMPDIR": str(root / "tmp"), "RAY_TMPDIR": str(root / "tmp")})
-    tree.keys, tree.marker, tree.root = keys, f"seed-{secrets.token_hex(20)}", root
-    seed = [{"role": "user", "content": f"請畫一座叫{tree.marker}的島"}, {"role": "assistant", "content": 'call("generate_image", {"prompt": "島"})'}]
-    seeds = tree.path / "configs/recipes/image-intent/seeds.jsonl"  # at the head: the last families may not be needed
-    seeds.write_text(json.dumps({"messages": seed}, ensure_ascii=False) + "\n" + seeds.read_text())
-    tree.api = RayApi(tree, root / "tmp", root / "answers")
-    with FaultyEndpoint(api_key=keys["OPENAI_API_KEY"], latency_s=3, log=root / "server.jsonl") as server:
-        tree.extra["OPENAI_BASE_URL"] = server.base_url
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        process = tree.start(*tree.graft("run", RECIPE, *(a for o in [*OVERRIDES, f"serve.port={port}"] for a in ("--set", o))))
-        deadline = time.monotonic() + 400
-        while process.poll() is None:
-            assert time.monotonic() < deadline, (root / "output.log").read_text()[-3000:]
-            tree.api.read()
-            time.sleep(1)
-        assert process.returncode == 0, (root / "output.log").read_text()[-4000:]
-        tree.statuses = server.report()["statuses"]
-    tree.none_alive(within_s=60)
-    yield tree
-    shutil.rmtree(root, ignore_errors=True)
-
-
 def test_a_planted_key_is_in_no_file_and_in_no_answer_of_ray(pipeline):
     assert pipeline.statuses.keys() == {"200"}, "every request carried the key"
     searched, found = search(pipeline.root, {**pipeline.keys, "marker": pipeline.marker})
-    plan = Plan(pipeline.path / RECIPE, tuple(OVERRIDES), pipeline.path)
+    plan = Plan(pipeline.path / RECIPE, pipeline.overrides, pipeline.path)
     places = {where for name, where in found if name == "marker"}
     rows = plan.latest("augment").path.relative_to(pipeline.root.resolve())
     assert {f"{rows}/rows.jsonl", "graft/data_shards/ledger.sqlite, rows"} <= places, "what is there is found"

@@ -50,11 +50,15 @@ class Tree:
         log = (self.path.parent / "output.log").open("ab")
         return subprocess.Popen(command, cwd=self.path, env=self.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
+    def said(self) -> str:
+        """What its processes have printed so far."""
+        return (self.path.parent / "output.log").read_text(errors="replace")
+
     def run(self, *command: str, timeout_s: float = 600) -> float:
         """Run to success; the seconds it took."""
         began = time.monotonic()
         code = self.start(*command).wait(timeout_s)
-        assert code == 0, (self.path.parent / "output.log").read_text()[-4000:]
+        assert code == 0, self.said()[-4000:]
         return time.monotonic() - began
 
     def graft(self, *arguments: str) -> tuple[str, ...]:

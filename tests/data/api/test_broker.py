@@ -222,6 +222,16 @@ def test_a_killed_holder_is_followed_and_what_it_had_under_way_counts_at_its_wor
     asyncio.run(go())
 
 
+def test_a_message_that_the_broker_cannot_read_is_told_to_its_sender_alone(tmp_path):
+    async def scenario(path):
+        good, bad = Client(path, hello("a")), Client(path, {**hello("b"), "limits": {}})
+        with pytest.raises(ArtifactError, match="run one version of graft"):
+            await bad.claim("k", 1, 10)
+        assert (await good.claim("l", 1, 10)).what == "grant"
+
+    with_broker(tmp_path, scenario)
+
+
 def test_without_any_holder_the_client_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("graft.data.api.client.PATIENCE_S", 0.3)
 

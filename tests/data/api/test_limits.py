@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.data.api.limits import Announced, Breaker, Bucket, Lane, backoff_s, duration_s, retry_after_s
+from graft.data.api.limits import Announced, Breaker, Bucket, Grouping, Lane, backoff_s, duration_s, retry_after_s
 
 
 @given(st.integers(1, 6000), st.lists(st.tuples(st.integers(1, 500), st.floats(0, 5)), min_size=1, max_size=60))
@@ -88,3 +88,11 @@ def test_reset_times(text, seconds):
 def test_back_off_grows_and_stays_in_its_bounds():
     assert all(0 <= backoff_s(n) <= min(20, 0.5 * 2**n) for n in range(40) for _ in range(20))
     assert max(backoff_s(6) for _ in range(200)) > 8
+
+
+@pytest.mark.parametrize(("took_s", "gathered_s"), [(0.01, 0.001), (1.0, 0.005), (60.0, 0.02)])
+def test_messages_are_gathered_for_a_small_share_of_what_a_request_takes(took_s, gathered_s):
+    grouping = Grouping()
+    for _ in range(500):
+        grouping.took(took_s)
+    assert grouping.seconds == pytest.approx(gathered_s, rel=0.01)

@@ -72,7 +72,7 @@ class Peer:
         self.outbox.setdefault(what, []).append(item)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Want:
     key: str
     usd: float
@@ -80,13 +80,14 @@ class Want:
     peer: Peer
 
 
-@dataclass
+@dataclass(slots=True)
 class Live:
     """A request under way; `peer` is None while its owner is away."""
 
     attempt: Attempt
     lane: Lane | None
     peer: Peer | None
+    since: float = 0.0  # time.monotonic() of the grant
 
 
 def figures(session: Session, account: Account, lane: Lane, queued: int) -> dict[str, Any]:

@@ -21,10 +21,9 @@ import msgpack
 from graft.data.api.books import Account, Live, Peer, Session, Want, figures
 from graft.data.api.lease import surely_dead
 from graft.data.api.ledger import Attempt, LeaseLost, Ledger, Settled, Spend
-from graft.data.api.limits import Bucket, Lane
+from graft.data.api.limits import Bucket, Grouping, Lane
 
 RECONNECT_S = 15.0  # an owner that is away this long has died, and its open requests are presumed billed
-GROUP_S = 0.002  # what comes in so long is committed and sent together
 HOPELESS_AFTER = 5  # requests refused, none answered: all will be
 
 
@@ -37,19 +36,20 @@ class Broker:
         self.sessions: dict[str, Session] = {}
         self.lanes: dict[tuple[str, str], Lane] = {}
         self.queues: dict[tuple[str, str], deque[Want]] = {}
-        self.followers: dict[str, deque[Want]] = {}  # by key: who else waits for an answer that is under way
+        self.followers: dict[str, list[Want]] = {}  # by key: who else waits for an answer that is under way
         self.live: dict[int, Live] = {}
         self.arrivals: list[Want] = []
         self.settled: list[tuple[Peer | None, Settled]] = []
         self.peers: set[Peer] = set()
         self.broken: dict[str, str] | None = None
+        self.grouping = Grouping()
         self.wake, self._file = asyncio.Event(), asyncio.Lock()
         self.absent: dict[int, float] = {}  # attempt -> when it is given up, while its owner is away
         for attempt in ledger.open_attempts():
             self._account(attempt.account).reserve(attempt.usd, attempt.tokens)
             self.live[attempt.id] = Live(attempt, None, None)
             self.absent[attempt.id] = 0.0 if surely_dead(attempt.owner) else time.monotonic() + RECONNECT_S
-            self.followers[attempt.key] = deque()
+            self.followers[attempt.key] = []
 
     # ---- one connection -------------------------------------------------------------------------------------------
 
@@ -162,6 +162,7 @@ class Broker:
         lane = live.lane
         if lane:
             self._return(live)
+            self.grouping.took(now - live.since)
             lane.observe(item["headers"], now)
             if item["outcome"] in ("server", "connection"):
                 lane.breaker.failure(item["reason"], now)
@@ -222,7 +223,7 @@ class Broker:
                 with suppress(TimeoutError):  # no wait_for: in Python 3.11 it may swallow the cancellation
                     async with asyncio.timeout(min(wait_s, 1.0)):
                         await self.wake.wait()
-                await asyncio.sleep(GROUP_S)
+                await asyncio.sleep(self.grouping.seconds)  # what comes in meanwhile is committed and sent together
                 self.wake.clear()
 
     def _close(self, item: Settled) -> None:
@@ -255,7 +256,7 @@ class Broker:
             elif want.key in self.followers:
                 self.followers[want.key].append(want)
             else:
-                self.followers[want.key] = deque()
+                self.followers[want.key] = []
                 self.queues.setdefault(self.sessions[want.peer.session].lane, deque()).append(want)
 
     def _admit(self, now: float) -> tuple[list[tuple[Want, Live]], float]:
@@ -292,15 +293,15 @@ class Broker:
                 lane.leave(want.tokens, now)
                 account.reserve(want.usd, want.tokens)
                 attempt = Attempt(self.ledger.next_id(), want.key, session.account, want.peer.owner, want.usd, want.tokens)
-                self.live[attempt.id] = live = Live(attempt, lane, want.peer)
+                self.live[attempt.id] = live = Live(attempt, lane, want.peer, now)
                 granted.append((want, live))
         return granted, wake_s
 
     def _promote(self, key: str) -> None:
         """The request for `key` ended without an answer: the next that waits for it takes its place."""
-        waiting = self.followers.pop(key, deque())
+        waiting = self.followers.pop(key, [])
         if waiting:
-            heir = waiting.popleft()
+            heir = waiting.pop(0)
             self.followers[key] = waiting
             self.queues[self.sessions[heir.peer.session].lane].appendleft(heir)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 
 from graft.core.errors import CredentialError, GraftError
 from graft.core.recipe import Api
-from graft.data.api.client import Client, unsent
+from graft.data.api.client import Client, collect_rarely, unsent
 from graft.data.api.limits import QUOTA_CODES, RATE_HEADERS, backoff_s, retry_after_s
 from graft.data.api.spending import cost_usd, price_of, usage_of, worst_case
 
@@ -74,9 +73,7 @@ class Caller:
         )
         self.client = AsyncOpenAI(base_url=self.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0, http_client=http)
         self.url = f"{self.client.base_url}chat/completions"
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)  # thousands of live tasks, scanned at every turn, cost a fifth of the throughput
+        collect_rarely()
 
     async def _one(self, row: Row) -> Row:
         """{"key", "status", …} of one request."""

@@ -31,7 +31,7 @@ async def keep(path: Path) -> None:
 
 
 async def _serve(lease: Lease, path: Path) -> None:
-    from aiohttp import web
+    from aiohttp import WSCloseCode, web
 
     ledger = Ledger(path)
     broker = Broker(ledger)
@@ -50,7 +50,15 @@ async def _serve(lease: Lease, path: Path) -> None:
     async def connect(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(max_msg_size=0, heartbeat=30)
         await socket.prepare(request)
-        await broker.handle(socket)
+        try:
+            await broker.handle(socket)
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as e:  # a message of another version of graft, or a fault of ours: that client alone is told
+            await socket.close(code=WSCloseCode.INTERNAL_ERROR, message=repr(e).encode()[:100])
         return socket
 
     app = web.Application(middlewares=[only_with_token])

@@ -42,7 +42,7 @@ INSERT OR IGNORE INTO holder VALUES (0, 0);
 NETWORK = {"nfs", "nfs4", "lustre", "cifs", "smb3", "beegfs", "gpfs", "ceph", "9p", "afs", "glusterfs", "orangefs", "panfs"}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Attempt:
     """A request about to leave: its worst case in dollars and tokens."""
 
@@ -54,7 +54,7 @@ class Attempt:
     tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Settled:
     """What became of an attempt; `response` is the raw body where the server answered 200."""
 

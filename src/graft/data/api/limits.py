@@ -110,6 +110,22 @@ class Breaker:
         return 0.0 if self.since_s is None else now - self.since_s
 
 
+class Grouping:
+    """For how long messages are gathered before they leave: a small share of what a request itself takes.
+
+    Each message costs both ends some 50 us whatever it holds; gathering delays the next request of a slot.
+    """
+
+    SHARE, LEAST_S, MOST_S = 0.005, 0.001, 0.02
+
+    def __init__(self) -> None:
+        self.seconds = 0.002
+
+    def took(self, seconds: float) -> None:
+        """A request came back after so long."""
+        self.seconds += 0.02 * (min(max(seconds * self.SHARE, self.LEAST_S), self.MOST_S) - self.seconds)
+
+
 @dataclass
 class Lane:
     """All limits of one endpoint and model."""

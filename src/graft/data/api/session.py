@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from typing import Any, Self
 from graft.core.errors import CredentialError, DataError, GraftError, ServeError
 from graft.core.recipe import Recipe
 from graft.data.api.caller import Caller
-from graft.data.api.client import Client
+from graft.data.api.client import Client, collect_rarely
 from graft.data.api.keeper import keep
 from graft.data.api.request import Answer, Request
 
@@ -50,6 +51,8 @@ class Session:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._thresholds = gc.get_threshold()
+        collect_rarely()
         try:
             self._keeper = asyncio.run_coroutine_threadsafe(keep(self.ledger), self._loop)
             self._client = self._do(self._connect())
@@ -67,6 +70,8 @@ class Session:
             self._do(self._drained())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        gc.unfreeze()
+        gc.set_threshold(*self._thresholds)
 
     def ask(self, requests: Iterable[Request], title: str = "") -> Iterator[Answer]:
         """An answer for every request, in order.
