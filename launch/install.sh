@@ -12,7 +12,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then exit 0; fi
 
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "graft needs Python 3.11 or newer, $python is $("$python" -V): set PYTHON" >&2; exit 2; }
-command -v g++ >/dev/null || { echo "graft needs a C++ compiler for DeepSpeed's operators: install g++ (Debian: apt-get install g++)" >&2; exit 2; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --constraint launch/constraints.txt "$@"; }
 echo "installing graft[$extra] into $venv (about 2 minutes)"

@@ -34,11 +34,8 @@ class Tree:
     def environment(self) -> dict[str, str]:
         keys = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "GRAFT_API_KEY", "OMP_NUM_THREADS", "RAY_AUTH_MODE", "RAY_ADDRESS")
         clean = {k: v for k, v in os.environ.items() if k not in keys}
-        # DeepSpeed's compiled operators are part of the installation, not of HOME
-        extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(Path.home() / ".cache/torch_extensions")
         return clean | {
             "HOME": str(self.home),
-            "TORCH_EXTENSIONS_DIR": extensions,
             "GRAFT_VENV": sys.prefix,
             "GRAFT_INSTALLED": "1",
             "PYTHONPATH": str(self.path / "src"),

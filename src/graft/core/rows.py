@@ -85,6 +85,15 @@ def wrong_roles(messages: list[Any]) -> str | None:
     return f"the {empty[0]} message is empty" if empty else None
 
 
+def is_unicode(text: str) -> bool:
+    """False for a lone surrogate, which JSON can write and UTF-8 cannot: it stands for bytes that were none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _numbered(path: Path) -> Iterator[tuple[int, Row]]:
     """(line number from 1, object) of every line that is not blank."""
     number = 0

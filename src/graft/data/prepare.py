@@ -26,7 +26,7 @@ from rich import get_console
 from graft.core.calls import parse_answer
 from graft.core.errors import DataError
 from graft.core.recipe import Prepare, Task
-from graft.core.rows import LABELS, Row, read_jsonl, write_jsonl, wrong_roles
+from graft.core.rows import LABELS, Row, is_unicode, read_jsonl, write_jsonl, wrong_roles
 from graft.core.stages import Job
 from graft.data.cluster import ray_cluster
 from graft.data.corpora import documents
@@ -151,7 +151,7 @@ def clean_row(row: Row, limits: Prepare, task: Task) -> tuple[Row, str]:
     if wrong := wrong_roles(row["messages"]):
         return row, "empty" if wrong.endswith("is empty") else "unbalanced roles"
     row = {**row, "messages": [{**m, "content": clean(m["content"])} for m in row["messages"]]}
-    if not _is_unicode("".join(m["content"] for m in row["messages"])):
+    if not is_unicode("".join(m["content"] for m in row["messages"])):
         return row, "invalid UTF-8"
     size = sum(len(m["content"]) for m in row["messages"] if m["role"] != "system")
     if not all(m["content"] for m in row["messages"]):
@@ -176,15 +176,6 @@ def clean_document(raw: bytes, limits: Prepare) -> tuple[str, str]:
 def _sentences(row: Row, limits: Prepare, task: Task) -> list[str]:
     row, reason = clean_row(row, limits, task)
     return [] if reason else [m["content"] for m in row["messages"] if m["role"] == "user"]
-
-
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which stand for bytes that are no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---- the Ray Data execution --------------------------------------------------------------------------------------------

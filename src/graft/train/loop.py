@@ -134,6 +134,8 @@ def run(job: Job) -> None:
 
 def _accelerator(job: Job, config: Train) -> Accelerator:
     """Accelerate over DeepSpeed with the recipe's strategy file; every number the recipe knows was "auto" there."""
+    from deepspeed.ops import __compatible_ops__ as compatible_ops  # prints as it is imported
+
     path = job.plan.beside(job.recipe.deepspeed)
     try:
         strategy = json.loads(path.read_text(encoding="utf-8"))
@@ -149,6 +151,7 @@ def _accelerator(job: Job, config: Train) -> Accelerator:
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": not full_fp32},
     }
+    compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
         kwargs_handlers=handlers, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"

@@ -103,7 +103,7 @@ class Broker:
             self.absent.pop(live.attempt.id, None)
             live.peer = peer
             if live.lane is None:
-                live.lane = self.lanes[lane]
+                live.lane, live.since = self.lanes[lane], time.monotonic()
                 live.lane.leave(live.attempt.tokens, time.monotonic())
             if live.attempt.id not in holding:  # its grant never arrived there: nothing was sent
                 self.settled.append((None, Settled(live.attempt.id, live.attempt.key, "free", 0.0, 0)))

@@ -17,6 +17,7 @@ from graft.data.api.lease import Lease
 from graft.data.api.ledger import Ledger
 
 STAND_BY_S = 0.3
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)  # what a message of another version, or a fault of ours, raises in the broker
 
 
 async def keep(path: Path) -> None:
@@ -52,12 +53,7 @@ async def _serve(lease: Lease, path: Path) -> None:
         await socket.prepare(request)
         try:
             await broker.handle(socket)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as e:  # a message of another version of graft, or a fault of ours: that client alone is told
+        except UNREADABLE as e:  # that client alone is told
             await socket.close(code=WSCloseCode.INTERNAL_ERROR, message=repr(e).encode()[:100])
         return socket
 

@@ -19,6 +19,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from graft.core.errors import DataError
+from graft.core.rows import is_unicode
 
 _CLOSING = {'"': '"', "＂": "＂", "“": "”"}  # delimiters of a string, as found; a curly pair may hold another curly pair
 _REASON_CHARS = 200
@@ -68,7 +69,7 @@ def _text(response: dict[str, Any]) -> tuple[str | None, str | None]:
     content = message.get("content")
     if not isinstance(content, str) or not content.strip():
         return None, "malformed: the answer is empty"
-    if not _is_unicode(content):
+    if not is_unicode(content):
         return None, "malformed: the answer holds half a character"
     return content.strip(), None
 
@@ -170,7 +171,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _wrong(value: Any, schema: dict[str, Any]) -> str | None:
-    if not _is_unicode(json.dumps(value, ensure_ascii=False)):
+    if not is_unicode(json.dumps(value, ensure_ascii=False)):
         return "the answer holds half a character"
     try:
         error = exceptions.best_match(_validator(json.dumps(schema)).iter_errors(value))
@@ -204,15 +205,6 @@ def _is_strict(schema: Any) -> bool:
         return False
     inner = [*(properties or {}).values(), *(v for k, v in schema.items() if k != "properties")]
     return all(map(_is_strict, inner))
-
-
-def _is_unicode(text: str) -> bool:
-    """False with a lone surrogate, which JSON can write and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _line(text: str) -> str:
