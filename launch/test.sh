@@ -13,4 +13,4 @@ if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 workers=2
 case " $* " in *" --campaign "*) workers=0 ;; esac
-exec "$bin/python" -m pytest --numprocesses "$workers" --dist loadgroup --no-loadscope-reorder "${@:-tests}"
+exec "$bin/python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "${@:-tests}"

@@ -24,13 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="run the long campaigns too")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The long files first; a file is one worker's, and so are the files that share a costly fixture."""
-    items.sort(key=lambda item: not {"e2e", "test_two_process.py"} & set(item.path.parts))
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("pipeline" if "pipeline" in fixtures else item.path.stem + item.path.parent.name))
+    items.sort(key=lambda item: not {"e2e", "test_two_process.py"} & set(item.path.parts))  # the long files first
     if not config.getoption("--campaign"):
         skip = pytest.mark.skip(reason="a long campaign: launch/test.sh --campaign")
         for item in items:

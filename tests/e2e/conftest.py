@@ -1,4 +1,4 @@
-"""One run that several files look at: the whole recipe in small, every key planted, killed once on the way."""
+"""One run that several tests look at: the whole recipe in small, every key planted, killed once on the way."""
 
 import json
 import secrets

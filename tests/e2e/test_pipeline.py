@@ -1,4 +1,4 @@
-"""A key planted in the environment appears in no file, log, manifest, Ray API answer or wandb run of the whole pipeline.
+"""One run of the whole pipeline, killed on the way: it ends complete, and a planted key is in no file, log, manifest, Ray API answer or wandb run.
 
 One `graft run` with every key planted and the API's really asked for, while Ray's own API is read as anyone with the
 cluster's token could; then runs against a server that repeats the header it was sent. Every byte left is searched.
@@ -22,6 +22,7 @@ from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
 from graft.data.endpoint import complete
 
+from .kills import assert_complete
 from .leaks import PIECE, new_key, search
 from .tree import RECIPE
 
@@ -49,6 +50,12 @@ def test_the_search_finds_what_is_hidden(tmp_path):
 
 
 # ---- the run ------------------------------------------------------------------------------------------------------------
+def test_killed_in_training_the_next_run_goes_on_and_ends_complete(pipeline):
+    assert_complete(pipeline, pipeline.overrides)
+    began = [int(n) for n in re.findall(r"train base: \d+ steps(?:, resumed at step (\d+))?", pipeline.said()) for n in [n or "0"]]
+    assert began[0] == 0 < began[1] and began[1] % 5 == 0, "it went on from a checkpoint"
+
+
 def test_a_planted_key_is_in_no_file_and_in_no_answer_of_ray(pipeline):
     assert pipeline.statuses.keys() == {"200"}, "every request carried the key"
     searched, found = search(pipeline.root, {**pipeline.keys, "marker": pipeline.marker})
