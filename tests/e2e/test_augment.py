@@ -101,26 +101,25 @@ def test_two_at_once_share_what_they_pay_for(tmp_path):
     print(f"two runs, {truth['requests']} requests, {truth['billed_twice']} paid twice")
 
 
+def write_seeds(tree, count):
+    with (tree.path / "configs/recipes/image-intent/seeds.jsonl").open("w", encoding="utf-8") as f:
+        for i in range(count):
+            call = i % 2 == 0
+            user = f"請畫第{i}號風景" if call else f"第{i}號房間在哪裡"
+            answer = f'call("generate_image", {{"prompt": "第{i}號風景"}})' if call else f"在第{i}層樓"
+            f.write(json.dumps({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}) + "\n")
+
+
 def grown(tmp_path, seeds):
     """`seeds` finished ones, then one more: what is sent for it."""
     with FaultyEndpoint(log=tmp_path / "log.jsonl") as server:
         tree = Tree(tmp_path, environment(server))
         overrides = ["augment.rows_per_seed=3", "augment.rewrites_per_call=2", "augment.novelty=1", "api.in_flight=256"]
-        file = tree.path / "configs/recipes/image-intent/seeds.jsonl"
-
-        def write(n):
-            with file.open("w", encoding="utf-8") as f:
-                for i in range(n):
-                    call = i % 2 == 0
-                    user = f"請畫第{i}號風景" if call else f"第{i}號房間在哪裡"
-                    answer = f'call("generate_image", {{"prompt": "第{i}號風景"}})' if call else f"在第{i}層樓"
-                    f.write(json.dumps({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}) + "\n")
-
-        write(seeds)
+        write_seeds(tree, seeds)
         first_s = tree.run(*tree.graft("augment", RECIPE, *arguments(overrides)), timeout_s=900)
         before = set(server.report()["by_key"])
         assert len(before) >= seeds
-        write(seeds + 1)
+        write_seeds(tree, seeds + 1)
         second_s = tree.run(*tree.graft("augment", RECIPE, *arguments(overrides)), timeout_s=900)
         truth = server.report()
         new = set(truth["by_key"]) - before

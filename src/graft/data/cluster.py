@@ -1,4 +1,4 @@
-"""A Ray cluster for the length of a `with` block: the one that runs already, the one RAY_ADDRESS names, or a local one.
+"""A Ray cluster for the length of a `with` block: the one this process has, the one RAY_ADDRESS names, or a local one.
 
 A local cluster starts in about 5 s, stops in 1.5 s and listens on the loopback alone.
 """
@@ -41,6 +41,7 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
             raise _nobody(address) from None
     else:
         ray.init(
+            "local",  # without it Ray joins whatever cluster somebody started on this machine
             **common,
             num_cpus=max(2, os.cpu_count() or 1),  # a shuffle on one logical CPU would starve
             object_store_memory=OBJECT_STORE,

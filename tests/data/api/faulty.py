@@ -48,15 +48,17 @@ class FaultyEndpoint:
 
     base_url: str  # ends with /v1
 
-    def __init__(self, *, port: int = 0, log: Path | None = None, prices: dict[str, dict[str, float]] | None = None, **options: Any):
+    def __init__(
+        self, *, host: str = "127.0.0.1", port: int = 0, log: Path | None = None, prices: dict[str, dict[str, float]] | None = None, **options: Any
+    ):
         if unknown := set(options) - set(OPTIONS):
             raise TypeError(f"no such options: {sorted(unknown)}; there are {sorted(OPTIONS)}")
-        self.log, self.port = log, port
+        self.log, self.host, self.port = log, host, port
         self._options = {"prices": prices or {}, "log": log, **options}
 
     def __enter__(self) -> Self:
         said = [f"--{name.replace('_', '-')}={_word(value)}" for name, value in self._options.items() if value is not None]
-        command = [sys.executable, __file__, f"--port={self.port}", "--until-stdin-closes", *said]
+        command = [sys.executable, __file__, f"--host={self.host}", f"--port={self.port}", "--until-stdin-closes", *said]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         line = self.process.stdout.readline()
@@ -105,6 +107,7 @@ def _word(value: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.add_argument("--log", help="JSONL, a line a request")
     parser.add_argument("--prices", type=json.loads, default={}, help='JSON: {model or "*": {"input", "output", "cached_input"?, "batch"?}}')
@@ -116,7 +119,7 @@ def main() -> None:
 
     from faulty_server import Options, serve  # beside this file, which is a program here
 
-    front = {name: given.pop(name) for name in ("port", "log", "prices", "until_stdin_closes")}
+    front = {name: given.pop(name) for name in ("host", "port", "log", "prices", "until_stdin_closes")}
     asyncio.run(serve(Options(**given), **front))
 
 

@@ -27,6 +27,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self.peer = transport.get_extra_info("peername")[0]
         self.endpoint.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -136,7 +136,7 @@ class Endpoint:
             key = key_of(body)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             return connection.error(400, f"the body is no chat completion request: {e!r}")
-        options, record = self.options, self.truth.arrive(key)
+        options, record = self.options, self.truth.arrive(key) | {"peer": connection.peer}
         if options.api_key and authorization != f"Bearer {options.api_key}":
             return self._fail(connection, record, "401", {})
         fault = self._fault(record)
@@ -205,10 +205,10 @@ def _bound(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def serve(options: Options, *, port: int, log: str | None, prices: dict[str, dict[str, float]], until_stdin_closes: bool) -> None:
-    """Listen on the loopback for ever, or until the one who started it is gone; says where as one JSON line."""
+async def serve(options: Options, *, host: str, port: int, log: str | None, prices: dict[str, dict[str, float]], until_stdin_closes: bool) -> None:
+    """Listen for ever, or until the one who started it is gone; says where as one JSON line."""
     endpoint = Endpoint(options, Truth.open(prices, log))
-    print(json.dumps({"base_url": f"http://127.0.0.1:{await endpoint.listen('127.0.0.1', port)}/v1"}), flush=True)
+    print(json.dumps({"base_url": f"http://{host}:{await endpoint.listen(host, port)}/v1"}), flush=True)
     over = asyncio.Event()
     if until_stdin_closes:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), over.set)

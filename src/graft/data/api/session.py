@@ -29,6 +29,9 @@ from graft.data.api.request import Answer, Request
 CHUNK = 16_384  # requests of one Ray Data run
 READ = 512  # answers read from the ledger at once
 BLOCK = 64  # requests handed to an actor together
+FEW = 16  # requests that are worth an actor
+CALLER_CPUS = 0.5  # it mostly waits
+START_S = 120  # within which all actors must be up
 LEDGER = "ledger.sqlite"  # under data_shards/
 
 
@@ -107,27 +110,31 @@ class Session:
 
         api = self.recipe.api
         rows = [{"key": r.key, "body": _json(r.body), "files": json.dumps(r.files)} for r in requests]
-        actors = min(api.actors, math.ceil(len(rows) / BLOCK))
+        room = int(ray.cluster_resources().get("CPU", 1) / CALLER_CPUS)  # a machine may be gone since the last chunk
+        actors = max(1, min(api.actors, math.ceil(len(rows) / FEW), room))
         outcomes: dict[str, dict[str, Any]] = {}
         stopped: dict[str, Any] | None = None
-        blocks = math.ceil(len(rows) / BLOCK)
+        blocks = max(actors, math.ceil(len(rows) / BLOCK))
         calls = math.ceil(api.in_flight / actors / BLOCK) + 4  # blocks at once in one actor: no lull between two
-        ray.data.DataContext.get_current().wait_for_min_actors_s = 120  # or the first that is up takes all the blocks
+        ray.data.DataContext.get_current().wait_for_min_actors_s = START_S  # or the first that is up takes all the blocks
         pipeline = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             Caller,
             fn_constructor_args=(str(self.ledger), self.base_url, self.hello, api.model_dump(mode="json")),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=actors, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=2 * calls),
-            num_cpus=0.5,
+            num_cpus=CALLER_CPUS,
         )
         read = _Reader(self._client, self._loop)
-        with _Watch(self):
-            for row in pipeline.iter_rows():
-                outcomes[row["key"]] = row
-                if row["status"] == "answered":
-                    read.add(row["key"])
-                elif row["status"] == "stopped":
-                    stopped = stopped or row
+        try:
+            with _Watch(self):
+                for row in pipeline.iter_rows():
+                    outcomes[row["key"]] = row
+                    if row["status"] == "answered":
+                        read.add(row["key"])
+                    elif row["status"] == "stopped":
+                        stopped = stopped or row
+        except ray.exceptions.GetTimeoutError:
+            raise DataError(f"augment: Ray could not start {actors} callers within {START_S} s: free CPUs, or lower api.actors") from None
         self.sent += len(rows)
         if stopped:
             raise _error(stopped["kind"], f"augment: {stopped['error']}; every answer so far is in {self.ledger}, run again to go on")
