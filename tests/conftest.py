@@ -62,12 +62,11 @@ kind = "grammar"
 documents = 120
 seed = 5
 [corpora.notes]
-kind = "jsonl"
 path = "notes.jsonl"
+clean = { min_chars = 2 }
 [shard]
 seq_len = 128
 bins_per_shard = 8
-partitions = 2
 [model]
 precision = "fp32"
 [base]

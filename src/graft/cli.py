@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
     serve.add_argument("--port", type=int)
     verb("lineage", _lineage, "print an artifact's chain of manifests").add_argument("path")
+    look = verb("inspect", _inspect, "show what prepared rows or shards hold: counts, lengths, sources, rejects, a bin with its loss mask")
+    look.add_argument(
+        "path", help="an artifact of prepare or of a shard stage, for example data_shards/NAME/shard-sft/current, or a folder of shards"
+    )
+    look.add_argument("--bin", type=int, metavar="N", help="render this bin")
+    look.add_argument("--html", metavar="FILE", help="write one page with plots instead")
     return parser
 
 
@@ -146,6 +152,17 @@ def _serve(args: argparse.Namespace) -> int:
     from graft.serve.probe import serve_forever
 
     serve_forever(_plan(args), args.port)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich import get_console
+
+    from graft.data.inspect import inspect
+
+    inspect(Path(args.path), args.bin, Path(args.html) if args.html else None, get_console())
     return 0
 
 

@@ -33,7 +33,7 @@ class Done:
 
 def check(plan: Plan) -> None:
     """Everything that can be found wrong without torch or Ray: the recipe, the seeds, the corpora, the base."""
-    if plan.recipe.augment.seeds:
+    if plan.recipe.augment and plan.recipe.augment.seeds:
         read_seeds(plan.beside(plan.recipe.augment.seeds), plan.recipe.task)
     for spec in plan.stages.values():
         for name in spec.inputs:
@@ -167,10 +167,10 @@ def _made(done: Done) -> str:
         )
         return f"{made}, {c['requests']} requests, {c['endpoint'].split()[0]}"
     if done.stage == "prepare":
-        rows = c["rows"]
-        return (
-            ", ".join(f"{sum(rows[s].values())} {s}" for s in ("train", "validation", "test")) + f" rows, {c['families']['test']} families held out"
-        )
+        if rows := c.get("rows"):
+            splits = ", ".join(f"{sum(rows[s].values())} {s}" for s in ("train", "validation", "test"))
+            return f"{splits} rows, {c['families']['test']} families held out"
+        return ", ".join(f"{corpus['documents']:,} {name}" for name, corpus in c["corpora"].items()) + " documents"
     if done.stage.startswith("shard-"):
         return f"{c['train']['bins']:,} bins, {c['train']['tokens']:,} tokens, {c['train']['utilisation']:.1%} used"
     if done.stage == "init":

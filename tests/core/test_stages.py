@@ -151,7 +151,7 @@ def test_one_writer_a_recipe(recipes):
     ("override", "said"),
     [
         ("augment.seeds='gone.jsonl'", "gone.jsonl"),
-        ("corpora.own={kind='text', path='no.txt'}", "no.txt"),
+        ("corpora.own={path='no.txt'}", "no.txt"),
     ],
 )
 def test_missing_files_are_named(recipes, override, said):

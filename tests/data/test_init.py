@@ -1,7 +1,6 @@
 import pytest
 
 from graft.core.errors import ConfigError
-from graft.core.rows import read_jsonl
 from graft.data import init, prepare
 from graft.data.init import END, END_OF_TEXT, PAD, START, train_tokenizer
 
@@ -43,7 +42,7 @@ def test_the_stage_writes_a_model_folder_that_transformers_loads(tmp_path, works
     assert tokenizer(END_OF_TEXT, add_special_tokens=True)["input_ids"] == [tokenizer.convert_tokens_to_ids(END_OF_TEXT)], (
         "one id, and no bos before it"
     )
-    text = next(read_jsonl(plan.artifact("prepare").path / "corpora" / "made.jsonl"))["text"]
+    text = next(prepare.documents(plan.artifact("prepare").path, "made"))
     assert len(tokenizer(text)["input_ids"]) < len(text.encode()) / 1.5, "it learned from the corpus"
 
     model = AutoModelForCausalLM.from_pretrained(artifact.path)

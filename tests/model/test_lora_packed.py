@@ -11,7 +11,7 @@ from graft.core.shards import Bin
 from graft.model.base import random_llama
 from graft.model.lora import LoraLinear, inject, merge_into, read_adapter, save_adapter
 from graft.model.packed import PackedLM, block_causal_mask
-from graft.train.batches import attention_cost, collate
+from graft.train.batches import collate
 
 SHAPE = EmbeddedBase(vocab_size=300, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2, train=Train(corpora=("a",), lora=None))
 ALL = Lora(r=4, alpha=8)
@@ -54,10 +54,6 @@ def test_targets_are_supervised_tokens_inside_a_document():
 def test_block_mask_is_causal_inside_documents():
     mask = block_causal_mask(torch.tensor([[0, 0, 1, 1]]))[0, 0]
     assert mask.tolist() == [[True, False, False, False], [True, True, False, False], [False, False, True, False], [False, False, True, True]]
-
-
-def test_attention_cost_is_the_sum_of_squares():
-    assert attention_cost(a_bin([3, 4])) == 25
 
 
 def with_random_adapter(lora=ALL, seed=0):

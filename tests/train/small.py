@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from graft.core.recipe import EmbeddedBase, Train
-from graft.core.shards import Bin, write_index, write_shard
+from graft.core.shards import Columns, write_index, write_shard
 from graft.core.stages import Plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -49,20 +49,22 @@ def tokenizer():
 
 
 def random_bins(count, seq_len, seed):
-    """Bins whose number of supervised tokens differs much, so that a wrong normalisation shows."""
+    """(ids, mask, doc_lens) of bins whose number of supervised tokens differs much, so that a wrong normalisation shows."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         lens = np.array([rng.integers(3, 12), rng.integers(3, 12)], np.int32)
         ids = rng.integers(4, 260, seq_len, dtype=np.int32)
         mask = (rng.random(seq_len) < rng.choice([0.1, 0.9])).astype(np.uint8)
         mask[1], mask[lens.sum() :] = 1, 0
-        yield Bin(ids, mask, lens, ("t", "t"))
+        yield ids, mask, lens
 
 
 def write_shards(folder, count, seq_len=32, seed=0):
     folder.mkdir(parents=True)
-    entry = write_shard(folder / "part-000-000.arrow", random_bins(count, seq_len, seed), seq_len)
-    write_index(folder, seq_len=seq_len, pad_id=3, tokenizer="t", shards=[entry], documents=2 * count, tokens=0, supervised_tokens=0)
+    ids, masks, lens = (np.stack(c) for c in zip(*random_bins(count, seq_len, seed), strict=True))
+    documents = 2 * count
+    bins = Columns(ids, masks, lens.reshape(-1), np.arange(0, documents + 1, 2), np.zeros(documents, np.int32), np.arange(documents))
+    write_index(folder, seq_len=seq_len, pad_id=3, tokenizer="t", shards=[write_shard(folder / "part-000-000.arrow", bins, ["t"])])
 
 
 def small_plan(root: Path, *overrides: str) -> Plan:

@@ -125,27 +125,88 @@ class Prepare(Section):
     max_chars: Count = 4096
 
 
-class Corpus(Section):
-    """A source of text: `grammar`, `dialogues` (in chat markup) and `docstrings` are made on the machine, `text` and `jsonl` are files."""
+CLEANING = (
+    "mojibake",
+    "nfc",
+    "control",
+    "urls",
+    "page_numbers",
+    "punctuation",
+    "repeated_lines",
+    "whitespace",
+)  # the steps of graft.data.cleaning, in the order they run
+FORMATS = ("auto", "text", "json", "jsonl", "csv", "parquet", "arrow", "dataset")
+LAYOUTS = ("auto", "text", "messages", "sharegpt", "alpaca", "ms-swift", "mcq")
 
-    kind: Literal["grammar", "dialogues", "docstrings", "text", "jsonl"]
-    path: str | None = None  # relative to the recipe; for text (a document a blank-line block) and jsonl (key "text")
+
+class Clean(Section):
+    """What is done to a document before it is used. A longer one is cut at sentence ends, a shorter one rejected."""
+
+    steps: tuple[Literal[CLEANING], ...] = CLEANING  # type: ignore[valid-type]
+    mask: tuple[Literal["email", "phone", "id"], ...] = ()  # personal data to replace
+    min_chars: Count = 100
+    max_chars: Count | None = 2048
+    language: Literal["any", "zh", "zh-Hant", "en"] = "any"
+    language_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the letters, at least
+    merge_by: str | None = None  # the key of records whose texts are one article: equal neighbours are joined
+
+
+class Mcq(Section):
+    """Keys of a reading-comprehension record, and the prompt that is made of it."""
+
+    article: str = "article"
+    question: str = "question"
+    options: tuple[str, ...] = ("option1", "option2", "option3", "option4")
+    answer: str = "answer"  # the option's number (from 1), its letter, or its text
+    prompt: str = "{article}\n\n{question}\n{options}"
+    option: str = "{letter}. {text}"
+    reply: str = "{letter}. {text}"
+
+
+class Corpus(Section):
+    """A source of text or chats: `files` are read; `grammar`, `dialogues` (in chat markup) and `docstrings` are made on the machine."""
+
+    kind: Literal["files", "grammar", "dialogues", "docstrings"] = "files"
+    path: str | None = None  # a file, a folder or a pattern, relative to the recipe; "hub:owner/name" for a dataset of the hub
+    format: Literal[FORMATS] = "auto"  # type: ignore[valid-type]  # auto: by file name
+    layout: Literal[LAYOUTS] = "auto"  # type: ignore[valid-type]  # auto: by the keys of the first records
+    text: str = "text"  # the key of a text record
+    mcq: Mcq = Mcq()
+    clean: Clean | None = None  # absent: Clean's defaults for files, the bare minimum for what is made
     documents: Count | None = None  # at most this many; needed for grammar and dialogues
     seed: int = 0  # of the grammar; two corpora of one kind differ by it
 
     @model_validator(mode="after")
     def _files_have_paths(self) -> Corpus:
-        if (self.kind in ("text", "jsonl")) != (self.path is not None):
-            raise ValueError(f"kind = {self.kind!r} and path = {self.path!r} do not go together: only text and jsonl are files")
+        if (self.kind == "files") != (self.path is not None):
+            raise ValueError(f"kind = {self.kind!r} and path = {self.path!r} do not go together: files have a path, what is made has none")
         if self.kind in ("grammar", "dialogues") and self.documents is None:
             raise ValueError(f"kind = {self.kind!r} needs documents = N, it has no end of its own")
         return self
 
 
+class Dedup(Section):
+    """Equal documents are always dropped but the first; nearly equal ones by MinHash over n-grams of characters (Han) or words."""
+
+    near: Annotated[float, Field(gt=0, le=1)] = 0.8  # Jaccard similarity from which two documents are one; 1: equal ones alone
+    ngram_chars: Count = 5
+    ngram_words: Count = 5
+    permutations: Annotated[int, Field(ge=16, le=512)] = 128
+
+
+class Decontaminate(Section):
+    """No training text may hold an n-gram of an evaluation set; the test split of the recipe is always one."""
+
+    sets: tuple[str, ...] = ()  # files relative to the recipe, in any layout
+    ngram_chars: Count = 24  # of Han text
+    ngram_words: Count = 13  # of other text (Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C)
+    on_hit: Literal["quarantine", "refuse"] = "quarantine"
+
+
 class Shard(Section):
     seq_len: Count = 1024  # tokens a bin
     bins_per_shard: Count = 4096
-    partitions: Count = 1  # packed independently, in parallel; the result does not depend on the workers
+    part_mib: Count = 64  # text that is read, packed and remembered as one part; larger files are cut, smaller ones of a corpus joined
 
 
 class Lora(Section):
@@ -158,7 +219,8 @@ class Lora(Section):
 class Train(Section):
     """One training stage. The global batch is counted in bins and does not change with the number of GPUs."""
 
-    corpora: tuple[str, ...] = ()  # names in [corpora]; sft reads the chat rows instead
+    corpora: tuple[str, ...] = ()  # names in [corpora]; sft reads the augmented rows too
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # how often each document of a corpus is used; 0.25: a quarter of them, once
     lora: Lora | None = Lora()  # absent (`lora = false`): all weights are trained
     lr: Annotated[float, Field(gt=0)] = 2e-4
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -185,7 +247,7 @@ class Model(Section):
     base: str = "embedded"  # "embedded" (built by the recipe), a folder, or a hub id
     revision: str | None = None
     precision: Literal["fp32", "bf16", "nf4"] = "bf16"
-    chat_template: Literal["tokenizer", "chatml", "llama-3"] = "tokenizer"
+    chat_template: Literal["tokenizer", "chatml", "llama-3", "alpaca"] = "tokenizer"
 
 
 class EmbeddedBase(Section):
@@ -223,9 +285,11 @@ class Recipe(Section):
     deepspeed: str = "../deepspeed/zero2.json"  # relative to the recipe
     task: Task = Task()
     api: Api = Api()
-    augment: Augment
+    augment: Augment | None = None  # absent: the recipe trains on corpora alone
     prepare: Prepare = Prepare()
     corpora: dict[Name, Corpus] = {}
+    dedup: Dedup = Dedup()
+    decontaminate: Decontaminate = Decontaminate()
     shard: Shard = Shard()
     model: Model = Model()
     base: EmbeddedBase | None = None
@@ -237,11 +301,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        if self.augment is None and not self.corpora:
+            raise ValueError("neither [augment] nor [corpora]: a recipe makes rows, reads corpora, or does both")
         if self.sft is None:
             if self.base or self.cpt:
                 raise ValueError("[base] or [cpt] without [sft]: add an [sft] section, or leave all training out and the recipe ends with its rows")
             return self
-        if self.augment.images:
+        if self.augment is None and not self.sft.corpora:
+            raise ValueError("sft has nothing to train on: add [augment], or name corpora of chats in sft.corpora")
+        if self.augment and self.augment.images:
             raise ValueError(
                 "[augment.images] and [sft] in one recipe: training on images is not built yet; leave [sft] out and `graft export` the rows"
             )
@@ -250,25 +318,32 @@ class Recipe(Section):
                 f"model.base = {self.model.base!r} and a [base] section that is {'present' if self.base else 'absent'} "
                 "do not go together: [base] describes the embedded base and nothing else"
             )
-        for section, train in (("base.train", self.base.train if self.base else None), ("cpt", self.cpt)):
+        for section, train in (("base.train", self.base.train if self.base else None), ("cpt", self.cpt), ("sft", self.sft)):
             if train is None:
                 continue
-            if not train.corpora:
+            if not train.corpora and section != "sft":
                 raise ValueError(f"{section}.corpora is empty: name at least one of {sorted(self.corpora) or 'the [corpora] you add'}")
             if missing := [c for c in train.corpora if c not in self.corpora]:
                 raise ValueError(f"{section}.corpora names {missing[0]!r}, but [corpora] has {sorted(self.corpora)}")
+            if missing := [c for c in train.weights if c not in (*train.corpora, *(["rows"] if section == "sft" else []))]:
+                raise ValueError(f"{section}.weights names {missing[0]!r}, which {section}.corpora does not")
         if self.base and self.base.train.lora:
             raise ValueError("base.train.lora is set, but an embedded base is trained whole: write lora = false")
         for section, train in (("cpt", self.cpt), ("sft", self.sft)):
             if train and not train.lora and self.model.precision == "nf4":
                 raise ValueError(f"{section}.lora = false and model.precision = 'nf4': 4-bit weights cannot be trained whole; use bf16")
-        if self.sft.corpora:
-            raise ValueError("sft.corpora is set, but sft trains on the chat rows that augment and prepare make: remove it")
         if self.base and self.base.hidden_size % self.base.heads:
             raise ValueError(f"base.hidden_size = {self.base.hidden_size} is no multiple of base.heads = {self.base.heads}")
         if self.base and self.base.heads % self.base.kv_heads:
             raise ValueError(f"base.heads = {self.base.heads} is no multiple of base.kv_heads = {self.base.kv_heads}")
         return self
+
+    @property
+    def augmentation(self) -> Augment:
+        """[augment]; ConfigError where the recipe has none."""
+        if self.augment is None:
+            raise ConfigError(f"recipe {self.name!r} makes no rows: it has no [augment] section")
+        return self.augment
 
     def train_stage(self, stage: str) -> Train:
         """The training section of stage `base`, `cpt` or `sft`; ConfigError where the recipe has none."""

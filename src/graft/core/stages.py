@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,23 +43,25 @@ def stages(recipe: Recipe) -> list[Stage]:
     source: dict[str, str] = {}  # the model that the next training stage starts from
     model_input: tuple[str, ...] = () if recipe.base else ("model",)
     lm = ("seed", "model")
-    out = [
+    out: list[Stage] = []
+    if recipe.augment:
+        api = _fields("api", "model max_output_tokens output_limit response_format service_tier budget_usd budget_tokens")
+        inputs = ("images" if recipe.augment.images else "seeds", "review", "endpoint")
+        out.append(Stage("augment", "graft.data.augment.stage", 2, ("seed", "task", "augment", *api), inputs=inputs))
+    if recipe.sft is None and not recipe.corpora:
+        return out
+    out.append(
         Stage(
-            "augment",
-            "graft.data.augment.stage",
+            "prepare",
+            "graft.data.prepare",
             2,
-            (
-                "seed",
-                "task",
-                "augment",
-                *_fields("api", "model max_output_tokens output_limit response_format service_tier budget_usd budget_tokens"),
-            ),
-            inputs=("images" if recipe.augment.images else "seeds", "review", "endpoint"),
-        ),
-    ]
+            ("seed", "task", "prepare", "corpora", "dedup", "decontaminate", "shard.part_mib"),
+            {"augment": "rows.jsonl"} if recipe.augment else {},
+            ("corpora", "evaluation", "machine"),
+        )
+    )
     if recipe.sft is None:
         return out
-    out.append(Stage("prepare", "graft.data.prepare", 1, ("seed", "task", "prepare", "corpora"), {"augment": "rows.jsonl"}, ("corpora", "machine")))
     tokenizer = {}
     if recipe.base:
         shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads")
@@ -75,13 +78,13 @@ def stages(recipe: Recipe) -> list[Stage]:
         tokenizer = source = {"init": "*"}
     for stage in recipe.train_stages():
         section = "base.train" if stage == "base" else stage
-        reads = "rows/*" if stage == "sft" else "corpora/*"
+        reads = ("*" if recipe.sft.corpora else "rows/*") if stage == "sft" else "corpora/*"
         out.append(
             Stage(
                 f"shard-{stage}",
                 "graft.data.shard",
-                1,
-                ("shard", "model.chat_template", f"{section}.corpora", f"{section}.pack"),
+                2,
+                ("shard", "model.chat_template", f"{section}.corpora", f"{section}.weights", f"{section}.pack"),
                 {"prepare": reads, **{k: "tokenizer*" for k in tokenizer}},
                 model_input,
             )
@@ -108,17 +111,10 @@ def stages(recipe: Recipe) -> list[Stage]:
             out.append(Stage("merge", "graft.train.merge", 1, ("model",), {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
             source = {"merge": "*"}
     served = {**source, "sft": "*"}
-    out.append(
-        Stage(
-            "evaluate",
-            "graft.evaluate.classify",
-            1,
-            ("task", "model", "evaluate"),
-            {**served, "prepare": "rows/*"},
-            model_input if not source else (),
-            CHECKPOINTS,
-        )
-    )
+    external = model_input if not source else ()
+    if recipe.augment:
+        keys = ("task", "model", "evaluate")
+        out.append(Stage("evaluate", "graft.evaluate.classify", 1, keys, {**served, "prepare": "rows/*"}, external, CHECKPOINTS))
     out.append(
         Stage(
             "serve",
@@ -126,7 +122,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             1,
             ("model", "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
             served,
-            model_input if not source else (),
+            external,
             CHECKPOINTS,
         )
     )
@@ -253,7 +249,7 @@ class Plan:
     def external_input(self, name: str) -> Any:
         """What a fingerprint records of an input that is no artifact; ConfigError where it is not there."""
         if name == "seeds":
-            return self._digest(self.beside(self.recipe.augment.seeds or ""), "augment.seeds")
+            return self._digest(self.beside(self.recipe.augmentation.seeds or ""), "augment.seeds")
         if name == "images":
             return self._images()
         if name == "review":
@@ -261,7 +257,9 @@ class Plan:
         if name == "deepspeed":
             return self._digest(self.beside(self.recipe.deepspeed), "deepspeed")
         if name == "corpora":
-            return {c: self._digest(self.beside(s.path), f"corpora.{c}.path") for c, s in self.recipe.corpora.items() if s.path}
+            return {c: s.path if s.path.startswith("hub:") else self._content(self.corpus_files(c)) for c, s in self.recipe.corpora.items() if s.path}
+        if name == "evaluation":
+            return [self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets]
         if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar
             kinds = {c.kind for c in self.recipe.corpora.values()}
             return {
@@ -281,6 +279,23 @@ class Plan:
             raise ConfigError(f"model.base = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
         return {p.name: self._digest(p, "model.base") for p in sorted(folder.iterdir()) if p.is_file()}
 
+    def corpus_files(self, corpus: str) -> list[Path]:
+        """The files of a corpus in the order they are read, hidden ones left out; ConfigError where there are none."""
+        name = self.recipe.corpora[corpus].path or ""
+        path = self.beside(name)
+        if path.is_file():
+            return [path]
+        found = path.rglob("*") if path.is_dir() else map(Path, glob(str(path), recursive=True))
+        files = sorted(
+            p for p in found if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path if path.is_dir() else p.parent).parts)
+        )
+        if not files:
+            raise ConfigError(f"corpora.{corpus}.path names {path}, where no file is: mend the path (it is relative to {self.path.parent})")
+        return files
+
+    def _content(self, paths: list[Path]) -> dict[str, str]:
+        return {os.path.relpath(p, self.path.parent): d for p, d in self.digests(paths).items()}
+
     @property
     def review_file(self) -> Path:
         """A person's decisions on the recipe's rows (`graft review`)."""
@@ -288,7 +303,7 @@ class Plan:
 
     def _images(self) -> dict[str, Any]:
         """Digests of the image source: the listing with the local files it names, or every file of the folder."""
-        images = self.recipe.augment.images
+        images = self.recipe.augmentation.images
         assert images is not None
         schema = self._digest(self.beside(images.answer_schema), "augment.images.answer_schema") if images.answer_schema else None
         if images.file:
@@ -303,7 +318,7 @@ class Plan:
                 {},
                 sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)),
             )
-        digests = self._digests(local)
+        digests = self.digests(local)
         return {
             **found,
             "schema": schema,
@@ -314,9 +329,9 @@ class Plan:
     def _digest(self, path: Path, key: str) -> str:
         if not path.is_file():
             raise ConfigError(f"{key} names {path}, which is no file: mend the path (it is relative to {self.path.parent})")
-        return self._digests([path])[path]
+        return self.digests([path])[path]
 
-    def _digests(self, paths: list[Path]) -> dict[Path, str]:
+    def digests(self, paths: list[Path]) -> dict[Path, str]:
         """SHA-256 of external files, remembered by (path, size, mtime) so that a second run reads no base again."""
         memory = self.home(DATA) / ".digests.json"
         known = json.loads(memory.read_text()) if memory.is_file() else {}

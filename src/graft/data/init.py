@@ -12,8 +12,8 @@ from typing import Any
 from rich import get_console
 
 from graft.core.errors import ConfigError
-from graft.core.rows import read_jsonl
 from graft.core.stages import Job
+from graft.data.prepare import documents
 from graft.model.chat import TEMPLATES
 
 END_OF_TEXT, START, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -26,9 +26,9 @@ def run(job: Job) -> None:
     assert shape is not None  # the stage exists for an embedded base alone
     if recipe.model.chat_template == "llama-3":
         raise ConfigError("model.chat_template = 'llama-3' does not go with model.base = 'embedded', whose tokens are chatml's: remove it")
-    corpora = job.parents["prepare"].path / "corpora"
-    texts = [document["text"] for name in shape.train.corpora for document in read_jsonl(corpora / f"{name}.jsonl")]
+    prepared = job.parents["prepare"]
     with job.writing() as draft:
+        texts = (text for name in shape.train.corpora for text in documents(prepared.path, name))
         tokenizer = train_tokenizer(texts, shape.vocab_size)
         # with the template inside tokenizer_config.json, the files `tokenizer*` are all that tokenization depends on
         tokenizer.save_pretrained(draft.path, save_jinja_files=False)
@@ -43,7 +43,7 @@ def run(job: Job) -> None:
         for config in (model.config, model.generation_config):
             config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         model.save_pretrained(draft.path)
-        draft.counts.update(documents=len(texts), vocabulary=len(tokenizer), parameters=model.num_parameters())
+        draft.counts.update(vocabulary=len(tokenizer), parameters=model.num_parameters())
         console.print(f"init: a tokenizer of {len(tokenizer)} tokens, a Llama of {model.num_parameters():,} random weights", soft_wrap=True)
 
 

@@ -1,280 +1,200 @@
-"""Stage `prepare`: clean, split by seed family, decontaminate and deduplicate rows and corpora, in one Ray Data execution.
+"""Stage `prepare`: rows and corpora become clean, deduplicated, decontaminated documents, split by seed family.
 
-The test split is settled first: a share of each class's seed families, so no test row descends from a training seed. Every
-other row and document that holds a test row's user sentence is rejected. Everything is ordered by index, so the
-result does not depend on the number of workers. 1,200 rows and 12,000 documents cost about 6 s once Ray is up, and the
-docstrings corpus up to 4 s more. The driver holds the cleaned text in memory, about twice the corpora's size.
+The test split is settled first: a share of each class's seed families, so no test row descends from a training seed. Its
+sentences and the recipe's evaluation sets are what no other row or document may hold. Corpora are read in parts that are
+kept across kills (reading.py) and compared with each other (dedup.py); what is left is written out. Everything is ordered
+by recipe, file and record; the number of workers decides nothing. The driver holds the augmented rows, never documents.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import random
-import re
-import unicodedata
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from rich import get_console
 
-from graft.core.calls import parse_answer
 from graft.core.errors import DataError
-from graft.core.recipe import Prepare, Task
-from graft.core.rows import LABELS, Row, is_unicode, read_jsonl, write_jsonl, wrong_roles
-from graft.core.stages import Job
+from graft.core.recipe import Recipe
+from graft.core.rows import LABELS, Row, read_jsonl, write_jsonl
+from graft.core.stages import DATA, Job
+from graft.data import parts
 from graft.data.cluster import ray_cluster
-from graft.data.corpora import documents
+from graft.data.decontaminate import Gate
+from graft.data.dedup import EXACT, NEAR, Result, deduplicate
+from graft.data.parts import Part, Spec
+from graft.data.reading import DOCUMENTS, EXCERPT, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
+from graft.data.seed_rows import families_held_out, select, sentences
+from graft.data.sources import Source, evaluation_pieces, sources
 
-BLOCK = 1000  # items
-BUCKETS = 64  # equal texts meet in one; the result does not depend on it
-ROWS = ""  # the source of chat rows; a corpus has its name
-
-ITEMS = pa.schema([("source", pa.string()), ("index", pa.int64()), ("text", pa.large_binary()), ("reason", pa.string())])
-JUDGED = pa.schema(
-    [
-        ("source", pa.string()),
-        ("index", pa.int64()),
-        ("text", pa.large_string()),
-        ("reason", pa.string()),
-        ("user_key", pa.binary(16)),
-        ("all_key", pa.binary(16)),
-        ("bucket", pa.int32()),
-    ]
-)
+CLUSTERS = "clusters.parquet"
+REASONS = {EXACT: "duplicate", NEAR: "near duplicate"}
+_COLUMNS = pa.schema([("text", pa.large_string()), ("number", pa.int64())])
 
 
 def run(job: Job) -> None:
-    """Write rows/{train,validation,test}.jsonl, corpora/<name>.jsonl and rejected.jsonl; in = kept + rejected."""
+    """Write rows/{train,validation,test}.jsonl, corpora/<name>/*.parquet, rejected.jsonl and clusters.parquet."""
     recipe, console = job.recipe, get_console()
-    rows = list(read_jsonl(job.parents["augment"].path / "rows.jsonl"))
-    test = families_held_out(rows, recipe.prepare.test_families, recipe.seed)
-    held_out = HeldOut(s for row in rows if row["family"] in test for s in _sentences(row, recipe.prepare, recipe.task))
+    rows = list(read_jsonl(job.parents["augment"].path / "rows.jsonl")) if recipe.augment else []
+    test = families_held_out(rows, recipe.prepare.test_families, recipe.seed) if rows else set()
+    store = job.plan.home(DATA) / "parts" / "prepare"
+    found = sources(job.plan)
     with job.writing() as draft, ray_cluster():
-        console.print(f"prepare: {len(rows)} rows; corpora: {', '.join(recipe.corpora) or 'none'}", soft_wrap=True)
-        judged = _judge(job, rows, test, held_out)
-        kept: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
-        corpora: dict[str, list[Row]] = {name: [] for name in recipe.corpora}
-        rejected: list[Row] = []
-        for source, index, text, reason in judged:
-            if reason:
-                who = {"source": source} if source else {"source": "rows", "id": rows[index]["id"]}
-                rejected.append({**who, "index": index, "reason": reason, "text": text[:200]})
-            elif source:
-                corpora[source].append({"text": text, "source": source, "index": index})
-            else:
-                row = json.loads(text)
-                kept["test" if row["family"] in test else "train"].append(row)
-        kept["train"], kept["validation"] = hold_out_rows(kept["train"], recipe.prepare.validation)
-        for name, found in kept.items():
-            write_jsonl(draft.path / "rows" / f"{name}.jsonl", found)
-        for name, found in corpora.items():
-            write_jsonl(draft.path / "corpora" / f"{name}.jsonl", found)
-        write_jsonl(draft.path / "rejected.jsonl", rejected)
-        draft.counts.update(_counts(kept, corpora, rejected))
-        _check(kept, corpora, draft.counts)
-        splits, texts = (", ".join(f"{len(found)} {name}" for name, found in of.items()) for of in (kept, corpora))
-        console.print(f"prepare: {splits} rows; {texts or 'no'} documents; {len(rejected)} rejected", soft_wrap=True)
-
-
-# ---- the split ------------------------------------------------------------------------------------------------------
-def families_held_out(rows: Iterable[Row], share: float, seed: int) -> set[str]:
-    """The families of the test split: of each class `share` of them, at least one, never all; DataError for a class with one."""
-    families: dict[str, set[str]] = {label: set() for label in LABELS}
-    for row in rows:
-        families[row["label"]].add(row["family"])
-    chosen: set[str] = set()
-    for label, names in families.items():
-        if len(names) < 2:
-            raise DataError(f"prepare: class {label!r} has {len(names)} seed families, a test family and a training family are needed: add seeds")
-        order = sorted(names)
-        random.Random(seed).shuffle(order)
-        chosen.update(order[: min(max(1, int(share * len(order) + 0.5)), len(order) - 1)])
-    return chosen
-
-
-def hold_out_rows(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """(train, validation): rows whose id hashes below `share`, at least one where `share` > 0 and two rows are there."""
-
-    def draw(row: Row) -> float:
-        return int.from_bytes(hashlib.sha256(row["id"].encode()).digest()[:8]) / 2**64
-
-    limit = max(share, math.nextafter(min(map(draw, rows)), 2)) if share > 0 and len(rows) > 1 else 0.0
-    return [r for r in rows if draw(r) >= limit], [r for r in rows if draw(r) < limit]
-
-
-# ---- contamination ---------------------------------------------------------------------------------------------------
-class HeldOut:
-    """The test split's user sentences, normalised: found anywhere in a text in one pass over its characters.
-
-    Sentences of fewer than HEAD characters are words that any text may hold; they count only as a whole text.
-    """
-
-    HEAD = 4
-
-    def __init__(self, sentences: Iterable[str]):
-        self.sentences = frozenset(filter(None, map(normal, sentences)))
-        self.lengths: dict[str, set[int]] = {}  # of the sentences that begin with these characters
-        for s in self.sentences:
-            if len(s) >= self.HEAD:
-                self.lengths.setdefault(s[: self.HEAD], set()).add(len(s))
-
-    def within(self, text: str) -> bool:
-        key = normal(text)
-        if key in self.sentences:
-            return True
-        heads = {key[i : i + self.HEAD] for i in range(len(key) - self.HEAD + 1)} & self.lengths.keys()
-        return any(key[m.start() : m.start() + n] in self.sentences for h in heads for m in re.finditer(f"(?={h})", key) for n in self.lengths[h])
-
-
-def normal(text: str) -> str:
-    """NFKC, case folded, letters and digits alone: what two spellings of one sentence share."""
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
-
-
-# ---- cleaning --------------------------------------------------------------------------------------------------------
-def clean(text: str) -> str:
-    """NFC, unix line ends, no control or zero-width characters, no trailing blanks, at most one blank line in a row."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f\u200b\u2060\ufeff]", "", text)
-    text = re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def clean_row(row: Row, limits: Prepare, task: Task) -> tuple[Row, str]:
-    """(the row with clean messages, why it is rejected or "")."""
-    if wrong := wrong_roles(row["messages"]):
-        return row, "empty" if wrong.endswith("is empty") else "unbalanced roles"
-    row = {**row, "messages": [{**m, "content": clean(m["content"])} for m in row["messages"]]}
-    if not is_unicode("".join(m["content"] for m in row["messages"])):
-        return row, "invalid UTF-8"
-    size = sum(len(m["content"]) for m in row["messages"] if m["role"] != "system")
-    if not all(m["content"] for m in row["messages"]):
-        return row, "empty"
-    if size < limits.min_chars:
-        return row, "too short"
-    if size > limits.max_chars:
-        return row, "too long"
-    kind = parse_answer(row["messages"][-1]["content"], task.function, task.argument).kind
-    return row, "" if kind == row["label"] else f"the answer is {kind}, the label {row['label']}"
-
-
-def clean_document(raw: bytes, limits: Prepare) -> tuple[str, str]:
-    """(clean text, why it is rejected or "")."""
-    try:
-        text = clean(raw.decode())
-    except UnicodeDecodeError:
-        return raw.decode("utf-8", "replace"), "invalid UTF-8"
-    return text, "empty" if not text else "too short" if len(text) < limits.min_chars else ""
-
-
-def _sentences(row: Row, limits: Prepare, task: Task) -> list[str]:
-    row, reason = clean_row(row, limits, task)
-    return [] if reason else [m["content"] for m in row["messages"] if m["role"] == "user"]
-
-
-# ---- the Ray Data execution --------------------------------------------------------------------------------------------
-def _judge(job: Job, rows: list[Row], test: set[str], held_out: HeldOut) -> Iterator[tuple[str, int, str, str]]:
-    """(source, index, clean text, reason or "") of every row and document, ordered by source and index."""
-    import ray
-
-    items = ray.data.from_arrow(list(_blocks(_items(job, rows))))
-    judge = partial(judge_batch, limits=job.recipe.prepare, task=job.recipe.task, test=test, held_out=held_out)
-    judged = items.map_batches(judge, batch_format="pyarrow", batch_size=BLOCK).groupby("bucket").map_groups(first_of_each, batch_format="pyarrow")
-    table = pa.concat_tables(judged.iter_batches(batch_size=None, batch_format="pyarrow")).sort_by([("source", "ascending"), ("index", "ascending")])
-    for batch in table.to_batches(BLOCK):
-        yield from zip(*(batch[c].to_pylist() for c in ("source", "index", "text", "reason")), strict=True)
-
-
-def _items(job: Job, rows: list[Row]) -> Iterator[tuple[str, int, bytes, str]]:
-    for index, row in enumerate(rows):
-        yield ROWS, index, json.dumps(row).encode(), ""
-    for name, corpus in job.recipe.corpora.items():
-        for index, document in enumerate(documents(corpus, job.plan)):
-            yield name, index, document.text.encode("utf-8", "surrogatepass"), document.reason
-
-
-def _blocks(items: Iterator[tuple[Any, ...]]) -> Iterator[pa.Table]:
-    while block := list(islice(items, BLOCK)):
-        yield pa.table(dict(zip(ITEMS.names, zip(*block, strict=True), strict=True)), schema=ITEMS)
-
-
-def judge_batch(batch: pa.Table, limits: Prepare, task: Task, test: set[str], held_out: HeldOut) -> pa.Table:
-    """ITEMS to JUDGED: cleaned text, why an item is rejected so far, and the keys under which duplicates meet."""
-    out: list[tuple[Any, ...]] = []
-    for source, index, raw, reason in zip(*(batch[c].to_pylist() for c in ITEMS.names), strict=True):
-        if source == ROWS:
-            row, reason = clean_row(json.loads(raw), limits, task)
-            text, in_test = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode(), row["family"] in test
-            messages = [] if reason else row["messages"]
-            contents = [m["content"] for m in messages]
-            asked = "\0".join(m["content"] for m in messages if m["role"] == "user")
+        console.print(f"prepare: {len(rows)} rows; corpora: {', '.join(map(str, found)) or 'none'}", soft_wrap=True)
+        held_out = [s for row in rows if row["family"] in test for s in sentences(row, recipe.prepare, recipe.task)]
+        gate = parts.make(write_evaluation_texts, VERSION, [{"texts": held_out, "pieces": evaluation_pieces(job.plan)}], store)
+        read = parts.make(read_pieces, VERSION, _specs(found, gate[0].path / TEXTS, recipe), store)
+        kept, apart = _keep(found, read, recipe, store)
+        draft.counts["corpora"] = _place(found, read, kept, draft.path)
+        link(apart.clusters, draft.path / CLUSTERS)
+        if recipe.augment:
+            splits, rejected = select(rows, test, Gate.of_file(gate[0].path / TEXTS, recipe.decontaminate), recipe)
+            draft.counts |= _row_counts(splits, rejected)
+            for name, some in splits.items():
+                write_jsonl(draft.path / "rows" / f"{name}.jsonl", some)
         else:
-            text, reason = (raw.decode("utf-8", "replace"), reason) if reason else clean_document(raw, limits)
-            contents, asked, in_test = [text], text, False
-        if not reason and not in_test and any(map(held_out.within, contents)):
-            reason = "contaminated"
-        user_key = _key(source, asked)
-        out.append((source, index, text, reason, user_key, _key(source, "\0".join(contents)), int.from_bytes(user_key[:4]) % BUCKETS))
-    return pa.table(dict(zip(JUDGED.names, zip(*out, strict=True), strict=True)), schema=JUDGED)
+            rejected = []
+        write_jsonl(draft.path / REJECTED, rejected)
+        concatenate([part.path / REJECTED for part in kept], draft.path / REJECTED)
+        _check(draft.counts, recipe)
+        parts.sweep(store, [*gate, *read, *kept, *apart.parts])
+        console.print(f"prepare: {_said(draft.counts)}", soft_wrap=True)
 
 
-def first_of_each(group: pa.Table) -> pa.Table:
-    """Of the usable items of one bucket, the first by index of every user text; the others get their reason."""
-    group = group.sort_by([("source", "ascending"), ("index", "ascending")])
-    users: set[bytes] = set()
-    wholes: set[bytes] = set()
-    reasons = []
-    for reason, user, whole in zip(*(group[c].to_pylist() for c in ("reason", "user_key", "all_key")), strict=True):
-        if not reason:
-            reason = "duplicate" if whole in wholes else "duplicate user text" if user in users else ""
-            users.add(user)
-            wholes.add(whole)
-        reasons.append(reason)
-    return group.set_column(group.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
+def _specs(found: list[Source], gate: Path, recipe: Recipe) -> list[Spec]:
+    rules = {key: getattr(recipe, key).model_dump(mode="json") for key in ("decontaminate", "dedup")}
+    return [spec | rules | {"gate": str(gate)} for source in found for spec in source.specs]
 
 
-def _key(source: str, text: str) -> bytes:
-    return hashlib.blake2b(f"{source}\0{text}".encode(), digest_size=16).digest()
+def documents(prepared: Path, corpus: str) -> Iterator[str]:
+    """The texts of a corpus of a `prepare` artifact, in order; messages as JSON where the corpus is one of chats."""
+    for path in sorted((prepared / "corpora" / corpus).glob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000, columns=["text"]):
+                yield from batch["text"].to_pylist()
 
 
-# ---- counts -----------------------------------------------------------------------------------------------------------
-def _counts(kept: dict[str, list[Row]], corpora: dict[str, list[Row]], rejected: list[Row]) -> dict[str, Any]:
-    reasons: dict[str, Counter[str]] = {name: Counter() for name in (ROWS, *corpora)}
-    for r in rejected:
-        reasons[ROWS if "id" in r else r["source"]][r["reason"]] += 1
+# ---- documents --------------------------------------------------------------------------------------------------------
+def _keep(found: list[Source], read: list[Part], recipe: Recipe, store: Path) -> tuple[list[Part], Result]:
+    """(what is left of every reading part, what dedup said): duplicates are left out, then all over a corpus's limit."""
+    apart = deduplicate([part.path / DOCUMENTS for part in read], store, recipe.dedup)
+    specs: list[Spec] = []
+    at = 0
+    for source in found:
+        limit = recipe.corpora[source.name].documents
+        for _ in source.specs:
+            specs.append({"source": source.name, "read": str(read[at].path), "mask": str(apart.masks[at]), "limit": limit})
+            if limit is not None:
+                limit -= min(limit, apart.kept[at])
+            at += 1
+    return parts.make(keep_documents, VERSION, specs, store), apart
 
-    def balance(name: str, left: int) -> dict[str, Any]:
-        return {"in": left + reasons[name].total(), "kept": left, "rejected": dict(sorted(reasons[name].items()))}
 
+def keep_documents(spec: Spec, folder: Path) -> dict[str, Any]:
+    """The part that writes what is left of a documents file. spec: source, read (the reading part), mask, limit."""
+    read = Path(spec["read"])
+    mask = np.load(spec["mask"])
+    keep = mask == 0
+    if spec["limit"] is not None:
+        keep &= np.cumsum(keep) <= spec["limit"]
+    reasons = Counter[str]()
+    with pq.ParquetFile(read / DOCUMENTS) as file, (folder / REJECTED).open("w", encoding="utf-8") as bad:
+        for line in (read / REJECTED).open(encoding="utf-8"):
+            row = {"source": spec["source"], **json.loads(line)}
+            reasons[row["reason"]] += 1
+            bad.write(json.dumps(row) + "\n")
+        at = characters = 0
+        with pq.ParquetWriter(folder / DOCUMENTS, _COLUMNS, compression="zstd", compression_level=1, write_statistics=False) as out:
+            for batch in file.iter_batches(1000, columns=_COLUMNS.names):
+                here = slice(at, at := at + len(batch))
+                kept = batch.filter(keep[here])
+                out.write_batch(kept)
+                characters += pc.sum(pc.utf8_length(kept["text"])).as_py() or 0
+                for text, number, why in zip(batch["text"].to_pylist(), batch["number"].to_pylist(), mask[here], strict=True):
+                    if why:
+                        reason = REASONS[int(why)]
+                        reasons[reason] += 1
+                        row = {"source": spec["source"], "number": number, "reason": reason, "text": text[:EXCERPT]}
+                        bad.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return {"documents": int(keep.sum()), "characters": characters, "rejected": dict(sorted(reasons.items()))}
+
+
+def _place(found: list[Source], read: list[Part], kept: list[Part], folder: Path) -> dict[str, Any]:
+    """Link the documents into the artifact as corpora/<name>/<n>.parquet; the counts by corpus."""
+    counts: dict[str, Any] = {}
+    at = 0
+    for source in found:
+        home = folder / "corpora" / source.name
+        home.mkdir(parents=True)
+        total: Counter[str] = Counter()
+        rejected: Counter[str] = Counter()
+        changed: Counter[str] = Counter()
+        for n in range(len(source.specs)):
+            before, after = read[at].report, kept[at].report
+            link(kept[at].path / DOCUMENTS, home / f"{n:05d}.parquet")
+            total.update(records=before["records"], documents=after["documents"], characters=after["characters"])
+            rejected.update(after["rejected"])
+            changed.update(before["changed"])
+            at += 1
+        counts[source.name] = {"layout": source.layout, "files": source.files, **total, "rejected": dict(rejected), "changed": dict(changed)}
+    return counts
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a part's file a name in an artifact, by a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+# ---- what is said -----------------------------------------------------------------------------------------------------
+def concatenate(paths: list[Path], target: Path) -> None:
+    """Append files to `target`."""
+    with target.open("ab") as out:
+        for path in paths:
+            with path.open("rb") as some:
+                shutil.copyfileobj(some, out)
+
+
+def _row_counts(splits: dict[str, list[Row]], rejected: list[Row]) -> dict[str, Any]:
+    kept = sum(map(len, splits.values()))
+    reasons = Counter(r["reason"] for r in rejected)
+    families = {name: {r["family"] for r in some} for name, some in splits.items()}
+    by_label = {name: dict(sorted(Counter(r["label"] for r in some).items())) for name, some in splits.items()}
     return {
-        "rows": {
-            **balance(ROWS, sum(map(len, kept.values()))),
-            **{split: dict(sorted(Counter(r["label"] for r in found).items())) for split, found in kept.items()},
-        },
-        "families": {
-            "train": len({r["family"] for split in ("train", "validation") for r in kept[split]}),
-            "test": len({r["family"] for r in kept["test"]}),
-        },
-        "corpora": {name: {**balance(name, len(found)), "characters": sum(len(d["text"]) for d in found)} for name, found in corpora.items()},
-        "rejected": dict(sorted(sum(reasons.values(), Counter()).items())),
+        "rows": {"in": kept + len(rejected), "kept": kept, "rejected": dict(sorted(reasons.items())), **by_label},
+        "families": {"train": len(families["train"] | families["validation"]), "test": len(families["test"])},
     }
 
 
-def _check(kept: dict[str, list[Row]], corpora: dict[str, list[Row]], counts: dict[str, Any]) -> None:
-    for split in ("train", "test"):
+def _check(counts: dict[str, Any], recipe: Recipe) -> None:
+    for split in ("train", "test") if recipe.augment else ():
         for label in LABELS:
             if not counts["rows"][split].get(label):
                 raise DataError(
                     f"prepare: no {label!r} row is left for the {split} split (rejected: {counts['rows']['rejected']}): add seeds or rows"
                 )
-    for name, found in corpora.items():
-        if not found:
-            raise DataError(
-                f"prepare: no document of corpus {name!r} is left (rejected: {counts['corpora'][name]['rejected']}): mend [corpora.{name}]"
-            )
+    hits = {name: c["rejected"].get("contaminated", 0) for name, c in {"rows": counts.get("rows", {"rejected": {}}), **counts["corpora"]}.items()}
+    if recipe.decontaminate.on_hit == "refuse" and any(hits.values()):
+        said = ", ".join(f"{n} of {name}" for name, n in hits.items() if n)
+        raise DataError(f'prepare: contaminated by the evaluation sets: {said}; remove them, or set decontaminate.on_hit = "quarantine"')
+    for name, c in counts["corpora"].items():
+        if not c["documents"]:
+            raise DataError(f"prepare: nothing is left of corpus {name!r} (rejected: {c['rejected']}): mend its files, or corpora.{name}.clean")
+
+
+def _said(counts: dict[str, Any]) -> str:
+    rows = counts.get("rows")
+    splits = ", ".join(f"{sum(rows[s].values())} {s}" for s in ("train", "validation", "test")) + " rows; " if rows else ""
+    texts = ", ".join(f"{c['documents']:,} {name}" for name, c in counts["corpora"].items()) or "no"
+    rejected = sum(sum(c["rejected"].values()) for c in [rows or {"rejected": {}}, *counts["corpora"].values()])
+    return f"{splits}{texts} documents; {rejected:,} rejected"

@@ -32,7 +32,7 @@ from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.lora import inject, save_adapter
 from graft.model.packed import PackedLM
 from graft.train import checkpoint
-from graft.train.batches import attention_cost, collate
+from graft.train.batches import collate
 from graft.train.flops import Flops
 from graft.train.order import BinOrder, learning_rate, micro_batch_of, share_out, total_steps
 from graft.train.report import Reporter
@@ -69,7 +69,7 @@ def run(job: Job) -> None:
     cursor = _resume(engine, run_dir, same)
     first = cursor["step"] if cursor else 0
     tokens_seen = cursor["tokens"] if cursor else 0
-    order = BinOrder(len(shards), recipe.seed)
+    order, cost_of = BinOrder(len(shards), recipe.seed), shards.costs()
     validation = _validation(job, world, rank)
     report = Reporter(job, run_dir, total, first, world, flops) if rank == 0 else None
 
@@ -78,7 +78,7 @@ def run(job: Job) -> None:
         torch.manual_seed(_seed(recipe.seed, step, rank))
         indices = order.take(step * config.global_batch, config.global_batch)
         bins = [shards.bin(i) for i in indices]
-        costs = np.array([attention_cost(b) for b in bins])
+        costs = cost_of[indices]
         mine = share_out(costs, world, micro)[rank]
         batches = [collate([bins[i] for i in group]).to(device) for group in mine]
         tokens = sum(int(b.doc_lens.sum()) for b in bins)

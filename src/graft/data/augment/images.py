@@ -89,7 +89,7 @@ def gather(
     in = kept + rejected. An image is rejected as a duplicate where an earlier one looks like it and is asked the same.
     Needs a running Ray. Raises ConfigError where the folder or file cannot be read, DataError where it lists nothing.
     """
-    images = recipe.augment.images
+    images = recipe.augmentation.images
     assert images is not None, "the caller looked"
     sources = list(list_sources(images, base))
     if not sources:

@@ -24,7 +24,7 @@ def outlook(plan: Plan) -> list[str]:
     with Session(recipe, plan.root / DATA / LEDGER, plan.endpoint or "embedded") as session:
         spent = session.figures()
         history = session.history()
-        if images := recipe.augment.images:
+        if images := recipe.augmentation.images:
             schema = read_schema(plan.beside(images.answer_schema)) if images.answer_schema else None
             bodies = list(foreseen(recipe, plan.path.parent, schema))
             lines, scale = [f"{len(bodies)} requests at most, before duplicates and images that cannot be read are left out"], 1.0
@@ -34,7 +34,7 @@ def outlook(plan: Plan) -> list[str]:
             counts = loop.counts()
             rate = counts["accepted"] / counts["rewrites"] if counts["rewrites"] else 1.0
             short = sum(max(0, t - loop.sizes()[c]) for c, t in loop.targets().items() if loop.stopped.get(c, "target") == "target")
-            total = max(len(bodies), math.ceil(short / (recipe.augment.rewrites_per_call * max(rate, 0.05)))) if bodies else 0
+            total = max(len(bodies), math.ceil(short / (recipe.augmentation.rewrites_per_call * max(rate, 0.05)))) if bodies else 0
             scale = total / len(bodies) if bodies else 0.0
             why = f"at {rate:.0%} accepted so far" if counts["rewrites"] else "if every rewrite is accepted"
             lines = [f"{loop.sizes()} of {loop.targets()} rows are in the ledger; about {total} more requests, {why}"]
@@ -44,7 +44,7 @@ def outlook(plan: Plan) -> list[str]:
 def _replay(plan: Plan, session: Session) -> tuple[SelfInstruct, list[Request]]:
     """The loop as far as the ledger answers, and the requests of its first round that it does not."""
     recipe = plan.recipe
-    loop = SelfInstruct(recipe, read_seeds(plan.beside(recipe.augment.seeds or ""), recipe.task), read_decisions(plan.review_file))
+    loop = SelfInstruct(recipe, read_seeds(plan.beside(recipe.augmentation.seeds or ""), recipe.task), read_decisions(plan.review_file))
     while requests := loop.requests():
         answers: dict[str, Answer] = session.known(requests)
         if missing := [r for r in requests if r.key not in answers]:

@@ -37,7 +37,7 @@ _FORMATS = {"json_schema": structured(_ASKED, "rewrites"), "json_object": {"type
 
 def request(recipe: Recipe, parent: Row, sample: int) -> Request:
     """Ask for rewrites of `parent`; another `sample` asks the same words for another answer."""
-    a, api = recipe.augment, recipe.api
+    a, api = recipe.augmentation, recipe.api
     user, assistant = (m["content"] for m in parent["messages"][-2:])
     seed = json.dumps({"user": user, "assistant": assistant}, ensure_ascii=False)
     body: dict[str, Any] = {
@@ -69,7 +69,7 @@ def rewrites_of(answer: Answer) -> list[tuple[Row, str | None]]:
 
 def unfit(recipe: Recipe, user: str, assistant: str, label: str) -> str | None:
     """Why a rewrite cannot stand beside its parent: its kind, length or language; None where it can."""
-    a, task = recipe.augment, recipe.task
+    a, task = recipe.augmentation, recipe.task
     answer = parse_answer(assistant, task.function, task.argument)
     if answer.kind != label:
         return f"wrong kind: the answer is {answer.kind}, its seed's is {label}"

@@ -75,7 +75,7 @@ class SelfInstruct:
         self._labels = list(dict.fromkeys(seed["label"] for seed in seeds))
         self._calls: list[_Call] = []
         self._pending: list[tuple[_Family, int, Request]] = []  # family, number of the call in it
-        self._gate = Gate(recipe.augment.novelty)
+        self._gate = Gate(recipe.augmentation.novelty)
         self._gated: list[tuple[_Family, _Made | None]] = []  # what each text of the gate is; None: the family's seed
         for family in self._families:
             self._gate.add(family.seed["messages"][-2]["content"])
@@ -151,21 +151,21 @@ class SelfInstruct:
 
     def sizes(self) -> dict[str, int]:
         """Rows a class, none beyond its target."""
-        if self.recipe.augment.rows_per_seed:
+        if self.recipe.augmentation.rows_per_seed:
             return {label: sum(min(f.size, self._target) for f in self._of(label)) for label in self._labels}
         return {label: min(sum(f.size for f in self._of(label)), self._target) for label in self._labels}
 
     def targets(self) -> dict[str, int]:
         """Rows wanted a class."""
-        return {label: self._target * (len(self._of(label)) if self.recipe.augment.rows_per_seed else 1) for label in self._labels}
+        return {label: self._target * (len(self._of(label)) if self.recipe.augmentation.rows_per_seed else 1) for label in self._labels}
 
     @property
     def _target(self) -> int:
-        return self.recipe.augment.rows_per_seed or self.recipe.augment.rows_per_class
+        return self.recipe.augmentation.rows_per_seed or self.recipe.augmentation.rows_per_class
 
     def _group(self, family: _Family) -> str:
         """What the target is a target of."""
-        return family.seed["family"] if self.recipe.augment.rows_per_seed else family.seed["label"]
+        return family.seed["family"] if self.recipe.augmentation.rows_per_seed else family.seed["label"]
 
     def _of(self, label: str) -> list[_Family]:
         return [f for f in self._families if f.seed["label"] == label]
@@ -185,7 +185,7 @@ class SelfInstruct:
 
     def _next_calls(self, label: str) -> list[tuple[int, _Family]]:
         """(number of the call in its family, family) of a class's next round; none, and why in `stopped`, where it ends."""
-        a, families = self.recipe.augment, self._of(label)
+        a, families = self.recipe.augmentation, self._of(label)
         short = [f for f in families if f.size < self._target] if a.rows_per_seed else families
         missing = len(short) if a.rows_per_seed else self._target - sum(f.size for f in families)
         active = [f for f in short if not f.saturated]
@@ -207,14 +207,14 @@ class SelfInstruct:
         """Where the generation is over, plan the next: its parents are the least asked of the pool, the seed first."""
         if len(family.calls) < len(family.plan):
             return
-        for _ in range(self.recipe.augment.calls_per_generation):
+        for _ in range(self.recipe.augmentation.calls_per_generation):
             parent = min(family.pool, key=lambda row: family.asked[row["id"]])
             family.plan.append((parent, family.asked[parent["id"]]))
             family.asked[parent["id"]] += 1
 
     def _read(self, family: _Family, k: int, answer: Answer) -> None:
         """Judge what an answer holds, a rewrite at a time; one that holds none counts as one rejected rewrite."""
-        a, parent = self.recipe.augment, family.plan[k][0]
+        a, parent = self.recipe.augmentation, family.plan[k][0]
         lineage = {"request": answer.key, "parent": parent["id"], "family": parent["family"], "label": parent["label"]}
         call = _Call({**lineage, "round": self.round, "generation": k // a.calls_per_generation}, [], answer.response is None)
         self._calls.append(call)
@@ -254,9 +254,9 @@ class SelfInstruct:
 
     def _check_saturation(self, family: _Family) -> None:
         """A family ends after a generation that made too little; what a person refused was made all the same."""
-        made = [m for call in family.calls[-self.recipe.augment.calls_per_generation :] for m in call.made]
+        made = [m for call in family.calls[-self.recipe.augmentation.calls_per_generation :] for m in call.made]
         accepted = sum(m.reason in (None, _BY_A_PERSON) for m in made)
-        family.saturated = accepted == 0 or accepted / len(made) < self.recipe.augment.saturation
+        family.saturated = accepted == 0 or accepted / len(made) < self.recipe.augmentation.saturation
 
 
 def _drop(family: _Family, made: _Made, reason: str) -> None:

@@ -51,7 +51,7 @@ def run(job: Job) -> None:
         panel = stack.enter_context(Panel(console, recipe.name))
         session = stack.enter_context(Session(recipe, plan.root / DATA / LEDGER, url, panel.watch))
         before = session.figures()
-        made = _from_images(job, draft, session, panel) if recipe.augment.images else _from_seeds(job, draft, session, panel)
+        made = _from_images(job, draft, session, panel) if recipe.augmentation.images else _from_seeds(job, draft, session, panel)
         after = session.figures()
         draft.counts.update(made, endpoint=job.head["inputs"]["endpoint"], sent=session.sent)
         draft.cost.update(
@@ -76,7 +76,7 @@ def run(job: Job) -> None:
 def _from_seeds(job: Job, draft: Draft, session: Session, panel: Panel) -> dict[str, Any]:
     """Self-instruct, round after round, until every class is full, repeats itself or has spent its budget."""
     recipe, plan = job.recipe, job.plan
-    loop = SelfInstruct(recipe, read_seeds(plan.beside(recipe.augment.seeds or ""), recipe.task), read_decisions(plan.review_file))
+    loop = SelfInstruct(recipe, read_seeds(plan.beside(recipe.augmentation.seeds or ""), recipe.task), read_decisions(plan.review_file))
     while requests := loop.requests():
         panel.progress = _progress(loop)
         loop.accept(list(session.ask(requests, f"round {loop.round}")))
@@ -109,7 +109,7 @@ def _from_seeds(job: Job, draft: Draft, session: Session, panel: Panel) -> dict[
 def _from_images(job: Job, draft: Draft, session: Session, panel: Panel) -> dict[str, Any]:
     """Read the images, then ask."""
     recipe, plan = job.recipe, job.plan
-    images = recipe.augment.images
+    images = recipe.augmentation.images
     assert images is not None
     schema = read_schema(plan.beside(images.answer_schema)) if images.answer_schema else None
     pictures, rejected, found = gather(recipe, plan.path.parent, draft.path)

@@ -92,7 +92,7 @@ def make_rows(
     with (folder / "rejected.jsonl").open("wb") as refused:
         for row in rejected:
             _write(refused, row)
-        if recipe.augment.images and recipe.augment.images.questions:
+        if recipe.augmentation.images and recipe.augmentation.images.questions:
             with (folder / QUESTIONS).open("wb") as out:
                 for row in maker.questions(pictures, ask, made, refused):
                     _write(out, row)
@@ -145,7 +145,7 @@ class _Maker:
     # ---- questions ------------------------------------------------------------------------------------------------
     def question_task(self, picture: Picture) -> _Task:
         prompts = self.given(picture)
-        language = _LANGUAGES.get(self.recipe.augment.language) or (
+        language = _LANGUAGES.get(self.recipe.augmentation.language) or (
             f"the language of this example: {prompts[0]}" if prompts else "the language of the system message, in English where there is none"
         )
         return _Task(picture, _MAKE.format(n=self.images.questions, language=language), self.system(picture))
@@ -218,7 +218,7 @@ class _Maker:
         content = [{"type": "image_url", "image_url": {"url": f"sha256:{sha}"}}, {"type": "text", "text": text}]
         body = {
             "model": api.model,
-            "temperature": self.recipe.augment.temperature,
+            "temperature": self.recipe.augmentation.temperature,
             "seed": self.recipe.seed * 1_000_000,
             api.output_limit: api.max_output_tokens,
             "messages": [*_system(task), {"role": "user", "content": content}],
@@ -268,8 +268,8 @@ def _system(task: _Task) -> list[Row]:
 
 
 def _images(recipe: Recipe) -> Images:
-    assert recipe.augment.images is not None, "the caller looked"
-    return recipe.augment.images
+    assert recipe.augmentation.images is not None, "the caller looked"
+    return recipe.augmentation.images
 
 
 def _compact(value: Any) -> str:

@@ -1,0 +1,87 @@
+"""The corpora of a recipe as specifications of reading parts: which files, in which format and layout, cut how.
+
+Looks at sizes, digests and the first records alone. Files of a MiB and more are cut into pieces of `shard.part_mib`;
+smaller neighbours share a part, whose border depends on the file before it, so that an added file moves few borders.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from graft.core.errors import ConfigError
+from graft.core.recipe import Corpus
+from graft.core.stages import Plan
+from graft.data.parts import Spec
+from graft.data.readers.files import Piece, find, format_of, pieces, sample
+from graft.data.readers.layouts import layout_of
+
+SMALL = 1 << 20  # bytes; files below share parts
+NEIGHBOURS = 16  # small files that share a part, on average
+
+
+class Source(NamedTuple):
+    """A corpus and the reading parts it takes."""
+
+    name: str
+    layout: str
+    specs: list[Spec]
+    files: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.layout}, {self.files} files)" if self.files else f"{self.name} (made here)"
+
+
+def sources(plan: Plan) -> list[Source]:
+    """Every corpus of the recipe in its order; ConfigError where a layout cannot be told."""
+    return [_source(plan, name, corpus) for name, corpus in plan.recipe.corpora.items()]
+
+
+def evaluation_pieces(plan: Plan) -> list[list[Any]]:
+    """[layout, piece, digest] of every evaluation set."""
+    found = []
+    for name in plan.recipe.decontaminate.sets:
+        path = plan.beside(name)
+        cut = pieces(path, piece_bytes=1 << 62)
+        layout = layout_of(Corpus(path=name), sample(cut))
+        found += [[layout, list(piece), plan.digests([path])[path]] for piece in cut]
+    return found
+
+
+def _source(plan: Plan, name: str, corpus: Corpus) -> Source:
+    keys = corpus.model_dump(mode="json", exclude={"format", "layout"})
+    if corpus.kind != "files":
+        return Source(name, "text", [{"corpus": keys, "layout": "text", "pieces": [], "digest": plan.external_input("machine")}], 0)
+    files = find(corpus, plan.beside)
+    digests = plan.digests(files)
+    cut = [piece for path in files for piece in pieces(path, format_of(path, corpus.format), plan.recipe.shard.part_mib << 20)]
+    try:
+        layout = layout_of(corpus, sample(cut))
+    except ConfigError as e:
+        raise ConfigError(f"corpora.{name}: {e}") from None
+    keys["documents"] = None  # the limit counts what is left of all parts
+    specs = [
+        {"corpus": keys, "layout": layout, "pieces": [list(p) for p in some], "digest": [digests[Path(p.path)] for p in some]}
+        for some in _together(cut)
+    ]
+    return Source(name, layout, specs, len(files))
+
+
+def _together(cut: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces by part: a large one alone, small ones until one whose name ends a group."""
+    group: list[Piece] = []
+    for piece in cut:
+        if piece.start or Path(piece.path).stat().st_size >= SMALL:
+            if group:
+                yield group
+                group = []
+            yield [piece]
+            continue
+        group.append(piece)
+        if len(group) == 4 * NEIGHBOURS or zlib.crc32(Path(piece.path).name.encode()) % NEIGHBOURS == 0:
+            yield group
+            group = []
+    if group:
+        yield group
