@@ -6,7 +6,7 @@ smaller neighbours share a part, whose border depends on the file before it, so 
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +80,7 @@ def _together(cut: Iterable[Piece]) -> Iterator[list[Piece]]:
             yield [piece]
             continue
         group.append(piece)
-        if len(group) == 4 * NEIGHBOURS or zlib.crc32(Path(piece.path).name.encode()) % NEIGHBOURS == 0:
+        if len(group) == 4 * NEIGHBOURS or hashlib.sha256(Path(piece.path).name.encode()).digest()[0] % NEIGHBOURS == 0:
             yield group
             group = []
     if group:
