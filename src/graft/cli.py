@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 
@@ -18,6 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     except GraftError as e:
         print(f"graft: {e}", file=sys.stderr)
         return e.exit_code
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = e.filename or getattr(args, "workspace", ".")
+        print(f"graft: no space left on the disk of {full}: free some and run the same command to go on, what is complete stays", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("graft: interrupted; what is complete stays, run the same command to go on", file=sys.stderr)
         return 130

@@ -108,8 +108,8 @@ def test_the_result_depends_neither_on_the_cut_nor_on_how_much_is_worked_on_at_o
     equal = next(str(part.path) for part in result.parts if (part.path / "first.npy").exists())
     spec = {"folders": unpacked, "rows": [37] * 8 + [4], "near": 0.8, "permutations": 128, "equal": equal}
     monkeypatch.setattr(room, "_AT_ONCE", 3)
-    for band, found in enumerate(pairs):
-        room.find_near({**spec, "band": band}, tmp_path)
+    for start, found in zip(range(0, 18, room._BANDS), pairs, strict=True):
+        room.find_near({**spec, "bands": list(range(start, min(18, start + room._BANDS)))}, tmp_path)
         assert (np.load(tmp_path / "pairs.npy") == found).all()
 
 
@@ -228,7 +228,7 @@ def test_two_million_documents_fit_in_a_worker(tmp_path):
     folders = [run("unpack", f"unpacked{n}", {"file": str(tmp_path / f"{n}.parquet"), **rule}) for n in range(20)]
     spec = {"folders": folders, "rows": [rows] * 20, **rule}
     equal = run("find_equal", "equal", spec)
-    near = [run("find_near", f"near{band}", {**spec, "equal": equal, "band": band}) for band in range(18)]
+    near = [run("find_near", f"near{band}", {**spec, "equal": equal, "bands": [band]}) for band in range(18)]
     clusters = run("cluster", "clusters", {**spec, "equal": equal, "near": near})
     assert pq.read_metadata(f"{clusters}/{room.CLUSTERS}").num_rows > 0.99 * 1_000_000
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2.5 * 2**20

@@ -36,7 +36,7 @@ MARKED = TEMPLATES["chatml"].replace(
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """fastokens is asked for the first text."""
-    monkeypatch.setattr(encoding, "PATIENCE", 1)
+    monkeypatch.setattr(encoding, "WORTH", 1e-9)
     tokens._kit.cache_clear()
 
 

@@ -43,7 +43,7 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
         ray.init(
             "local",  # without it Ray joins whatever cluster somebody started on this machine
             **common,
-            num_cpus=max(2, os.cpu_count() or 1),  # a shuffle on one logical CPU would starve
+            num_cpus=_cpus(),
             object_store_memory=OBJECT_STORE,
             include_dashboard=include_dashboard,
             dashboard_host="127.0.0.1",
@@ -55,6 +55,14 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
         yield
     finally:
         ray.shutdown()
+
+
+def _cpus() -> int:
+    """GRAFT_CPUS, or the machine's; of one logical CPU a shuffle would starve."""
+    wanted = os.environ.get("GRAFT_CPUS", "")
+    if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) > 1):
+        raise ConfigError(f"GRAFT_CPUS = {wanted!r}: give the number of CPUs that a local Ray cluster may use, 2 or more")
+    return int(wanted) if wanted else max(2, os.cpu_count() or 1)
 
 
 def _knock(address: str) -> None:

@@ -1,7 +1,7 @@
 """Equal and nearly equal documents, of all sources together: of each cluster the first stays, by file and row.
 
 Four steps, each of parts (parts.py) with bounded memory. `unpack` lays a file's fingerprints out to be mapped, and is done
-again for new files alone. `find_equal` sorts the keys of all documents. `find_near` sorts the keys of one band of the
+again for new files alone. `find_equal` sorts the keys of all documents. `find_near` sorts the keys of some bands of the
 signatures; documents of one key are confirmed by the agreement of their signatures, whose error is √(s (1 - s) / 128): of
 pairs 0.7 alike 0.6 % are taken for 0.8 alike, of pairs 0.6 alike 2e-6. `cluster` joins all pairs: connected components, so
 a chain A ~ B ~ C is one cluster though A and C may be less alike; what each has in common with the one kept is recorded.
@@ -33,6 +33,7 @@ VERSION = 1
 KEPT, EXACT, NEAR = 0, 1, 2  # what a mask says of a document
 CLUSTERS = "clusters.parquet"
 _AT_ONCE = 1 << 15  # signatures in memory
+_BANDS = 5  # of a part: what all bands need is read once
 _MOST = 64  # documents of one band key that a further one is held against: the work stays linear
 
 _SCHEMA = pa.schema(
@@ -69,7 +70,8 @@ def deduplicate(files: Sequence[Path], store: Path, dedup: Dedup) -> Result:
     folders = {"folders": [str(part.path) for part in unpacked], "rows": [part.report["rows"] for part in unpacked], **rule}
     (equal,) = make(find_equal, VERSION, [folders], store)
     bands = bands_and_rows(dedup.permutations, dedup.near)[0] if dedup.near < 1 else 0
-    near_specs = [{**folders, "equal": str(equal.path), "band": band} for band in range(bands)]
+    some = [list(range(start, min(start + _BANDS, bands))) for start in range(0, bands, _BANDS)]
+    near_specs = [{**folders, "equal": str(equal.path), "bands": numbers} for numbers in some]
     near = make(find_near, VERSION, near_specs, store)
     (clusters,) = make(cluster, VERSION, [{**folders, "equal": str(equal.path), "near": [str(part.path) for part in near]}], store)
     masks = make(write_mask, VERSION, [{"mask": mask} for mask in clusters.report["masks"]], store)
@@ -117,29 +119,39 @@ def find_equal(spec: Spec, folder: Path) -> dict[str, Any]:
 
 
 def find_near(spec: Spec, folder: Path) -> dict[str, Any]:
-    """pairs.npy [pairs, 2] int64: documents of one key of `band` whose signatures agree, the earlier one first."""
-    first = np.load(f"{spec['equal']}/first.npy")
-    single = np.flatnonzero(first == np.arange(len(first)))
-    bands = (np.load(f"{path}/bands.npy", mmap_mode="r")[spec["band"]] for path in spec["folders"])
-    keys = np.concatenate([np.empty(0, np.uint64), *bands])[single]
+    """pairs.npy [pairs, 2] int64: documents of one key of one of `bands` whose signatures agree, the earlier one first."""
+    single = _single(spec["equal"])
+    signatures, width = _Signatures(spec), spec["permutations"]
+    least = math.ceil(spec["near"] * width - 1e-9)
+    state = np.empty((_MOST, width), np.uint32), np.empty(_MOST, np.int64), np.zeros(1, np.uint64), np.zeros(1, np.int64)
+    pairs, candidates = [np.empty((0, 2), np.int64)], 0
+    for band in spec["bands"]:
+        documents, keys = _sharing(spec["folders"], band, single)
+        candidates += len(documents)
+        state[2][:], state[3][:] = 0, 0
+        for start in range(0, len(documents), _AT_ONCE):
+            some = documents[start : start + _AT_ONCE]
+            pairs.append(_confirm(some, keys[start : start + _AT_ONCE], signatures.of(some), least, *state))
+    np.save(folder / "pairs.npy", np.unique(np.concatenate(pairs), axis=0))
+    return {"candidates": candidates, "pairs": sum(map(len, pairs))}
+
+
+def _single(equal: str) -> np.ndarray:
+    """The documents that are the first of their key."""
+    first = np.load(f"{equal}/first.npy")
+    return np.flatnonzero(first == np.arange(len(first)))
+
+
+def _sharing(folders: list[str], band: int, single: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(documents of `single` that share their key of a band with another, their keys), by key, then number."""
+    keys = np.concatenate([np.empty(0, np.uint64), *(np.load(f"{path}/bands.npy", mmap_mode="r")[band] for path in folders)])[single]
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     same = keys[1:] == keys[:-1]
     shared = np.zeros(len(keys), bool)
     shared[1:] = same
     shared[:-1] |= same
-    documents, keys = single[order[shared]], keys[shared]
-    del first, order, same, shared, single
-    signatures = _Signatures(spec)
-    width = spec["permutations"]
-    least = math.ceil(spec["near"] * width - 1e-9)
-    state = np.empty((_MOST, width), np.uint32), np.empty(_MOST, np.int64), np.zeros(1, np.uint64), np.zeros(1, np.int64)
-    pairs = [np.empty((0, 2), np.int64)]
-    for start in range(0, len(documents), _AT_ONCE):
-        some = documents[start : start + _AT_ONCE]
-        pairs.append(_confirm(some, keys[start : start + _AT_ONCE], signatures.of(some), least, *state))
-    np.save(folder / "pairs.npy", np.concatenate(pairs))
-    return {"candidates": len(documents), "pairs": sum(map(len, pairs))}
+    return single[order[shared]], keys[shared]
 
 
 def cluster(spec: Spec, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Texts to token ids, flat and without a Python object a token: by fastokens where it is verified to give the same ids.
 
 fastokens (https://github.com/crusoecloud/fastokens) reads the tokenizer's own JSON. It is asked once a process has met
-`PATIENCE` of text, for it needs 2 to 3 s to load 130,000 tokens. Its ids must be those of `tokenizers` on PROBES when it is
+WORTH of text, for it needs 2 to 3 s to load 130,000 tokens. Its ids must be those of `tokenizers` on PROBES when it is
 loaded, and in each call on the head of every 256th text; at the first difference, `tokenizers` does that call's work, and
 with a difference at the load all of it. Side by side on one busy core fastokens gives 25 to 45 MB/s, `tokenizers` 2 to 2.5;
 10 MB without a space take fastokens 4 to 20 s and 0.7 GB, 10 MB of words 0.3 s.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PATIENCE = 4 << 20  # characters
+WORTH = 32  # characters of text a token of the vocabulary: what `tokenizers` encodes while fastokens would load
 SAMPLE = 256  # texts to one that both engines encode
 HEAD = 4096  # characters of it
 CHUNK = 1 << 20  # characters that `tokenizers` encodes at once: its encodings take some 100 bytes a token
@@ -54,7 +54,7 @@ class Encoder:
         self.reference = tokenizer.backend_tokenizer
         self.reference.no_padding()
         self.reference.no_truncation()
-        self.patience = PATIENCE
+        self.patience = WORTH * tokenizer.vocab_size
         self.fast: Any = None
         self.differed = 0  # calls whose sample differed
 

@@ -43,9 +43,13 @@ def make(work: Callable[[Spec, Path], dict[str, Any]], version: int, specs: Iter
 
     store.mkdir(parents=True, exist_ok=True)
     specs = list(specs)
-    paths = [store / digest_of({"work": f"{work.__module__}.{work.__qualname__}", "version": version, "spec": spec})[:24] for spec in specs]
+    paths = [
+        store / digest_of({"work": f"{work.__module__}.{work.__qualname__}", "version": version, "spec": _decisive(spec)})[:24] for spec in specs
+    ]
     missing = {path.name: spec for spec, path in zip(specs, paths, strict=True) if not path.exists()}
     if missing:
+        for abandoned in store.glob(".*"):  # by a worker that was killed; a recipe has one writer at a time
+            shutil.rmtree(abandoned, ignore_errors=True)
         rows = [{"name": name, "spec": json.dumps(spec, ensure_ascii=True)} for name, spec in missing.items()]
         run = partial(_make_one, work=work, store=store)
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1, memory=int(memory_gib * 2**30))
@@ -53,6 +57,13 @@ def make(work: Callable[[Spec, Path], dict[str, Any]], version: int, specs: Iter
             if row["error"]:
                 raise DataError(row["error"])
     return [Part(path, json.loads((path / REPORT).read_text(encoding="utf-8"))) for path in paths]
+
+
+def _decisive(value: Any) -> Any:
+    """A specification without the "path" of a file whose "digest" stands beside it: where it lies decides nothing."""
+    if isinstance(value, dict):
+        return {key: _decisive(v) for key, v in value.items() if key != "path" or "digest" not in value}
+    return [_decisive(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _make_one(row: dict[str, str], work: Callable[[Spec, Path], dict[str, Any]], store: Path) -> dict[str, str]:
