@@ -19,4 +19,6 @@ echo "installing graft[$extra] into $venv (about 2 minutes)"
 pip torch setuptools wheel
 DS_BUILD_OPS=0 pip --no-build-isolation deepspeed
 pip --no-build-isolation --editable ".[$extra]"
+# chat templates and a real tokenizer that tests read as files; what these packages depend on is not wanted
+if [ "$extra" = test ]; then pip --no-deps trl mistral-common; fi
 echo "$want" >"$stamp"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole suite: .venv, install with the test extra, linters, types, import rules, every test, two files at a time.
-# About 15 minutes on two cores; --campaign adds the long runs, one at a time. Arguments go to pytest: bash launch/test.sh tests/core
+# About 20 minutes on two cores; --campaign adds the long runs, one at a time. Arguments go to pytest: bash launch/test.sh tests/core
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh test
@@ -11,6 +11,12 @@ bin="${GRAFT_VENV:-.venv}/bin"
 "$bin/lint-imports" --no-logo 2>/dev/null || "$bin/lint-imports"
 if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-workers=2
-case " $* " in *" --campaign "*) workers=0 ;; esac
-exec "$bin/python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "${@:-tests}"
+pytest() { "$bin/python" -m pytest --dist loadfile --no-loadscope-reorder "$@"; }
+case " $* " in
+  "  ")
+    pytest tests/e2e/test_quickstart.py # alone: it is timed
+    pytest --numprocesses 2 tests --ignore tests/e2e/test_quickstart.py
+    ;;
+  *" --campaign "*) pytest "$@" ;;
+  *) pytest --numprocesses 2 "$@" ;;
+esac
