@@ -109,7 +109,7 @@ def _run_stage(job: Job, cluster: ExitStack) -> None:
     if room == "launch":
         from graft.train.launch import launch, processes_per_node
 
-        get_console().print(f"train {job.stage.name}: starting {processes_per_node()} processes under accelerate launch, 10 to 50 s")
+        get_console().print(f"train {job.stage.name}: starting {processes_per_node()} processes under accelerate launch, about 10 s")
         job.run_directory.mkdir(parents=True, exist_ok=True)
         overrides = [a for item in job.plan.overrides for a in ("--set", item)]
         launch([str(job.plan.path), "--stage", job.stage.name, "--workspace", str(job.plan.root), *overrides], log=job.run_directory / "launch.log")
