@@ -77,7 +77,7 @@ def _make_one(row: dict[str, str], work: Callable[[Spec, Path], dict[str, Any]],
     except DataError as e:
         return {"error": str(e)}
     except OSError as e:
-        if e.errno == errno.ENOSPC:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
             return {"error": f"no space left on the disk of {store}: free some and run again, finished parts are kept"}
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another worker finished the same part first: its result is ours
             raise
