@@ -140,6 +140,13 @@ def test_lineage_and_current(recipes):
         lineage(recipes)
 
 
+def test_a_recipe_without_training_ends_with_its_rows_or_its_documents(tmp_path):
+    augment, corpus = '[augment]\nseeds = "s.jsonl"\n', '[corpora.c]\npath = "c.txt"\n'
+    for text, wanted in ((augment, ["augment"]), (augment + corpus, ["augment"]), (corpus, ["prepare"])):
+        (tmp_path / "r.toml").write_text('name = "r"\n' + text)
+        assert list(Plan(tmp_path / "r.toml").stages) == wanted
+
+
 def test_one_writer_a_recipe(recipes):
     with plan(recipes).lock(), pytest.raises(ConfigError, match="another"), plan(recipes).lock():
         pass

@@ -48,8 +48,8 @@ def stages(recipe: Recipe) -> list[Stage]:
         api = _fields("api", "model max_output_tokens output_limit response_format service_tier budget_usd budget_tokens")
         inputs = ("images" if recipe.augment.images else "seeds", "review", "endpoint")
         out.append(Stage("augment", "graft.data.augment.stage", 2, ("seed", "task", "augment", *api), inputs=inputs))
-    if recipe.sft is None and not recipe.corpora:
-        return out
+    if recipe.sft is None and recipe.augment:
+        return out  # it ends with its rows
     out.append(
         Stage(
             "prepare",
@@ -257,7 +257,9 @@ class Plan:
         if name == "deepspeed":
             return self._digest(self.beside(self.recipe.deepspeed), "deepspeed")
         if name == "corpora":
-            return {c: s.path if s.path.startswith("hub:") else self._content(self.corpus_files(c)) for c, s in self.recipe.corpora.items() if s.path}
+            return {
+                c: s.path if s.path.startswith("hub:") else self._content(self._corpus_files(c)) for c, s in self.recipe.corpora.items() if s.path
+            }
         if name == "evaluation":
             return [self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets]
         if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar
@@ -279,7 +281,7 @@ class Plan:
             raise ConfigError(f"model.base = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
         return {p.name: self._digest(p, "model.base") for p in sorted(folder.iterdir()) if p.is_file()}
 
-    def corpus_files(self, corpus: str) -> list[Path]:
+    def _corpus_files(self, corpus: str) -> list[Path]:
         """The files of a corpus in the order they are read, hidden ones left out; ConfigError where there are none."""
         name = self.recipe.corpora[corpus].path or ""
         path = self.beside(name)

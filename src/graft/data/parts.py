@@ -22,6 +22,7 @@ from graft.core.artifact import digest_of, fsync_tree
 from graft.core.errors import DataError
 
 REPORT = "part.json"
+MEMORY = 3 << 29  # bytes a part needs at most: Ray starts no more of them at once than the nodes' memory holds
 
 Spec = dict[str, Any]  # JSON-ready; all that decides the result, the digests of the files that are read included
 
@@ -31,12 +32,11 @@ class Part(NamedTuple):
     report: dict[str, Any]  # what the function returned
 
 
-def make(work: Callable[[Spec, Path], dict[str, Any]], version: int, specs: Iterable[Spec], store: Path, memory_gib: float = 1.0) -> list[Part]:
+def make(work: Callable[[Spec, Path], dict[str, Any]], version: int, specs: Iterable[Spec], store: Path) -> list[Part]:
     """The finished part of every specification, in their order; made in Ray where missing, inside a running cluster.
 
     work: a module-level function of (specification, empty directory to fill) that returns a JSON-ready report and has no
     other effect. version: raised when the same specification would give another result. store: the folder of the parts.
-    memory_gib: what one part needs at most; Ray starts no more of them at once than the nodes' memory holds.
     Raises DataError in one line where a part raises one, or where the disk is full.
     """
     import ray
@@ -52,7 +52,7 @@ def make(work: Callable[[Spec, Path], dict[str, Any]], version: int, specs: Iter
             shutil.rmtree(abandoned, ignore_errors=True)
         rows = [{"name": name, "spec": json.dumps(spec, ensure_ascii=True)} for name, spec in missing.items()]
         run = partial(_make_one, work=work, store=store)
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1, memory=int(memory_gib * 2**30))
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, num_cpus=1, memory=MEMORY)
         for row in done.iter_rows():
             if row["error"]:
                 raise DataError(row["error"])

@@ -29,9 +29,9 @@ from graft.core.stages import DATA, Job
 from graft.data import parts
 from graft.data.cluster import ray_cluster
 from graft.data.decontaminate import Gate
-from graft.data.dedup import EXACT, NEAR, Result, deduplicate
+from graft.data.dedup import EXACT, KEPT, NEAR, Result, deduplicate
 from graft.data.parts import Part, Spec
-from graft.data.reading import DOCUMENTS, EXCERPT, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
+from graft.data.reading import DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
 from graft.data.seed_rows import families_held_out, select, sentences
 from graft.data.sources import Source, evaluation_pieces, sources
 
@@ -102,7 +102,7 @@ def keep_documents(spec: Spec, folder: Path) -> dict[str, Any]:
     """The part that writes what is left of a documents file. spec: source, read (the reading part), mask, limit."""
     read = Path(spec["read"])
     mask = np.load(spec["mask"])
-    keep = mask == 0
+    keep = mask == KEPT
     if spec["limit"] is not None:
         keep &= np.cumsum(keep) <= spec["limit"]
     reasons = Counter[str]()
@@ -112,7 +112,7 @@ def keep_documents(spec: Spec, folder: Path) -> dict[str, Any]:
             reasons[row["reason"]] += 1
             bad.write(json.dumps(row) + "\n")
         at = characters = 0
-        with pq.ParquetWriter(folder / DOCUMENTS, _COLUMNS, compression="zstd", compression_level=1, write_statistics=False) as out:
+        with pq.ParquetWriter(folder / DOCUMENTS, _COLUMNS, **PARQUET) as out:
             for batch in file.iter_batches(1000, columns=_COLUMNS.names):
                 here = slice(at, at := at + len(batch))
                 kept = batch.filter(keep[here])

@@ -1,8 +1,8 @@
 """Stages `shard-base`, `shard-cpt`, `shard-sft`: documents to token ids, loss mask, packed bins and Arrow shards, in Ray Data.
 
-A part (parts.py) takes documents files of `prepare`, one large one or some small ones, through all of that and is kept across kills; an added or changed
-file costs its own part. The bytes depend on the documents and the recipe, never on the number of workers. One part's text
-and ids are in memory at once: about 10 times its `shard.part_mib`.
+A part (parts.py) takes documents files of `prepare`, one large one or some small ones, through all of that and is kept
+across kills; an added or changed file costs its own part. The bytes depend on the documents and the recipe, never on the
+number of workers. One part's text and ids are in memory at once: 64 MiB of text took 1.3 GB, what is imported included.
 """
 
 from __future__ import annotations
