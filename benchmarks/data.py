@@ -171,19 +171,20 @@ def packing_row(folder: Path, args: argparse.Namespace) -> Iterator[Line]:
 
 # ---- near-duplicates --------------------------------------------------------------------------------------------------
 def fingerprint(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A part: documents.parquet with what dedup reads, as `prepare` writes it."""
+    """A part: the fingerprints that dedup reads, as `prepare` writes them."""
     from graft.core.recipe import Dedup
-    from graft.data.minhash import fingerprint_columns
+    from graft.data.dedup import FingerprintWriter
 
-    tables = [fingerprint_columns(batch["text"].to_pylist(), Dedup()) for batch in pq.ParquetFile(spec["file"]).iter_batches(1000)]
-    pq.write_table(pa.concat_tables(map(pa.table, tables)), folder / "documents.parquet", row_group_size=1000)
-    return {}
+    with pq.ParquetFile(spec["file"]) as file, FingerprintWriter(folder, Dedup(near=SIMILAR, permutations=PERMUTATIONS)) as writer:
+        for batch in file.iter_batches(1000):
+            writer.add(batch["text"].to_pylist())
+        return {"rows": file.metadata.num_rows}
 
 
 def dedup_row(folder: Path, args: argparse.Namespace) -> Iterator[Line]:
     from graft.core.recipe import Dedup
     from graft.data import parts
-    from graft.data.dedup import deduplicate
+    from graft.data.dedup import deduplicate, mask_of
 
     copies = make_documents(folder, args.dedup)
     specs = [{"file": str(folder / f"near-{n}.parquet")} for n in range(FILES)]
@@ -191,24 +192,27 @@ def dedup_row(folder: Path, args: argparse.Namespace) -> Iterator[Line]:
     def run(specs: list[dict[str, Any]]) -> Any:
         store = Path(tempfile.mkdtemp(dir=folder))
         made = parts.make(fingerprint, 1, specs, store)
-        return deduplicate([part.path / "documents.parquet" for part in made], store, Dedup(near=SIMILAR, permutations=PERMUTATIONS))
+        return deduplicate(
+            [part.path for part in made], [part.report["rows"] for part in made], store, Dedup(near=SIMILAR, permutations=PERMUTATIONS)
+        )
 
     with cluster():
-        run([{"file": str(folder / "near-0.parquet")}])  # workers start: in a pipeline they have just read the documents
+        run(specs[:CORES])  # all workers start: in a pipeline they have just read the documents
         found, graft_s = timed(lambda: run(specs))
-    dropped = np.concatenate([np.load(path) for path in found.masks]) > 0
+    dropped = np.concatenate([mask_of(mask) for mask in found.masks]) > 0
     (folder / "some").write_text(str(min(args.datasketch, args.dedup)))
-    their = peer("datasketch", folder)
-    some = np.zeros(their["documents"], bool)
-    some[their["dropped"]] = True
 
     def said(drop: np.ndarray) -> str:
         planted = copies[: len(drop)]
         return f"{(drop & planted).sum() / planted.sum():.2%} of the planted found, {(drop & ~planted).sum()} others"
 
-    against_s = their["seconds"] * len(copies) / len(some)
-    note = f"{said(dropped)}; theirs {said(some)}, on {len(some):,} in {their['seconds']:.1f} s, scaled; signed in {CORES} processes"
-    yield Line("near-dedup", "datasketch", "≥ 20", len(copies) / 1000, "k documents", graft_s, against_s, True, note)
+    for name, what, goal in (("datasketch", "update_batch, one process", "≥ 20"), ("datasketch-bulk", f"bulk, {CORES} processes", "")):
+        their = peer(name, folder)
+        some = np.zeros(their["documents"], bool)
+        some[their["dropped"]] = True
+        against_s = their["seconds"] * len(copies) / len(some)
+        note = f"{said(dropped)}; theirs {said(some)}, on {len(some):,} in {their['seconds']:.1f} s, scaled"
+        yield Line(f"near-dedup, {what}", "datasketch", goal, len(copies) / 1000, "k documents", graft_s, against_s, True, note)
 
 
 # ---- loader -----------------------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from graft.core.recipe import Dedup
 from graft.data import dedup as room
-from graft.data.dedup import EXACT, KEPT, NEAR, deduplicate
-from graft.data.minhash import exact_key, fingerprint_columns, signatures
+from graft.data.dedup import EXACT, KEPT, NEAR, FingerprintWriter, mask_of
+from graft.data.minhash import exact_key, signatures
 
 DATA = Path(__file__).parents[3] / "shared/data"
 DEDUP = Dedup()
@@ -36,12 +35,16 @@ def with_changes(text, count):
 
 
 def write(folder, name, texts, dedup=DEDUP):
-    """A documents file as a reading part leaves it, in the folder `name`, row groups of 100."""
-    path = folder / name / "documents.parquet"
-    path.parent.mkdir(parents=True)
-    table = pa.table({"text": pa.array(texts, pa.large_string()), **fingerprint_columns(texts, dedup)})
-    pq.write_table(table, path, row_group_size=100)
-    return path
+    """(folder `name` with fingerprints as a reading part leaves them, a batch of 100 each, their number)."""
+    (folder / name).mkdir(parents=True)
+    with FingerprintWriter(folder / name, dedup) as writer:
+        for start in range(0, len(texts), 100):
+            writer.add(texts[start : start + 100])
+    return folder / name, len(texts)
+
+
+def deduplicate(files, store, dedup):
+    return room.deduplicate([path for path, _ in files], [rows for _, rows in files], store, dedup)
 
 
 def flat(lists):
@@ -49,11 +52,11 @@ def flat(lists):
 
 
 def marks(result):
-    return [np.load(path).tolist() for path in result.masks]
+    return [mask_of(mask).tolist() for mask in result.masks]
 
 
 def content(result):
-    return [path.read_bytes() for path in (*result.masks, result.clusters)], result.counts, result.kept
+    return result.clusters.read_bytes(), result.masks, result.counts, result.kept
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_equal_and_near_ones_go_within_and_across_files(tmp_path, ray_local, cor
         assert row["cluster"] < row["document"] and flat(wanted)[row["cluster"]] == KEPT
         assert row["kind"] == {EXACT: "exact", NEAR: "near"}[flat(wanted)[row["document"]]]
         assert row["similarity"] == pytest.approx((signed[row["document"]] == signed[row["cluster"]]).mean()) and row["similarity"] >= 0.8
-    assert all(path.is_file() for path in result.masks) and {p.parent for p in result.masks} <= {part.path for part in result.parts}
+    assert result.clusters.parent in {part.path for part in result.parts}
 
 
 def test_the_result_depends_neither_on_the_cut_nor_on_how_much_is_worked_on_at_once(tmp_path, ray_local, corpus, monkeypatch):
@@ -104,24 +107,18 @@ def test_the_result_depends_neither_on_the_cut_nor_on_how_much_is_worked_on_at_o
     assert deduplicate(files, tmp_path / "one", DEDUP) == result, "nothing is made twice"
 
     pairs = [np.load(f"{part.path}/pairs.npy") for part in result.parts if (part.path / "pairs.npy").exists()]
-    unpacked = [str(part.path) for part in result.parts if (part.path / "keys.npy").exists()]
-    equal = next(str(part.path) for part in result.parts if (part.path / "first.npy").exists())
-    spec = {"folders": unpacked, "rows": [37] * 8 + [4], "near": 0.8, "permutations": 128, "equal": equal}
+    spec = {"folders": [str(path) for path, _ in files], "rows": [37] * 8 + [4], "near": 0.8, "permutations": 128}
     monkeypatch.setattr(room, "_AT_ONCE", 3)
     for start, found in zip(range(0, 18, room._BANDS), pairs, strict=True):
-        room.find_near({**spec, "bands": list(range(start, min(18, start + room._BANDS)))}, tmp_path)
+        room.find({**spec, "bands": [start, min(18, start + room._BANDS)]}, tmp_path)
         assert (np.load(tmp_path / "pairs.npy") == found).all()
 
 
-def test_an_added_file_leaves_the_parts_of_the_others(tmp_path, ray_local, corpus):
+def test_an_added_file_changes_no_mask_of_the_files_before_it(tmp_path, ray_local, corpus):
     texts, _ = corpus
     files = [write(tmp_path, f"read{n}", some) for n, some in enumerate(texts)]
-    before = deduplicate(files[:2], tmp_path / "store", DEDUP)
-    made = {part.path for part in before.parts}
-    after = deduplicate(files, tmp_path / "store", DEDUP)
+    before, after = (deduplicate(some, tmp_path / "store", DEDUP) for some in (files[:2], files))
     assert after.masks[:2] == before.masks and after.kept[:2] == before.kept
-    unpacked = [part.path for part in after.parts if (part.path / "keys.npy").exists()]
-    assert [path in made for path in unpacked] == [True, True, False]
 
 
 def test_a_chain_is_one_cluster_and_says_how_alike_its_ends_are(tmp_path, ray_local):
@@ -142,7 +139,7 @@ def test_equal_ones_alone_and_no_documents_at_all(tmp_path, ray_local, corpus):
     result = deduplicate(some, tmp_path / "store", exact)
     keys = [exact_key(t) for t in texts[1] + texts[0]]
     assert marks(result) == [[EXACT if key in keys[:n] else KEPT for n, key in enumerate(keys)], []]
-    assert "signatures.npy" not in {path.name for part in result.parts for path in part.path.iterdir()}
+    assert not any((path / room.SIGNATURES).stat().st_size for path, _ in some)
 
     empty = deduplicate([write(tmp_path, f"empty{n}", []) for n in range(2)], tmp_path / "store", DEDUP)
     assert marks(empty) == [[], []] and empty.kept == [0, 0] and empty.counts == [] and pq.read_table(empty.clusters).num_rows == 0
@@ -176,7 +173,7 @@ def test_real_news_lines(tmp_path, ray_local):
     keys: dict[bytes, int] = {}
     first = [keys.setdefault(exact_key(line), n) for n, line in enumerate(lines)]
     result = deduplicate([write(tmp_path, "a", lines[:5000]), write(tmp_path, "b", lines[5000:])], tmp_path / "store", DEDUP)
-    found = np.concatenate([np.load(path) for path in result.masks])
+    found = np.concatenate([mask_of(mask) for mask in result.masks])
     assert ((found == EXACT) == (np.array(first) != np.arange(len(lines)))).all()
     near = [row for row in pq.read_table(result.clusters).to_pylist() if row["kind"] == "near"]
     assert near and json.dumps(result.counts)
@@ -209,11 +206,10 @@ def test_two_million_documents_fit_in_a_worker(tmp_path):
         signed[1::2] = signed[::2]
         signed[1::2, ::11] += 1
         keys = draw.integers(0, 256, (rows, 16), dtype=np.uint8)
-        columns = {
-            name: pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.view(np.uint8).shape[1]), rows, [None, pa.py_buffer(values)])
-            for name, values in (("key", keys), ("signature", signed))
-        }
-        pq.write_table(pa.table(columns), tmp_path / f"{n}.parquet", row_group_size=1000, use_dictionary=False, compression="none")
+        (tmp_path / f"read{n}").mkdir()
+        folders.append(str(tmp_path / f"read{n}"))
+        keys.tofile(f"{folders[-1]}/{room.KEYS}")
+        signed.tofile(f"{folders[-1]}/{room.SIGNATURES}")
 
     def run(work, name, spec):
         (tmp_path / name).mkdir()
@@ -224,11 +220,9 @@ def test_two_million_documents_fit_in_a_worker(tmp_path):
         assert float(done.stdout) < 2.5
         return str(tmp_path / name)
 
-    rule = {"near": 0.8, "permutations": 128}
-    folders = [run("unpack", f"unpacked{n}", {"file": str(tmp_path / f"{n}.parquet"), **rule}) for n in range(20)]
-    spec = {"folders": folders, "rows": [rows] * 20, **rule}
-    equal = run("find_equal", "equal", spec)
-    near = [run("find_near", f"near{band}", {**spec, "equal": equal, "bands": [band]}) for band in range(18)]
-    clusters = run("cluster", "clusters", {**spec, "equal": equal, "near": near})
+    spec = {"folders": folders, "rows": [rows] * 20, "near": 0.8, "permutations": 128}
+    equal = run("find", "equal", {**spec, "bands": None})
+    near = [run("find", f"near{band}", {**spec, "bands": [band, min(18, band + room._BANDS)]}) for band in range(0, 18, room._BANDS)]
+    clusters = run("cluster", "clusters", {**spec, "equal": equal, "pairs": near})
     assert pq.read_metadata(f"{clusters}/{room.CLUSTERS}").num_rows > 0.99 * 1_000_000
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2.5 * 2**20

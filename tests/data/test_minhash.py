@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.core.recipe import Dedup
 from graft.data import minhash, normal
-from graft.data.minhash import band_keys, bands_and_rows, exact_key, fingerprint_columns, signatures
+from graft.data.minhash import band_keys, bands_and_rows, exact_key, fingerprints, signatures
 
 DATA = Path(__file__).parents[3] / "shared/data"
 DEDUP = Dedup()
@@ -86,10 +85,10 @@ def test_different_texts_without_letters_are_different():
 def test_the_numbers_are_the_same_in_every_process():
     text = "The quick brown fox 跳過那隻懶狗"
     said = "from graft.core.recipe import Dedup; from graft.data import minhash as m; t = 'The quick brown fox 跳過那隻懶狗'; "
-    said += "s = m.signatures([t], Dedup()); print(m.exact_key(t).hex(), s[0, :3].tolist(), m.band_keys(s, 0.8)[:2, 0].tolist())"
+    said += "s = m.signatures([t], Dedup()); print(m.exact_key(t).hex(), s[0, :3].tolist(), m.band_keys(s, 0.8, range(2))[:, 0].tolist())"
     there = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.strip()
     here = signatures([text], DEDUP)
-    assert there == f"{exact_key(text).hex()} {here[0, :3].tolist()} {band_keys(here, 0.8)[:2, 0].tolist()}"
+    assert there == f"{exact_key(text).hex()} {here[0, :3].tolist()} {band_keys(here, 0.8, range(2))[:, 0].tolist()}"
     assert there == "5a831a1b6ffcee8710cf5d6b22b5ab11 [307043913, 342493696, 1250920854] [2960892418584608483, 14615947654246947709]"
 
 
@@ -97,12 +96,13 @@ def test_a_band_is_shared_where_its_rows_are_equal():
     draw = np.random.default_rng(0)
     some = draw.integers(0, 3, (300, 12), dtype=np.uint32)
     bands, rows = bands_and_rows(12, 0.5)
-    keys = band_keys(some, 0.5)
+    keys = band_keys(some, 0.5, range(bands))
     assert keys.shape == (bands, 300) and keys.dtype == np.uint64
     for band in range(bands):
         parts = some[:, band * rows : (band + 1) * rows]
         assert ((parts[:, None] == parts[None]).all(axis=2) == (keys[band][:, None] == keys[band][None])).all()
     assert len(np.intersect1d(keys[0], keys[1])) == 0, "bands have keys of their own"
+    assert (band_keys(some, 0.5, range(2, 5)) == keys[2:5]).all()
 
 
 @pytest.mark.parametrize(("permutations", "near", "wanted"), [(128, 0.8, (18, 7)), (128, 0.9, (10, 12)), (128, 0.5, (42, 3)), (16, 0.1, (16, 1))])
@@ -113,16 +113,14 @@ def test_bands_miss_few_pairs_at_the_threshold(permutations, near, wanted):
     assert (1 - near ** (rows + 1)) ** (permutations // (rows + 1)) > minhash.MISS, "one more row would miss more"
 
 
-def test_columns_are_what_the_functions_say_however_the_texts_are_grouped(monkeypatch):
+def test_fingerprints_are_what_the_functions_say_however_the_texts_are_grouped(monkeypatch):
     texts = ["一二三四五六七八", "a b c d e f g", "", "x" * 300, "…"] * 3
-    whole = fingerprint_columns(texts, DEDUP)
-    assert {name: str(column.type) for name, column in whole.items()} == {"key": "fixed_size_binary[16]", "signature": "fixed_size_binary[512]"}
-    assert whole["key"].to_pylist() == [exact_key(t) for t in texts]
-    assert whole["signature"].to_pylist() == [row.tobytes() for row in signatures(texts, DEDUP)]
+    keys, signed = fingerprints(texts, DEDUP)
+    assert keys.tobytes() == b"".join(map(exact_key, texts)) and (signed == signatures(texts, DEDUP)).all()
     monkeypatch.setattr(normal, "GROUP", 9)
-    assert all(fingerprint_columns(texts, DEDUP)[name].equals(column) for name, column in whole.items())
-    assert pa.table(fingerprint_columns([], DEDUP)).schema == pa.table(whole).schema
-    assert list(fingerprint_columns(texts, Dedup(near=1))) == ["key"]
+    assert all((found == whole).all() for found, whole in zip(fingerprints(texts, DEDUP), (keys, signed), strict=True))
+    assert [(found.shape, found.dtype) for found in fingerprints([], DEDUP)] == [((0, 2), np.uint64), ((0, 128), np.uint32)]
+    assert fingerprints(texts, Dedup(near=1))[1].size == 0
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")

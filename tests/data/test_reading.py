@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from graft.core.recipe import Clean, Corpus, Decontaminate, Dedup
 from graft.core.rows import read_jsonl, write_jsonl
+from graft.data.dedup import KEYS, SIGNATURES
 from graft.data.readers.files import pieces
 from graft.data.reading import read_pieces, write_evaluation_texts
 
@@ -63,7 +65,9 @@ def test_chats_are_compared_by_equality_and_texts_by_likeness(read, tmp_path):
         return {"messages": [{"role": "user", "content": article + question}, {"role": "assistant", "content": "一"}]}
 
     chats, rejected, _ = read([chat("誰？"), chat("何時？"), {"messages": [{"role": "assistant", "content": "x"}]}], "messages")
-    assert chats["signature"][0] != chats["signature"][1] and json.loads(chats["text"][0].as_py()) == chat("誰？")["messages"]
+    keys, signed = (np.fromfile(tmp_path / f"out/{name}", np.uint32).reshape(2, -1) for name in (KEYS, SIGNATURES))
+    assert keys.shape == (2, 4) and signed.shape == (2, 128) and (signed[0] != signed[1]).all()
+    assert json.loads(chats["text"][0].as_py()) == chat("誰？")["messages"]
     assert [r["number"] for r in rejected] == [2] and rejected[0]["text"]
 
 

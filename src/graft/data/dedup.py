@@ -1,11 +1,11 @@
 """Equal and nearly equal documents, of all sources together: of each cluster the first stays, by file and row.
 
-Four steps, each of parts (parts.py) with bounded memory. `unpack` lays a file's fingerprints out to be mapped, and is done
-again for new files alone. `find_equal` sorts the keys of all documents. `find_near` sorts the keys of some bands of the
-signatures; documents of one key are confirmed by the agreement of their signatures, whose error is √(s (1 - s) / 128): of
-pairs 0.7 alike 0.6 % are taken for 0.8 alike, of pairs 0.6 alike 2e-6. `cluster` joins all pairs: connected components, so
-a chain A ~ B ~ C is one cluster though A and C may be less alike; what each has in common with the one kept is recorded.
-A worker needs about 100 bytes a document: 2 M fit in 0.4 GiB. All steps take about 10 µs a document, 0.8 s at least.
+Whoever makes documents leaves their fingerprints beside them (FingerprintWriter). Two steps follow, of parts (parts.py) with
+bounded memory. `find` takes the keys of all documents, or some bands of their signatures: documents of one band key are
+confirmed by the agreement of their signatures, whose error is √(s (1 - s) / 128): of pairs 0.7 alike 0.6 % are taken for 0.8
+alike, of pairs 0.6 alike 2e-6. `cluster` joins all pairs: connected components, so a chain A ~ B ~ C is one cluster though
+A and C may be less alike; what each has in common with the one kept is recorded.
+A worker needs about 100 bytes a document: 2 M fit in 0.4 GiB. Both steps take about 5 µs a document, 0.4 s at least.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +25,12 @@ import pyarrow.parquet as pq
 
 from graft.core.recipe import Dedup
 from graft.data.compiled import compiled
-from graft.data.minhash import band_keys, bands_and_rows
+from graft.data.minhash import band_keys, bands_and_rows, fingerprints
 from graft.data.parts import Part, Spec, make
 
-VERSION = 1
+VERSION = 2
 KEPT, EXACT, NEAR = 0, 1, 2  # what a mask says of a document
-CLUSTERS = "clusters.parquet"
+CLUSTERS, KEYS, SIGNATURES = "clusters.parquet", "keys", "signatures"
 _AT_ONCE = 1 << 15  # signatures in memory
 _BANDS = 5  # of a part: what all bands need is read once
 _MOST = 64  # documents of one band key that a further one is held against: the work stays linear
@@ -51,63 +50,66 @@ _SCHEMA = pa.schema(
 
 
 class Result(NamedTuple):
-    """What deduplicate() found. Lists are by file."""
+    """What deduplicate() found. Lists are by folder."""
 
-    masks: list[Path]  # of a uint8 array [rows]: KEPT, EXACT or NEAR; the path is named by what decides the content
+    masks: list[str]  # for mask_of()
     kept: list[int]  # documents
     clusters: Path  # a row for each document that is dropped
     counts: list[dict[str, Any]]  # {"kept": file, "dropped": file, "exact": documents, "near": documents}, files by number
     parts: list[Part]
 
 
-def deduplicate(files: Sequence[Path], store: Path, dedup: Dedup) -> Result:
-    """Find the duplicates among the documents of Parquet `files` with the columns of minhash.fingerprint_columns().
+class FingerprintWriter:
+    """KEYS, [documents, 2] uint64, and SIGNATURES, [documents, permutations] uint32, of a folder's documents; raw, little-endian.
 
-    Each file must lie in a folder named by what decides its content, as parts do. Runs inside a Ray cluster.
+    Both lie in files of their own to be mapped: deduplicate() reads some columns of all and all columns of some.
     """
-    rule = {"near": dedup.near, "permutations": dedup.permutations}
-    unpacked = make(unpack, VERSION, [{"file": str(path), **rule} for path in files], store)
-    folders = {"folders": [str(part.path) for part in unpacked], "rows": [part.report["rows"] for part in unpacked], **rule}
-    (equal,) = make(find_equal, VERSION, [folders], store)
+
+    def __init__(self, folder: Path, dedup: Dedup):
+        self.dedup, self.equal = dedup, dedup.model_copy(update={"near": 1.0})
+        self.keys, self.signatures = (folder / KEYS).open("wb"), (folder / SIGNATURES).open("wb")
+
+    def __enter__(self) -> FingerprintWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keys.close()
+        self.signatures.close()
+
+    def add(self, texts: Sequence[str], alike: Sequence[str] | None = None) -> None:
+        """alike: what near ones are told by, where it is not `texts`."""
+        keys, signed = fingerprints(texts, self.dedup if alike is None else self.equal)
+        self.keys.write(keys.data)
+        self.signatures.write((signed if alike is None else fingerprints(alike, self.dedup)[1]).data)
+
+
+def deduplicate(folders: Sequence[Path], rows: Sequence[int], store: Path, dedup: Dedup) -> Result:
+    """Find the duplicates among the documents whose fingerprints lie in `folders`, so many `rows` in each.
+
+    Each folder must be named by what decides its content, as parts are. Runs inside a Ray cluster.
+    """
+    common = {"folders": list(map(str, folders)), "rows": list(rows), "near": dedup.near, "permutations": dedup.permutations}
     bands = bands_and_rows(dedup.permutations, dedup.near)[0] if dedup.near < 1 else 0
-    some = [list(range(start, min(start + _BANDS, bands))) for start in range(0, bands, _BANDS)]
-    near_specs = [{**folders, "equal": str(equal.path), "bands": numbers} for numbers in some]
-    near = make(find_near, VERSION, near_specs, store)
-    (clusters,) = make(cluster, VERSION, [{**folders, "equal": str(equal.path), "near": [str(part.path) for part in near]}], store)
-    masks = make(write_mask, VERSION, [{"mask": mask} for mask in clusters.report["masks"]], store)
-    return Result(
-        [part.path / "mask.npy" for part in masks],
-        [part.report["kept"] for part in masks],
-        clusters.path / CLUSTERS,
-        clusters.report["counts"],
-        [*unpacked, equal, *near, clusters, *masks],
-    )
+    some = [[start, min(start + _BANDS, bands)] for start in range(0, bands, _BANDS)]
+    equal, *near = found = make(find, VERSION, [{**common, "bands": numbers} for numbers in [None, *some]], store)
+    (clusters,) = make(cluster, VERSION, [{**common, "equal": str(equal.path), "pairs": [str(part.path) for part in near]}], store)
+    return Result(clusters.report["masks"], clusters.report["kept"], clusters.path / CLUSTERS, clusters.report["counts"], [*found, clusters])
+
+
+def mask_of(packed: str) -> np.ndarray:
+    """[rows] uint8: KEPT, EXACT or NEAR."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.uint8)
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------
-def unpack(spec: Spec, folder: Path) -> dict[str, Any]:
-    """keys.npy [rows, 2] uint64, bands.npy [bands, rows] uint64, signatures.npy [rows, permutations] uint32 of one file."""
-    near, width = spec["near"] < 1, spec["permutations"]
-    with pq.ParquetFile(spec["file"]) as file, ExitStack() as stack:
-        rows, at = file.metadata.num_rows, 0
-        keys = stack.enter_context(_Array(folder / "keys.npy", np.uint64, (rows, 2)))
-        if near:
-            signatures = stack.enter_context(_Array(folder / "signatures.npy", np.uint32, (rows, width)))
-            bands = stack.enter_context(_Array(folder / "bands.npy", np.uint64, (bands_and_rows(width, spec["near"])[0], rows)))
-        for batch in file.iter_batches(_AT_ONCE, columns=["key", "signature"] if near else ["key"]):
-            keys.write((at, 0), _numbers(batch["key"], np.uint64, 2))
-            if near:
-                some = _numbers(batch["signature"], np.uint32, width)
-                signatures.write((at, 0), some)
-                for band, of_band in enumerate(band_keys(some, spec["near"])):
-                    bands.write((band, at), of_band)
-            at += len(batch)
-    return {"rows": rows}
+def find(spec: Spec, folder: Path) -> dict[str, Any]:
+    """first.npy of all keys, or, where the specification names bands, pairs.npy of them."""
+    return find_near(spec, folder) if spec["bands"] else find_equal(spec, folder)
 
 
 def find_equal(spec: Spec, folder: Path) -> dict[str, Any]:
     """first.npy [documents] int64: the first document with the same key."""
-    keys = np.concatenate([np.empty((0, 2), np.uint64), *(np.load(f"{path}/keys.npy", mmap_mode="r") for path in spec["folders"])])
+    keys = np.concatenate([np.empty((0, 2), np.uint64), *(np.fromfile(f"{path}/{KEYS}", np.uint64).reshape(-1, 2) for path in spec["folders"])])
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: the first of equal ones leads
     keys = keys[order]
     leads = np.ones(len(keys), bool)
@@ -119,14 +121,13 @@ def find_equal(spec: Spec, folder: Path) -> dict[str, Any]:
 
 
 def find_near(spec: Spec, folder: Path) -> dict[str, Any]:
-    """pairs.npy [pairs, 2] int64: documents of one key of one of `bands` whose signatures agree, the earlier one first."""
-    single = _single(spec["equal"])
+    """pairs.npy [pairs, 2] int64: documents of one key of a band whose signatures agree, the earlier one first. bands: [first, end)."""
     signatures, width = _Signatures(spec), spec["permutations"]
     least = math.ceil(spec["near"] * width - 1e-9)
     state = np.empty((_MOST, width), np.uint32), np.empty(_MOST, np.int64), np.zeros(1, np.uint64), np.zeros(1, np.int64)
     pairs, candidates = [np.empty((0, 2), np.int64)], 0
-    for band in spec["bands"]:
-        documents, keys = _sharing(spec["folders"], band, single)
+    for of_band in signatures.band_keys(range(*spec["bands"]), spec["near"]):
+        documents, keys = _sharing(of_band)
         candidates += len(documents)
         state[2][:], state[3][:] = 0, 0
         for start in range(0, len(documents), _AT_ONCE):
@@ -136,36 +137,29 @@ def find_near(spec: Spec, folder: Path) -> dict[str, Any]:
     return {"candidates": candidates, "pairs": sum(map(len, pairs))}
 
 
-def _single(equal: str) -> np.ndarray:
-    """The documents that are the first of their key."""
-    first = np.load(f"{equal}/first.npy")
-    return np.flatnonzero(first == np.arange(len(first)))
-
-
-def _sharing(folders: list[str], band: int, single: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(documents of `single` that share their key of a band with another, their keys), by key, then number."""
-    keys = np.concatenate([np.empty(0, np.uint64), *(np.load(f"{path}/bands.npy", mmap_mode="r")[band] for path in folders)])[single]
+def _sharing(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(documents that share their key with another, their keys), by key, then number."""
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     same = keys[1:] == keys[:-1]
     shared = np.zeros(len(keys), bool)
     shared[1:] = same
     shared[:-1] |= same
-    return single[order[shared]], keys[shared]
+    return order[shared], keys[shared]
 
 
 def cluster(spec: Spec, folder: Path) -> dict[str, Any]:
     """CLUSTERS of all pairs; returns the masks by file, packed, and the counts by pair of files."""
     first = np.load(f"{spec['equal']}/first.npy")
     parents = first.copy()
-    for path in spec["near"]:
+    for path in spec["pairs"]:
         _join(parents, np.load(f"{path}/pairs.npy"))
     _flatten(parents)
     numbers = np.arange(len(first))
     kinds = np.where(parents == numbers, KEPT, np.where(first == numbers, NEAR, EXACT)).astype(np.uint8)
     ends = np.cumsum([0, *spec["rows"]])
-    masks = [_packed(kinds[start:end]) for start, end in pairwise(ends.tolist())]
-    signatures = _Signatures(spec) if spec["near"] else None
+    masks = [kinds[start:end] for start, end in pairwise(ends.tolist())]
+    signatures = _Signatures(spec) if spec["pairs"] else None
     dropped = np.flatnonzero(kinds)
     counts = Counter[int]()
     with pq.ParquetWriter(folder / CLUSTERS, _SCHEMA, compression="zstd") as out:
@@ -174,42 +168,30 @@ def cluster(spec: Spec, folder: Path) -> dict[str, Any]:
             rows, codes = _rows(documents, parents[documents], kinds[documents], ends, signatures)
             out.write_table(rows)
             counts.update(dict(zip(*map(np.ndarray.tolist, np.unique(codes, return_counts=True)), strict=True)))
-    return {"masks": masks, "counts": _by_pair(counts, len(spec["rows"]))}
-
-
-def write_mask(spec: Spec, folder: Path) -> dict[str, Any]:
-    """mask.npy of a packed mask: a part of its own, so that its path does not change with other files."""
-    mask = np.frombuffer(zlib.decompress(base64.b64decode(spec["mask"])), np.uint8)
-    np.save(folder / "mask.npy", mask)
-    return {"kept": int((mask == KEPT).sum())}
+    report = {"masks": list(map(_packed, masks)), "kept": [int((mask == KEPT).sum()) for mask in masks]}
+    return report | {"counts": _by_pair(counts, len(masks))}
 
 
 # ---- what they share --------------------------------------------------------------------------------------------------
-class _Array:
-    """A .npy file that is written piece by piece, with nothing in memory."""
-
-    def __init__(self, path: Path, dtype: Any, shape: tuple[int, int]):
-        self.file, self.dtype, self.columns = path.open("wb"), np.dtype(dtype), shape[1]
-        np.lib.format.write_array_header_1_0(self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": shape})
-        self.start = self.file.tell()
-
-    def __enter__(self) -> _Array:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def write(self, at: tuple[int, int], values: np.ndarray) -> None:
-        """Put `values`, in C order, where (row, column) `at` begins."""
-        self.file.seek(self.start + (at[0] * self.columns + at[1]) * self.dtype.itemsize)
-        self.file.write(np.ascontiguousarray(values, self.dtype).data)
-
-
 class _Signatures:
-    """The signatures of any documents, read from the mapped files of `unpack`; no map outlives a call."""
+    """The signatures of all documents, in files that are mapped; no map outlives a call."""
 
     def __init__(self, spec: Spec):
-        self.folders, self.width, self.ends = spec["folders"], spec["permutations"], np.cumsum([0, *spec["rows"]])
+        self.paths = [f"{path}/{SIGNATURES}" for path in spec["folders"]]
+        self.width, self.ends = spec["permutations"], np.cumsum([0, *spec["rows"]])
+
+    def _file(self, number: int) -> np.ndarray:
+        rows = int(self.ends[number + 1] - self.ends[number])
+        if not rows:  # an empty file cannot be mapped
+            return np.empty((0, self.width), np.uint32)
+        return np.asarray(np.memmap(self.paths[number], np.uint32, "r", shape=(rows, self.width)))
+
+    def band_keys(self, bands: range, threshold: float) -> np.ndarray:
+        """[len(bands), documents] uint64."""
+        out = np.empty((len(bands), self.ends[-1]), np.uint64)
+        for number, (start, end) in enumerate(pairwise(self.ends.tolist())):
+            out[:, start:end] = band_keys(self._file(number), threshold, bands)
+        return out
 
     def of(self, documents: np.ndarray) -> np.ndarray:
         """[documents, permutations] uint32."""
@@ -218,13 +200,8 @@ class _Signatures:
         out = np.empty((len(documents), self.width), np.uint32)
         for here in np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(documents) else ():
             file = files[here[0]]
-            out[here] = np.load(f"{self.folders[file]}/signatures.npy", mmap_mode="r")[documents[here] - self.ends[file]]
+            out[here] = self._file(file)[documents[here] - self.ends[file]]
         return out
-
-
-def _numbers(column: pa.Array, dtype: Any, width: int) -> np.ndarray:
-    start = column.offset * column.type.byte_width
-    return np.frombuffer(column.buffers()[1], dtype, len(column) * width, start).reshape(len(column), width)
 
 
 def _packed(mask: np.ndarray) -> str:

@@ -12,16 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from graft.core.recipe import Dedup
 from graft.data.compiled import compiled
 from graft.data.normal import DIGIT, LETTER, LONE, MARK, Normalised, groups, kinds, normalised
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MISS = 0.05  # of the pairs at the threshold, the share that no band may find
 
@@ -55,18 +51,13 @@ def bands_and_rows(permutations: int, threshold: float) -> tuple[int, int]:
     return permutations, 1
 
 
-def band_keys(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """[bands, texts] uint64: texts that share a key of a band are candidates to be `threshold` alike."""
-    bands, rows = bands_and_rows(signatures.shape[1], threshold)
-    return _band_keys(signatures, bands, rows)
+def band_keys(signatures: np.ndarray, threshold: float, bands: range) -> np.ndarray:
+    """[len(bands), texts] uint64: texts that share a key of a band are candidates to be `threshold` alike."""
+    return _band_keys(signatures, bands.start, bands.stop, bands_and_rows(signatures.shape[1], threshold)[1])
 
 
-def fingerprint_columns(texts: Sequence[str], dedup: Dedup) -> dict[str, pa.Array]:
-    """What deduplicate() reads of a documents file: `key` fixed_size_binary(16) and, where near ones are sought, `signature`.
-
-    `signature` is fixed_size_binary(4 × permutations), little-endian uint32: Parquet reads a list of them at a
-    twentieth of the pace.
-    """
+def fingerprints(texts: Sequence[str], dedup: Dedup) -> tuple[np.ndarray, np.ndarray]:
+    """(keys [texts, 2] uint64, signatures [texts, permutations] uint32, or [texts, 0] where equal ones alone are sought)."""
     near = dedup.near < 1
     keys = bytearray()
     signed = np.empty((len(texts), dedup.permutations if near else 0), np.uint32)
@@ -75,14 +66,7 @@ def fingerprint_columns(texts: Sequence[str], dedup: Dedup) -> dict[str, pa.Arra
         keys += _keys(words)
         if near:
             _fill(words, dedup, signed[start:end])
-    columns = {"key": _fixed(bytes(keys), len(texts), 16)}
-    return columns | ({"signature": _fixed(signed, len(texts), 4 * dedup.permutations)} if near else {})
-
-
-def _fixed(data: bytes | np.ndarray, rows: int, width: int) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), rows, [None, pa.py_buffer(data)])
+    return np.frombuffer(keys, np.uint64).reshape(-1, 2), signed
 
 
 def _keys(words: Normalised) -> bytes:
@@ -200,12 +184,12 @@ def _minima(units, n, a, b, out):
 
 
 @compiled
-def _band_keys(signatures, bands, rows):
-    out = np.empty((bands, signatures.shape[0]), np.uint64)
+def _band_keys(signatures, first, last, rows):
+    out = np.empty((last - first, signatures.shape[0]), np.uint64)
     for text in range(signatures.shape[0]):
-        for band in range(bands):
+        for band in range(first, last):
             key = np.uint64(band)
             for p in range(band * rows, (band + 1) * rows):
                 key = mixed(key * _BASE + np.uint64(signatures[text, p]))
-            out[band, text] = key
+            out[band - first, text] = key
     return out

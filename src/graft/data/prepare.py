@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich import get_console
@@ -29,15 +28,14 @@ from graft.core.stages import DATA, Job
 from graft.data import parts
 from graft.data.cluster import ray_cluster
 from graft.data.decontaminate import Gate
-from graft.data.dedup import EXACT, KEPT, NEAR, Result, deduplicate
+from graft.data.dedup import EXACT, KEPT, NEAR, Result, deduplicate, mask_of
 from graft.data.parts import Part, Spec
-from graft.data.reading import DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
+from graft.data.reading import COLUMNS, DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
 from graft.data.seed_rows import families_held_out, select, sentences
 from graft.data.sources import Source, evaluation_pieces, sources
 
 CLUSTERS = "clusters.parquet"
 REASONS = {EXACT: "duplicate", NEAR: "near duplicate"}
-_COLUMNS = pa.schema([("text", pa.large_string()), ("number", pa.int64())])
 
 
 def run(job: Job) -> None:
@@ -85,13 +83,13 @@ def documents(prepared: Path, corpus: str) -> Iterator[str]:
 # ---- documents --------------------------------------------------------------------------------------------------------
 def _keep(found: list[Source], read: list[Part], recipe: Recipe, store: Path) -> tuple[list[Part], Result]:
     """(what is left of every reading part, what dedup said): duplicates are left out, then all over a corpus's limit."""
-    apart = deduplicate([part.path / DOCUMENTS for part in read], store, recipe.dedup)
+    apart = deduplicate([part.path for part in read], [part.report["documents"] for part in read], store, recipe.dedup)
     specs: list[Spec] = []
     at = 0
     for source in found:
         limit = recipe.corpora[source.name].documents
         for _ in source.specs:
-            specs.append({"source": source.name, "read": str(read[at].path), "mask": str(apart.masks[at]), "limit": limit})
+            specs.append({"source": source.name, "read": str(read[at].path), "mask": apart.masks[at], "limit": limit})
             if limit is not None:
                 limit -= min(limit, apart.kept[at])
             at += 1
@@ -101,7 +99,7 @@ def _keep(found: list[Source], read: list[Part], recipe: Recipe, store: Path) ->
 def keep_documents(spec: Spec, folder: Path) -> dict[str, Any]:
     """The part that writes what is left of a documents file. spec: source, read (the reading part), mask, limit."""
     read = Path(spec["read"])
-    mask = np.load(spec["mask"])
+    mask = mask_of(spec["mask"])
     keep = mask == KEPT
     if spec["limit"] is not None:
         keep &= np.cumsum(keep) <= spec["limit"]
@@ -112,8 +110,8 @@ def keep_documents(spec: Spec, folder: Path) -> dict[str, Any]:
             reasons[row["reason"]] += 1
             bad.write(json.dumps(row) + "\n")
         at = characters = 0
-        with pq.ParquetWriter(folder / DOCUMENTS, _COLUMNS, **PARQUET) as out:
-            for batch in file.iter_batches(1000, columns=_COLUMNS.names):
+        with pq.ParquetWriter(folder / DOCUMENTS, COLUMNS, **PARQUET) as out:
+            for batch in file.iter_batches(1000, columns=COLUMNS.names):
                 here = slice(at, at := at + len(batch))
                 kept = batch.filter(keep[here])
                 out.write_batch(kept)

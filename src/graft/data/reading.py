@@ -1,7 +1,7 @@
 """Pieces of a corpus to one documents file: records are read, laid out, cleaned, held against the evaluation sets and fingerprinted.
 
-The work of a part (see parts.py). `documents.parquet` has a row a document, `rejected.jsonl` a line for each record and each
-document that cannot be used. 1,000 documents are in memory at a time; cleaning alone runs at 20 to 30 MB/s a core.
+The work of a part (see parts.py). `documents.parquet` has a row a document, with fingerprints in files beside it (dedup.py),
+`rejected.jsonl` a line for each record and each document that cannot be used. 1,000 documents are in memory at a time; cleaning alone runs at 20 to 30 MB/s a core.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from graft.core.rows import is_unicode, write_jsonl
 from graft.data.cleaning.document import clean_document
 from graft.data.corpora import made
 from graft.data.decontaminate import Gate
-from graft.data.minhash import exact_key, fingerprint_columns
+from graft.data.dedup import FingerprintWriter
+from graft.data.minhash import exact_key
 from graft.data.parts import Spec
 from graft.data.readers.files import Piece, Record, records
 from graft.data.readers.layouts import excerpt, to_messages, to_text
 
-VERSION = 1
+VERSION = 2
 DOCUMENTS, REJECTED, TEXTS = "documents.parquet", "rejected.jsonl", "texts.jsonl"
 BATCH = 1000  # documents
 PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_statistics": False}
+COLUMNS = pa.schema([("text", pa.large_string()), ("number", pa.int64())])
 EXCERPT = 200  # characters of a rejected text that are kept
 AS_MADE = Clean(steps=("nfc", "control", "whitespace"), min_chars=2, max_chars=None)  # of text that graft makes itself
 
@@ -55,7 +57,7 @@ def read_pieces(spec: Spec, folder: Path) -> dict[str, Any]:
     counts: Counter[str] = Counter(records=0, documents=0, characters=0)
     changed: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    with (folder / REJECTED).open("w", encoding="utf-8") as bad, _Writer(folder / DOCUMENTS, dedup) as writer:
+    with (folder / REJECTED).open("w", encoding="utf-8") as bad, _Writer(folder, dedup) as writer:
         found = _documents(_counted(_records(spec["pieces"], corpus), counts), corpus, spec["layout"], changed)
         while batch := list(islice(found, BATCH)):
             usable = [d for d in batch if not d.reason]
@@ -129,38 +131,24 @@ def _excerpt(record: Record) -> str:
 
 
 class _Writer:
-    """A documents file, a row group a batch: text, number of the record, and what dedup compares."""
+    """A documents file, a row group a batch: text and number of the record; beside it what dedup compares."""
 
-    def __init__(self, path: Path, dedup: Dedup):
-        self.path, self.dedup, self.equal = path, dedup, dedup.model_copy(update={"near": 1.0})
-        self.file: pq.ParquetWriter | None = None
+    def __init__(self, folder: Path, dedup: Dedup):
+        self.file, self.fingerprints = pq.ParquetWriter(folder / DOCUMENTS, COLUMNS, **PARQUET), FingerprintWriter(folder, dedup)
 
     def __enter__(self) -> _Writer:
-        self.add([])  # a file without documents has the columns too
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.file:
-            self.file.close()
-
-    def _fingerprints(self, documents: list[Document]) -> dict[str, pa.Array]:
-        compared = [d.compared for d in documents]
-        alike = [d.alike for d in documents if d.alike]
-        if not alike:
-            return fingerprint_columns(compared, self.dedup)
-        return fingerprint_columns(alike, self.dedup) | fingerprint_columns(compared, self.equal)
+        self.file.close()
+        self.fingerprints.__exit__()
 
     def add(self, documents: list[Document]) -> None:
-        columns = {
-            "text": pa.array([d.text for d in documents], pa.large_string()),
-            "number": pa.array([d.number for d in documents], pa.int64()),
-            **self._fingerprints(documents),
-        }
-        table = pa.table(columns)
-        if self.file is None:
-            self.file = pq.ParquetWriter(self.path, table.schema, **PARQUET)
-        if documents:
-            self.file.write_table(table)
+        if not documents:
+            return
+        self.file.write_table(pa.table([[d.text for d in documents], [d.number for d in documents]], schema=COLUMNS))
+        alike = [d.alike for d in documents if d.alike]
+        self.fingerprints.add([d.compared for d in documents], alike or None)
 
 
 def write_evaluation_texts(spec: Spec, folder: Path) -> dict[str, Any]:
