@@ -1,6 +1,6 @@
 """How fast corpora become shards: each step against what people use for it, side by side in one run.
 
-    python benchmarks/data.py                             (about 4 minutes a repeat on two cores)
+    python benchmarks/data.py                             (about 25 minutes on two cores)
     python benchmarks/data.py --only packing loader
 
 Both sides read the same files with as many processes or threads; imports are not timed. Best of --repeat, interleaved.
@@ -269,7 +269,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--megabytes", type=int, default=40, help="of chats, and of texts; from 20 on, all workers load the faster engine")
+    parser.add_argument("--chats", type=int, default=300, help="megabytes of chats; a cluster's start takes 10 s of the stage, whatever follows")
+    parser.add_argument("--texts", type=int, default=80, help="megabytes of texts; from 20 on, all workers load the faster engine")
     parser.add_argument("--pack", type=int, default=1_000_000, help="documents to pack")
     parser.add_argument("--dedup", type=int, default=200_000, help="documents to deduplicate")
     parser.add_argument("--datasketch", type=int, default=20_000, help="of them for datasketch")
@@ -280,7 +281,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="graft-") as folder:
         os.environ.update(HOME=folder, RAY_worker_niceness="0")  # one home for all clusters; the peers are not nice to others either
         if {"chats", "texts"} & set(args.only) - set(lacking):
-            make_inputs(Path(folder), args.megabytes * 10**6)
+            make_inputs(Path(folder), args.chats * 10**6 if "chats" in args.only else 10**7, args.texts * 10**6 if "texts" in args.only else 0)
         for _ in range(args.repeat):
             for row in (row for row in args.only if row not in lacking):
                 for line in ROWS[row][0](Path(folder), args):

@@ -50,8 +50,8 @@ def prose(seed: int) -> Iterator[str]:
         yield chinese + rng.choice(("", "", "", "👍🏽", " 🇹🇼"))
 
 
-def make_inputs(folder: Path, size: int) -> None:
-    """tokenizer/, tokenizer-2/ (a copy), chats-N.parquet and texts-N.parquet, `size` bytes each kind."""
+def make_inputs(folder: Path, of_chats: int, of_texts: int) -> None:
+    """tokenizer/, tokenizer-2/ (a copy), chats-N.parquet and texts-N.parquet, so many bytes of each."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ def make_inputs(folder: Path, size: int) -> None:
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(taken(prose(1), min(size, 10**7)), trainer)
+    bpe.train_from_iterator(taken(prose(1), 10**7), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=SPECIALS[0],
@@ -87,8 +87,8 @@ def make_inputs(folder: Path, size: int) -> None:
         while True:
             yield "\n\n".join(next(paragraphs) for _ in range(min(12, int(rng.lognormvariate(1.5, 0.7)) + 1)))
 
-    write_texts(folder, "chats", list(taken(chats(), size)))
-    write_texts(folder, "texts", list(taken(texts(), size)))
+    write_texts(folder, "chats", list(taken(chats(), of_chats)))
+    write_texts(folder, "texts", list(taken(texts(), of_texts)))
 
 
 def taken(texts: Iterator[str], size: int) -> Iterator[str]:

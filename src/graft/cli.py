@@ -6,8 +6,9 @@ import argparse
 import errno
 import os
 import sys
+from pathlib import Path
 
-from graft.core.errors import GraftError
+from graft.core.errors import ConfigError, GraftError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         p.set_defaults(verb=call)
         return p
 
-    def with_recipe(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        p.add_argument("recipe", help="a .toml file, for example configs/recipes/image-intent-tiny.toml")
+    def with_recipe(p: argparse.ArgumentParser, needed: bool = True) -> argparse.ArgumentParser:
+        p.add_argument("recipe", nargs=None if needed else "?", help="a .toml file, for example configs/recipes/image-intent-tiny.toml")
         p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe key (repeatable)")
         p.add_argument("--workspace", default=os.environ.get("GRAFT_WORKSPACE", "."), metavar="DIR", help="where data_shards/ and checkpoints/ lie")
         return p
@@ -58,9 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     export = with_recipe(verb("export", _export, "write the recipe's rows in another trainer's format"))
     export.add_argument("--format", required=True, choices=["messages", "ms-swift", "llama-factory"])
     export.add_argument("--out", required=True, metavar="FILE", help="a .jsonl or .json file that does not exist yet; images go beside it")
-    base = verb("base", _base, "`graft base build RECIPE`: build the recipe's embedded base")
+    base = verb("base", _base, "`graft base build RECIPE`: build the recipe's embedded base; with --like, a random one for benchmarks")
     base.add_argument("action", choices=["build"])
-    with_recipe(base)
+    with_recipe(base, needed=False)
+    base.add_argument("--like", metavar="SHAPE", help="random weights of a real model's shape, such as llama-3.1-8b, written to --out")
+    base.add_argument("--out", metavar="DIR")
     with_recipe(verb("evaluate", lambda a: _until(a, "evaluate"), "evaluate the recipe's adapter"))
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
     serve.add_argument("--port", type=int)
@@ -143,7 +146,14 @@ def _until(args: argparse.Namespace, stage: str) -> int:
 
 
 def _base(args: argparse.Namespace) -> int:
-    return _until(args, "base")
+    if args.like is None and args.recipe:
+        return _until(args, "base")
+    if args.like is None or args.out is None or args.recipe:
+        raise ConfigError("`graft base build` takes a recipe, or --like SHAPE and --out DIR")
+    from graft.data.like import write_like
+
+    print(f"{args.out}: {write_like(args.like, Path(args.out)):,} random weights of the shape of {args.like}")
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:

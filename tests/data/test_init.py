@@ -2,7 +2,7 @@ import pytest
 
 from graft.core.errors import ConfigError
 from graft.data import init, prepare
-from graft.data.init import END, END_OF_TEXT, PAD, START, train_tokenizer
+from graft.data.tokenizer import END, END_OF_TEXT, PAD, START, train_tokenizer
 
 TALK = [{"role": "user", "content": "畫一隻貓"}, {"role": "assistant", "content": "好"}]
 

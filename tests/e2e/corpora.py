@@ -137,7 +137,7 @@ def write_bad(folder, writer):
 
 def write_base(folder: Path) -> None:
     """A base of which there is what sharding reads: a tokenizer with its template."""
-    from graft.data.init import train_tokenizer
+    from graft.data.tokenizer import train_tokenizer
 
     writer = Writer(0)
     train_tokenizer((writer.text(1500) for _ in range(300)), 1500).save_pretrained(folder, save_jinja_files=False)

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.recipe import EmbeddedBase, Lora, Train
 from graft.core.shards import Bin
+from graft.model.attention import block_causal_mask
 from graft.model.base import random_llama
 from graft.model.lora import LoraLinear, inject, merge_into, read_adapter, save_adapter
-from graft.model.packed import PackedLM, block_causal_mask
+from graft.model.packed import PackedLM
 from graft.train.batches import collate
 
 SHAPE = EmbeddedBase(vocab_size=300, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2, train=Train(corpora=("a",), lora=None))
@@ -49,10 +50,11 @@ def test_targets_are_supervised_tokens_inside_a_document():
     assert batch.target_at.tolist() == [1, 6]
     assert batch.targets.tolist() == [b.input_ids[2], b.input_ids[7]]
     assert batch.position_ids[0].tolist() == [*range(5), *range(6), *range(5)]
+    assert batch.cu.tolist() == [0, 5, 11, 16] and batch.longest == 6 and b.targets == 2
 
 
 def test_block_mask_is_causal_inside_documents():
-    mask = block_causal_mask(torch.tensor([[0, 0, 1, 1]]))[0, 0]
+    mask = block_causal_mask(torch.tensor([0, 2, 4], dtype=torch.int32), 1, 4)[0, 0]
     assert mask.tolist() == [[True, False, False, False], [True, True, False, False], [False, False, True, False], [False, False, True, True]]
 
 

@@ -232,7 +232,10 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    gradient_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = (
+        "none"  # what is computed again to save memory: nothing, wide activations, layers
+    )
+    compile: bool = True  # the decoder layers, on a GPU
     validate_every: Count | None = None  # steps
     save_every: Count = 100  # steps
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -246,7 +249,7 @@ class Train(Section):
 class Model(Section):
     base: str = "embedded"  # "embedded" (built by the recipe), a folder, or a hub id
     revision: str | None = None
-    precision: Literal["fp32", "bf16", "nf4"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp8", "nf4"] = "bf16"  # of the frozen base; adapters are bf16, or fp32 on an fp32 base
     chat_template: Literal["tokenizer", "chatml", "llama-3", "alpaca"] = "tokenizer"
 
 
@@ -330,8 +333,10 @@ class Recipe(Section):
         if self.base and self.base.train.lora:
             raise ValueError("base.train.lora is set, but an embedded base is trained whole: write lora = false")
         for section, train in (("cpt", self.cpt), ("sft", self.sft)):
-            if train and not train.lora and self.model.precision == "nf4":
-                raise ValueError(f"{section}.lora = false and model.precision = 'nf4': 4-bit weights cannot be trained whole; use bf16")
+            if train and not train.lora and self.model.precision in ("fp8", "nf4"):
+                raise ValueError(
+                    f"{section}.lora = false and model.precision = {self.model.precision!r}: such weights cannot be trained whole; use bf16"
+                )
         if self.base and self.base.hidden_size % self.base.heads:
             raise ValueError(f"base.hidden_size = {self.base.hidden_size} is no multiple of base.heads = {self.base.heads}")
         if self.base and self.base.heads % self.base.kv_heads:

@@ -36,6 +36,11 @@ class Bin(NamedTuple):
     loss_mask: np.ndarray  # [seq_len] uint8, 1 where the token is supervised
     doc_lens: np.ndarray  # [documents] int32
 
+    @property
+    def targets(self) -> int:
+        """Supervised tokens but those that begin a document, which nothing predicts."""
+        return int(self.loss_mask.sum(dtype=np.int64) - self.loss_mask[np.cumsum(self.doc_lens) - self.doc_lens].sum(dtype=np.int64))
+
 
 class Columns(NamedTuple):
     """Many bins, as the writer takes them; bin b holds the documents ends[b] .. ends[b + 1] - 1."""

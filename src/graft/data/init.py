@@ -6,17 +6,12 @@ with random weights, saved as an ordinary Hugging Face model folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from rich import get_console
 
 from graft.core.errors import ConfigError
 from graft.core.stages import Job
 from graft.data.prepare import documents
-from graft.model.chat import TEMPLATES
-
-END_OF_TEXT, START, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+from graft.data.tokenizer import train_tokenizer
 
 
 def run(job: Job) -> None:
@@ -45,31 +40,3 @@ def run(job: Job) -> None:
         model.save_pretrained(draft.path)
         draft.counts.update(vocabulary=len(tokenizer), parameters=model.num_parameters())
         console.print(f"init: a tokenizer of {len(tokenizer)} tokens, a Llama of {model.num_parameters():,} random weights", soft_wrap=True)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with chatml tokens and template; the same texts give the same one.
-
-    vocab_size: at most this many tokens, special ones included; little text gives fewer.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    # a token a Han character: words that share one share it in every context, which a small model learns from
-    isolated = pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([isolated, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, START, END, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=PAD, extra_special_tokens=[END_OF_TEXT, START], clean_up_tokenization_spaces=False
-    )
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    return tokenizer

@@ -13,13 +13,13 @@ if not torch.cuda.is_available():
 from graft.core.errors import ConfigError
 from graft.core.recipe import EmbeddedBase
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "nf4": torch.bfloat16}
 
 
 def load_base(base: str, revision: str | None, precision: str, device: str | torch.device) -> Any:
     """A causal LM on `device`, in eval mode, all weights as stored in `precision`.
 
-    nf4 is bitsandbytes' NormalFloat4 with double quantisation (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314),
+    fp8 is how a frozen base trains (stream.py); here, where nothing is trained, it is bf16. nf4 is bitsandbytes' NormalFloat4 with double quantisation (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314),
     computing in bf16. Raises ConfigError where `base` is no model.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

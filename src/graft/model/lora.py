@@ -26,21 +26,42 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "alpha_pattern", "rank_pattern")  # each changes y = W x + (alpha / r) B A x
 
 
-class LoraLinear(nn.Module):
+class Adapter(nn.Module):
+    """What every layer with a trainable adapter has: A [r, in], B [out, r], scale and dropout."""
+
+    A: nn.Parameter | None  # None: this layer has no adapter
+    B: nn.Parameter
+    in_features: int
+    out_features: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("A", None)
+
+    def make_adapter(self, lora: Lora, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.scale = lora.alpha / lora.r
+        self.dropout = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
+        a = torch.empty(lora.r, self.in_features, dtype=torch.float32, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT and the authors' code
+        self.A = nn.Parameter(a.to(dtype))
+        self.B = nn.Parameter(torch.zeros(self.out_features, lora.r, dtype=dtype, device=device))
+
+    def adapt(self, x: Tensor) -> Tensor:
+        """What the adapter adds."""
+        assert self.A is not None
+        return F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
+
+
+class LoraLinear(Adapter):
     """A frozen linear layer (plain or 4-bit) and one trainable adapter in `dtype`."""
 
     def __init__(self, base: Any, lora: Lora, dtype: torch.dtype):
         super().__init__()
-        self.base, self.scale = base, lora.alpha / lora.r
-        self.dropout = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
-        device = next(base.parameters()).device
-        self.A = nn.Parameter(torch.empty(lora.r, base.in_features, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as PEFT and the authors' code
-        self.A.data = self.A.data.to(dtype)
-        self.B = nn.Parameter(torch.zeros(base.out_features, lora.r, dtype=dtype, device=device))
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.make_adapter(lora, dtype, next(base.parameters()).device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
+        return self.base(x) + self.adapt(x)
 
 
 class Rows:
@@ -105,7 +126,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, on the CPU."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, Adapter) and module.A is not None:
             found[f"{PREFIX}{name}.lora_A.weight"] = module.A.detach().cpu().contiguous()
             found[f"{PREFIX}{name}.lora_B.weight"] = module.B.detach().cpu().contiguous()
     return found

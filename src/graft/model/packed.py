@@ -1,7 +1,7 @@
 """Packed bins through a causal LM: documents never attend across their borders, and the loss is a sum over targets.
 
-This is the plain reference (a boolean block mask through PyTorch's scaled_dot_product_attention); it runs anywhere and
-costs batch * seq_len^2 bytes.
+On a GPU the bins of a micro-batch run as one row of documents through a packed kernel (attention.py); on the CPU each bin is
+a row under a boolean block mask.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from graft.model import attention
+from graft.model.loss import linear_cross_entropy
 
 
 class PackedBatch(NamedTuple):
@@ -18,35 +20,35 @@ class PackedBatch(NamedTuple):
 
     input_ids: Tensor  # [b, s] long
     position_ids: Tensor  # [b, s] long, from 0 in every document
-    document: Tensor  # [b, s] long, equal inside a document; padding is documents of their own
+    cu: Tensor  # [documents + 1] int32: 0, and where each document ends in b * s; the padding of a bin is one more
+    longest: Tensor  # [] int32, tokens of the longest document; stays on the CPU
     target_at: Tensor  # [t] long: flat index into [b * s] of the position that predicts a target
     targets: Tensor  # [t] long
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return PackedBatch(*(t.to(device, non_blocking=True) for t in self))
-
-
-def block_causal_mask(document: Tensor) -> Tensor:
-    """[b, 1, s, s] bool, True where query i may see key j: same document and j <= i."""
-    s = document.shape[1]
-    causal = torch.ones(s, s, dtype=torch.bool, device=document.device).tril()
-    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields if name != "longest"}
+        return self._replace(**moved)
 
 
 class PackedLM(nn.Module):
     """The language model as the training engine sees it: a batch in, the summed token loss (nats) out."""
 
-    def __init__(self, lm: Any):
+    def __init__(self, lm: Any, backend: str | None = None):
+        """backend: of attention.py; None: a mask."""
         super().__init__()
-        self.lm = lm
+        self.lm, self.backend = lm, backend
+        if backend is not None:
+            attention.register()
+            lm.set_attn_implementation(attention.NAME)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        hidden = self.lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=block_causal_mask(batch.document),
-            use_cache=False,
-        ).last_hidden_state
+        if self.backend is None:
+            mask = attention.block_causal_mask(batch.cu, *batch.input_ids.shape)
+            given: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
+        else:
+            torch._dynamo.maybe_mark_dynamic(batch.cu, 0)  # else another number of documents would be another compilation
+            given = {"input_ids": batch.input_ids.view(1, -1), "position_ids": batch.position_ids.view(1, -1)}
+            given |= {"cu": batch.cu, "longest": batch.longest, "backend": self.backend}
+        hidden = self.lm.base_model(**given, use_cache=False).last_hidden_state
         supervised = hidden.reshape(-1, hidden.shape[-1])[batch.target_at]  # the head sees targets only
-        logits = self.lm.get_output_embeddings()(supervised)
-        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        return linear_cross_entropy(supervised, self.lm.get_output_embeddings().weight, batch.targets)

@@ -16,6 +16,9 @@ def main() -> int:
     parser.add_argument("--stage", required=True, choices=["base", "cpt", "sft"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--workspace", default=".")
+    parser.add_argument(
+        "--profile", action="store_true", help="write a trace of three steps, and a table of where their time goes, beside metrics.jsonl"
+    )
     args = parser.parse_args()
     try:
         job = Plan(args.recipe, tuple(args.overrides), args.workspace).resolve(args.stage)
@@ -25,7 +28,7 @@ def main() -> int:
             return 0
         from graft.train.loop import run
 
-        run(job)
+        run(job, args.profile)
     except GraftError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"graft: {e}", file=sys.stderr, flush=True)

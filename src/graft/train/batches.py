@@ -21,9 +21,10 @@ def collate(bins: Sequence[Bin]) -> PackedBatch:
     for row, b in enumerate(bins):
         ids[row], mask[row] = b.input_ids, b.loss_mask.view(bool)
     lens = np.concatenate([part for b in bins for part in (b.doc_lens, [shape[1] - b.doc_lens.sum()])])  # padding is one more document
-    starts = np.cumsum(lens) - lens
-    document = np.repeat(np.arange(len(lens)), lens).reshape(shape)
-    position = (np.arange(ids.size) - np.repeat(starts, lens)).reshape(shape)
-    mask.reshape(-1)[starts[lens > 0]] = False  # nothing predicts the first token of a document
+    lens = lens[lens > 0].astype(np.int64)
+    ends = np.cumsum(lens)
+    position = (np.arange(ids.size) - np.repeat(ends - lens, lens)).reshape(shape)
+    mask.reshape(-1)[ends - lens] = False  # nothing predicts the first token of a document
     targets = np.flatnonzero(mask)
-    return PackedBatch(*map(torch.from_numpy, (ids, position, document, targets - 1, ids.reshape(-1)[targets])))
+    cu, longest = np.concatenate([[0], ends]).astype(np.int32), np.array(lens.max(), np.int32)
+    return PackedBatch(*map(torch.from_numpy, (ids, position, cu, longest, targets - 1, ids.reshape(-1)[targets])))

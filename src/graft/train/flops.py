@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from graft.model.lora import Adapter
+
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, NVIDIA data sheets
 
 
@@ -25,10 +27,10 @@ class Flops:
     def of(cls, lm: Any) -> Flops:
         """Count a model after LoRA was injected; 4-bit weights count by their shape."""
         n = big = 0
-        for name, module in lm.named_modules():
-            if hasattr(module, "in_features") and not name.endswith(("lora_A", "lora_B")):
+        for module in lm.modules():
+            if hasattr(module, "in_features") and not hasattr(module, "base"):  # an adapter around a layer is not one more
                 big += module.in_features * module.out_features
-            if hasattr(module, "scale") and hasattr(module, "A"):
+            if isinstance(module, Adapter) and module.A is not None:
                 n += module.A.numel() + module.B.numel()
         c = lm.config
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

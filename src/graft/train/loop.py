@@ -27,19 +27,22 @@ from graft.core.errors import ConfigError, TrainError
 from graft.core.recipe import Train
 from graft.core.shards import ShardSet
 from graft.core.stages import Job
-from graft.model.base import DTYPES, load_base
 from graft.model.chat import load_tokenizer, save_tokenizer
-from graft.model.lora import inject, save_adapter
-from graft.model.packed import PackedLM
+from graft.model.lora import save_adapter
 from graft.train import checkpoint
 from graft.train.batches import collate
+from graft.train.build import build, compilations
 from graft.train.flops import Flops
 from graft.train.order import BinOrder, learning_rate, micro_batch_of, share_out, total_steps
+from graft.train.profile import Profiler
 from graft.train.report import Reporter
 
 
-def run(job: Job) -> None:
-    """Train one stage and publish its artifact; resumes from the newest verified checkpoint of the same fingerprint."""
+def run(job: Job, profile: bool = False) -> None:
+    """Train one stage and publish its artifact; resumes from the newest verified checkpoint of the same fingerprint.
+
+    profile: rank 0 also writes where some steps' time goes (profile.py).
+    """
     recipe, stage = job.recipe, job.stage.name
     config = recipe.train_stage(stage)
     shards = ShardSet.open(job.parents[f"shard-{stage}"].path / "train", verify=_local_leader())
@@ -49,17 +52,15 @@ def run(job: Job) -> None:
     micro = micro_batch_of(config.global_batch, world, config.micro_batch)
 
     base, revision = job.plan.base_model(stage)
-    precision = "bf16" if stage == "base" and recipe.model.precision == "nf4" else recipe.model.precision
-    lm = load_base(base, revision, precision, device)
-    if config.lora:
-        inject(lm, config.lora, DTYPES[precision], recipe.seed)
-    if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        lm.enable_input_require_grads()
-    model = PackedLM(lm).train()
-    flops = Flops.of(lm)
+    precision = "bf16" if stage == "base" and recipe.model.precision in ("fp8", "nf4") else recipe.model.precision
+    model = build(base, revision, precision, config, recipe.seed, device)
+    lm, flops = model.lm, Flops.of(model.lm)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
     )
     engine, _ = accelerator.prepare(model, optimizer)
 
@@ -72,6 +73,7 @@ def run(job: Job) -> None:
     order, cost_of = BinOrder(len(shards), recipe.seed), shards.costs()
     validation = _validation(job, world, rank)
     report = Reporter(job, run_dir, total, first, world, flops) if rank == 0 else None
+    profiler = Profiler(run_dir) if profile and rank == 0 else None
 
     for step in range(first, total):
         started = time.perf_counter()
@@ -82,9 +84,7 @@ def run(job: Job) -> None:
         mine = share_out(costs, world, micro)[rank]
         batches = [collate([bins[i] for i in group]).to(device) for group in mine]
         tokens = sum(int(b.doc_lens.sum()) for b in bins)
-        count = torch.tensor(sum(b.targets.numel() for b in batches), device=device)
-        dist.all_reduce(count)
-        targets = max(int(count.item()), 1)
+        targets = max(sum(b.targets for b in bins), 1)
         data_s = time.perf_counter() - started
 
         lr = learning_rate(step, total, config.lr, config.warmup, config.schedule)
@@ -97,12 +97,12 @@ def run(job: Job) -> None:
             loss += token_loss.detach()
             engine.backward(token_loss * (world / targets), scale_wrt_gas=False)  # ZeRO averages over ranks
         dist.all_reduce(loss)
-        mean_loss = loss.item() / targets
+        engine.step()
+        mean_loss = loss.item() / targets  # here the CPU waits for the GPU, not before: the step is in its queue
         if not math.isfinite(mean_loss):
             raise TrainError(
                 f"the loss of step {step} is {mean_loss}, bins {indices.tolist()[:8]}: lower {stage}.lr; the last good checkpoint is in {run_dir}"
             )
-        engine.step()
         tokens_seen += tokens
 
         done = step + 1
@@ -115,11 +115,14 @@ def run(job: Job) -> None:
             "targets": targets,
             "mean_document_tokens": float(costs.sum()) / tokens,
             "data_s": data_s,
+            "compilations": compilations(),
         }
         if validation is not None and (done == total or (config.validate_every and done % config.validate_every == 0)):
             metrics["validation_loss"] = _validate(engine, validation, micro, device)
         if report:
             report.step({**metrics, "step_time_s": time.perf_counter() - started})
+        if profiler:
+            profiler.step(done - first)
         if done % config.save_every == 0 or done == total:
             checkpoint.save(
                 engine, run_dir, {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, **same}, config.keep_checkpoints

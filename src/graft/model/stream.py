@@ -1,0 +1,91 @@
+"""A frozen base read straight onto the device, one tensor at a time, into the layers that training uses (fused.py).
+
+Nothing is ever whole in host memory, and on the GPU there is at most one weight beside what stays: an 8B base in FP8 needs
+its 8.6 GB (the embedding and the head stay in bf16), not 16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import ConfigError
+from graft.core.recipe import Lora
+from graft.model.frozen import Kind
+from graft.model.fused import fuse
+
+KINDS: dict[str, Kind] = {"fp32": "dense", "bf16": "dense", "fp8": "fp8", "nf4": "nf4"}
+
+
+def load_fused(base: str, revision: str | None, precision: str, lora: Lora | None, device: torch.device, seed: int) -> Any:
+    """A causal LM in eval mode on `device`, its linear layers but the head fused, frozen and held in `precision`, with fresh adapters.
+
+    Raises ConfigError where `base` is no model, or its weights are not those that its config asks for.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            lm: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
+    places = fuse(lm, KINDS[precision], lora, dtype, device, seed)
+    _make_rotary(lm, device)
+    tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()
+    wanted = {name for name, p in lm.named_parameters() if p.is_meta} - tied
+    wanted |= {f"{name}.weight" for name in places} | {f"{name}.bias" for name, (frozen, _) in places.items() if frozen.bias is not None}
+    for name, tensor in weights(base, revision, device):
+        module, _, leaf = name.rpartition(".")
+        if name not in wanted:
+            if name in tied or "rotary_emb" in name:
+                continue
+            raise ConfigError(f"model.base = {base!r} holds the tensor {name}, which a {config.model_type} model has no place for")
+        wanted.discard(name)
+        if module in places:
+            frozen, place = places[module]
+            frozen.put(place, **{leaf: tensor})
+        else:
+            lm.get_submodule(module)._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+    if wanted:
+        raise ConfigError(f"model.base = {base!r} lacks {len(wanted)} tensors that a {config.model_type} model needs, such as {min(wanted)}")
+    if tied:
+        lm.tie_weights()
+    return lm.eval()
+
+
+def weights(base: str, revision: str | None, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on `device`) of all safetensors files of a model folder or hub id; ConfigError where there are none."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(base)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(base, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        except Exception as e:  # noqa: BLE001  the hub has many ways to fail, offline among them
+            raise ConfigError(f"model.base = {base!r} is no folder and cannot be had from the hub: {str(e).strip().splitlines()[0][:160]}") from None
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        try:
+            with safe_open(folder / name, "pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118  it is no dict
+                    yield key, file.get_tensor(key)
+        except (OSError, SafetensorError) as e:
+            raise ConfigError(f"model.base = {base!r}: {name} cannot be read ({e}); only safetensors are") from None
+
+
+def _make_rotary(lm: nn.Module, device: torch.device) -> None:
+    """Rotary embeddings hold computed buffers, which no file has: make them anew."""
+    for name, module in list(lm.named_modules()):
+        if "inv_freq" in module._buffers:
+            parent, _, attribute = name.rpartition(".")
+            setattr(lm.get_submodule(parent), attribute, type(module)(module.config).to(device))  # type: ignore[operator]

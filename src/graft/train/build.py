@@ -1,0 +1,54 @@
+"""The model that a stage trains, on this rank's device: fused, packed and compiled on a GPU, plain on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from graft.core.errors import ConfigError
+from graft.core.recipe import Train
+from graft.model import attention
+from graft.model.base import DTYPES, load_base
+from graft.model.blocks import fuse_blocks
+from graft.model.frozen import fp8_works
+from graft.model.lora import inject
+from graft.model.packed import PackedLM
+from graft.model.stream import load_fused
+
+
+def build(base: str, revision: str | None, precision: str, config: Train, seed: int, device: torch.device) -> PackedLM:
+    """In training mode, adapters (or all weights) trainable. Raises ConfigError where the precision cannot work here."""
+    on_gpu = device.type == "cuda"
+    if precision == "fp8" and not fp8_works(device):
+        have = (
+            f"{torch.cuda.get_device_name(device)} has compute capability {torch.cuda.get_device_capability(device)}" if on_gpu else "there is none"
+        )
+        raise ConfigError(f"model.precision = 'fp8' needs a GPU of compute capability 8.9 (Ada, Hopper or later), here {have}: use bf16 or nf4")
+    if config.lora and on_gpu:
+        lm = load_fused(base, revision, precision, config.lora, device, seed)
+        fuse_blocks(lm, recompute=config.activation_checkpointing == "selective")
+    else:
+        lm = load_base(base, revision, precision, device)
+        if config.lora:
+            inject(lm, config.lora, DTYPES[precision], seed)
+    c = lm.config.get_text_config()
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    packed = on_gpu and DTYPES[precision] == torch.bfloat16
+    backend = attention.fastest(c.num_attention_heads, c.num_key_value_heads, width, device) if packed else None
+    for layer in lm.base_model.layers:
+        forward: Callable[..., Any] = layer.forward
+        if on_gpu and config.compile:
+            forward = torch.compile(forward, dynamic=False)
+        if config.activation_checkpointing == "full":
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        layer.forward = forward
+    return PackedLM(lm, backend).train()
+
+
+def compilations() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,0 +1,151 @@
+"""A decoder layer's halves as one operator each, against the plain layers, on the CPU's twins of the kernels."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from graft.core.recipe import Lora
+from graft.model import attention, blocks
+from graft.model.attention import Documents
+from graft.model.base import load_base
+from graft.model.blocks import FusedAttention, FusedMlp, fuse_blocks, rotate_, swiglu, swiglu_backward
+from graft.model.lora import adapter_tensors, inject
+from graft.model.packed import PackedBatch, PackedLM
+from graft.model.stream import load_fused
+
+LENS = [20, 44, 36, 28]  # two bins of 64
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def base(request, tmp_path_factory):
+    """A folder of a small model: Llama, Qwen2 (biases on q, k, v; tied embeddings), Qwen3 (norms on q and k)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    tied = request.param == "qwen2"
+    config = AutoConfig.for_model(request.param, vocab_size=100, max_position_embeddings=256, tie_word_embeddings=tied, pad_token_id=None, **shape)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data.normal_(1, 0.3)  # norms and biases that matter
+    model.save_pretrained(folder)
+    return request.param, folder
+
+
+def batch():
+    ids = torch.randint(0, 100, (2, 64), generator=torch.Generator().manual_seed(1))
+    cu = torch.tensor([0, *LENS]).cumsum(0)
+    at = torch.arange(1, 128)
+    at = at[~torch.isin(at, cu)]
+    position = torch.cat([torch.arange(n) for n in LENS]).view(2, 64)
+    return PackedBatch(ids, position, cu.int(), torch.tensor(max(LENS), dtype=torch.int32), at - 1, ids.view(-1)[at])
+
+
+def with_adapters(model):
+    draw = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if getattr(module, "A", None) is not None:
+            module.B.data = (torch.randn(module.B.shape, generator=draw) * 0.1).to(module.B.dtype)
+    return model
+
+
+def loss_and_gradients(model):
+    loss = model(batch())
+    loss.backward()
+    return loss.item(), {name: p.grad.float() for name, p in model.lm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("targets", [Lora().targets, ("q_proj", "v_proj"), ("gate_proj",), ("up_proj", "gate_proj")])
+def test_loss_and_gradients_are_those_of_plain_layers(base, targets, recompute):
+    name, folder = base
+    lora = Lora(r=4, alpha=8, targets=targets)
+    plain = load_base(str(folder), None, "fp32", "cpu")
+    inject(plain, lora, torch.float32, 3)
+    fused = load_fused(str(folder), None, "fp32", lora, torch.device("cpu"), 3)
+    fuse_blocks(fused, recompute)
+    layer = fused.model.layers[0]
+    assert isinstance(layer.self_attn, FusedAttention) == (name != "qwen3")
+    assert isinstance(layer.mlp, FusedMlp) == (("gate_proj" in targets) == ("up_proj" in targets))
+    wanted = loss_and_gradients(PackedLM(with_adapters(plain)))
+    found = loss_and_gradients(PackedLM(with_adapters(fused), "reference"))
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5) and found[1].keys() == wanted[1].keys() and found[1]
+    for key, gradient in wanted[1].items():
+        assert (found[1][key] - gradient).norm() < 1e-4 * gradient.norm(), key
+    assert adapter_tensors(fused).keys() == adapter_tensors(plain).keys()
+
+
+def test_with_dropout_each_adapter_draws_for_itself(base):
+    _, folder = base
+    lora = Lora(r=4, dropout=0.5, targets=("q_proj", "down_proj"))
+    fused = with_adapters(load_fused(str(folder), None, "fp32", lora, torch.device("cpu"), 3))
+    fuse_blocks(fused)
+    model = PackedLM(fused, "reference").train()
+    losses = [model(batch()).item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    model.eval()
+    plain = load_base(str(folder), None, "fp32", "cpu")
+    inject(plain, lora, torch.float32, 3)
+    assert model(batch()).item() == pytest.approx(PackedLM(with_adapters(plain)).eval()(batch()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
+def test_a_quantised_base_is_near_the_plain_one(base, precision):
+    _, folder = base
+    plain = PackedLM(load_base(str(folder), None, "fp32", "cpu"))(batch()).item()
+    fused = load_fused(str(folder), None, precision, None, torch.device("cpu"), 3)
+    fuse_blocks(fused)
+    found = PackedLM(fused, "reference")(batch()).item()
+    assert found != plain and found == pytest.approx(plain, rel=0.01)
+
+
+def test_swiglu_and_its_gradient():
+    draw = torch.Generator().manual_seed(0)
+    y, u, dact, du, a = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in [(9, 24), (9, 4), (9, 12), (9, 3), (3, 12)])
+    b = [torch.randn(12, 2, generator=draw, dtype=torch.float64) for _ in range(2)]
+    whole = (y + torch.cat([u[:, :2] @ b[0].t(), u[:, 2:] @ b[1].t()], dim=1)).requires_grad_()
+    gate, up = whole.chunk(2, dim=1)
+    wanted = F.silu(gate) * up
+    assert torch.allclose(swiglu(y, u, b), wanted, atol=1e-5)
+    (gradient,) = torch.autograd.grad(wanted, whole, dact + du @ a)
+    assert torch.allclose(swiglu_backward(dact, y, u, b, du, a), gradient, atol=1e-4)
+
+
+def test_turning_back_undoes_a_turn_and_turns_only_the_first_heads():
+    y = torch.randn(5, 3 * 8)
+    angle = torch.rand(5, 4).repeat(1, 2)
+    turned = y.clone()
+    rotate_(turned, 2, angle.cos(), angle.sin(), 1.0)
+    assert torch.equal(turned[:, 16:], y[:, 16:]) and not torch.allclose(turned[:, :16], y[:, :16])
+    rotate_(turned, 2, angle.cos(), angle.sin(), -1.0)
+    assert torch.allclose(turned, y, atol=1e-6)
+
+
+def test_attentions_plain_gradient_is_that_of_autograd():
+    documents = Documents(torch.tensor([0, 5, 6, 17], dtype=torch.int32), torch.tensor(11, dtype=torch.int32))
+    q, k, v, dout = (torch.randn(17, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2, 4))
+    out = attention.reference(q, k, v, documents, 0.3)
+    wanted = torch.autograd.grad(out, (q, k, v), dout)
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    given = dout.detach(), q.detach(), k.detach(), v.detach(), out.detach(), q.new_empty(0)
+    attention.backward(grads, *given, *documents, 0.3, "reference")
+    assert all(torch.allclose(found, one) for found, one in zip(grads, wanted, strict=True))
+    through = attention.attention(q, k, v, documents, 0.3, "reference")
+    assert all(torch.allclose(*pair) for pair in zip(torch.autograd.grad(through, (q, k, v), dout), wanted, strict=True))
+
+
+def test_the_operators_are_as_they_say():
+    t, h, n, r = 6, 8, 12, 2
+    x, a, a_down = (torch.randn(shape, requires_grad=True) for shape in [(t, h), (2 * r, h), (r, n)])
+    b, b_down = [torch.randn(n, r, requires_grad=True) for _ in range(2)], [torch.randn(h, r, requires_grad=True)]
+    for keep in (True, False):
+        torch.library.opcheck(blocks.mlp_forward, (x, "dense", [torch.randn(2 * n, h)], [torch.randn(h, n)], a, b, a_down, b_down, 2.0, keep))
+    torch.library.opcheck(blocks.mlp_forward, (x, "dense", [torch.randn(2 * n, h)], [torch.randn(h, n)], None, [], None, [], 1.0, True))
+    cu, longest = torch.tensor([0, 4, 6], dtype=torch.int32), torch.tensor(4, dtype=torch.int32)
+    angles = torch.rand(t, 4).cos(), torch.rand(t, 4).sin()
+    ups = [torch.randn(out, r, requires_grad=True) for out in (8, 4, 4)]
+    of_a = torch.randn(3 * r, h, requires_grad=True)
+    given = (x, "dense", [torch.randn(16, h)], torch.randn(16), of_a, ups, [0, 8, 12], 2.0, *angles, cu, longest, 2, 1, 0.5, "reference")
+    torch.library.opcheck(blocks.attend_forward, given)
