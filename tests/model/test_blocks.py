@@ -9,7 +9,8 @@ from graft.model import attention, blocks
 from graft.model.attention import Documents
 from graft.model.base import load_base
 from graft.model.blocks import FusedAttention, FusedMlp, fuse_blocks, rotate_, swiglu, swiglu_backward
-from graft.model.lora import adapter_tensors, inject
+from graft.model.fused import FusedLinear
+from graft.model.lora import LoraLinear, adapter_tensors, adapters, inject
 from graft.model.packed import PackedBatch, PackedLM
 from graft.model.stream import load_fused
 
@@ -45,16 +46,25 @@ def batch():
 
 def with_adapters(model):
     draw = torch.Generator().manual_seed(2)
-    for module in model.modules():
-        if getattr(module, "A", None) is not None:
-            module.B.data = (torch.randn(module.B.shape, generator=draw) * 0.1).to(module.B.dtype)
+    for _, _, b in adapters(model):
+        b.data.copy_(torch.randn(b.shape, generator=draw) * 0.1)
     return model
 
 
 def loss_and_gradients(model):
+    """(loss, {name: gradients of A and B}); those of a group's layers lie in one parameter."""
     loss = model(batch())
     loss.backward()
-    return loss.item(), {name: p.grad.float() for name, p in model.lm.named_parameters() if p.grad is not None}
+    gradients = {}
+    for name, module in model.lm.named_modules():
+        if isinstance(module, LoraLinear):
+            gradients[name] = [module.A.grad, module.B.grad]
+        if isinstance(module, FusedLinear) and module.pair():
+            held = module.group.layers[0].adapter
+            held.data, before = held.grad, held.data
+            gradients[name] = [m.clone() for m in module.pair()]
+            held.data = before
+    return loss.item(), gradients
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -72,8 +82,8 @@ def test_loss_and_gradients_are_those_of_plain_layers(base, targets, recompute):
     wanted = loss_and_gradients(PackedLM(with_adapters(plain)))
     found = loss_and_gradients(PackedLM(with_adapters(fused), "reference"))
     assert found[0] == pytest.approx(wanted[0], rel=1e-5) and found[1].keys() == wanted[1].keys() and found[1]
-    for key, gradient in wanted[1].items():
-        assert (found[1][key] - gradient).norm() < 1e-4 * gradient.norm(), key
+    for key, pair in wanted[1].items():
+        assert all((one - other).norm() < 1e-4 * other.norm() for one, other in zip(found[1][key], pair, strict=True)), key
     assert adapter_tensors(fused).keys() == adapter_tensors(plain).keys()
 
 
@@ -138,14 +148,13 @@ def test_attentions_plain_gradient_is_that_of_autograd():
 
 def test_the_operators_are_as_they_say():
     t, h, n, r = 6, 8, 12, 2
-    x, a, a_down = (torch.randn(shape, requires_grad=True) for shape in [(t, h), (2 * r, h), (r, n)])
-    b, b_down = [torch.randn(n, r, requires_grad=True) for _ in range(2)], [torch.randn(h, r, requires_grad=True)]
+    x, wide, narrow = (torch.randn(shape, requires_grad=True) for shape in [(t, h), (2 * r * (h + n),), (r * (n + h),)])
+    weights = "dense", [torch.randn(2 * n, h)], [torch.randn(h, n)]
     for keep in (True, False):
-        torch.library.opcheck(blocks.mlp_forward, (x, "dense", [torch.randn(2 * n, h)], [torch.randn(h, n)], a, b, a_down, b_down, 2.0, keep))
-    torch.library.opcheck(blocks.mlp_forward, (x, "dense", [torch.randn(2 * n, h)], [torch.randn(h, n)], None, [], None, [], 1.0, True))
+        torch.library.opcheck(blocks.mlp_forward, (x, *weights, wide, narrow, r, n, 2.0, keep))
+    torch.library.opcheck(blocks.mlp_forward, (x, *weights, None, None, 0, n, 1.0, True))
     cu, longest = torch.tensor([0, 4, 6], dtype=torch.int32), torch.tensor(4, dtype=torch.int32)
     angles = torch.rand(t, 4).cos(), torch.rand(t, 4).sin()
-    ups = [torch.randn(out, r, requires_grad=True) for out in (8, 4, 4)]
-    of_a = torch.randn(3 * r, h, requires_grad=True)
-    given = (x, "dense", [torch.randn(16, h)], torch.randn(16), of_a, ups, [0, 8, 12], 2.0, *angles, cu, longest, 2, 1, 0.5, "reference")
+    adapter = torch.randn(3 * r * h + 16 * r, requires_grad=True)
+    given = (x, "dense", [torch.randn(16, h)], torch.randn(16), adapter, r, [0, 8, 12], [8, 4, 4], 2.0, *angles, cu, longest, 2, 1, 0.5, "reference")
     torch.library.opcheck(blocks.attend_forward, given)

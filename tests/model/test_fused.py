@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graft.model.frozen import FP8, Frozen, matmul, matmul_back, quantize_rows
-from graft.model.fused import lora_forward
+from graft.model.fused import Layout, lora_forward
 
 KINDS = ["dense", "fp8", "nf4"]
 
@@ -57,22 +57,22 @@ def test_gradients_are_those_of_autograd_in_fp64(kind):
     dtype = torch.float32 if kind == "dense" else torch.bfloat16
     held = frozen_of(kind, [torch.randn(out, 128, generator=draw).to(dtype) for out in (64, 64)], dtype=dtype)
     x = torch.randn(30, 128, generator=draw).to(dtype).requires_grad_()
-    a = (torch.randn(4 * 2, 128, generator=draw) / 8).to(dtype).requires_grad_()
-    b = [torch.randn(64, 4, generator=draw).to(dtype).requires_grad_() for _ in range(2)]
-    y, _ = lora_forward(x, kind, held.tensors, None, a, b, [0, 64], 128, 0.5)
+    adapter = torch.cat([torch.randn(4 * 2 * 128, generator=draw) / 8, torch.randn(128 * 4, generator=draw)]).to(dtype).requires_grad_()
+    y, _ = lora_forward(x, kind, held.tensors, None, adapter, 4, [0, 64], [64, 64], 128, 0.5)
     dy = torch.randn(30, 128, generator=draw).to(dtype)
-    found = [y, *torch.autograd.grad(y, (x, a, *b), dy)]
+    found = [y, *torch.autograd.grad(y, (x, adapter), dy)]
 
-    x64, a64, *b64 = (t.detach().double().requires_grad_() for t in (x, a, *b))
+    x64, adapter64 = (t.detach().double().requires_grad_() for t in (x, adapter))
+    a64, b64 = Layout(4, [0, 64], [64, 64]).split(adapter64, 128)
     added = torch.cat([x64 @ a64[:4].t() @ b64[0].t(), x64 @ a64[4:].t() @ b64[1].t()], dim=1)
     y64 = x64 @ of_bits(held).t() + 0.5 * added
-    wanted = [y64, *torch.autograd.grad(y64, (x64, a64, *b64), dy.double())]
+    wanted = [y64, *torch.autograd.grad(y64, (x64, adapter64), dy.double())]
     error = {"dense": 1e-6, "fp8": 0.04, "nf4": 0.01}[kind]
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape and (one.double() - other).norm() < error * other.norm()
 
 
 def test_the_operators_are_as_they_say():
-    x, a, b = torch.randn(6, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True), [torch.randn(8, 2, requires_grad=True) for _ in range(2)]
-    torch.library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), a, b, [0, 8], 16, 2.0))
-    torch.library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], None, None, [], [0], 16, 1.0))
+    x, adapter = torch.randn(6, 8, requires_grad=True), torch.randn(2 * 2 * 8 + 2 * 8 * 2, requires_grad=True)
+    torch.library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), adapter, 2, [0, 8], [8, 8], 16, 2.0))
+    torch.library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], None, None, 0, [0], [0], 16, 1.0))

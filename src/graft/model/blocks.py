@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.model import attention
 from graft.model.frozen import matmul, matmul_back
-from graft.model.fused import FusedLinear, adapted, adapter_gradients, down
+from graft.model.fused import FusedLinear, Layout, adapted, adapter_gradient, down
 
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
@@ -66,16 +66,20 @@ def rotate_(y: Tensor, heads: int, cos: Tensor, sin: Tensor, sign: float) -> Non
 
 
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
+def _wide(rank: int, inner: int) -> Layout:
+    return Layout(rank, [0, inner], [inner, inner])
+
+
 @torch.library.custom_op("graft::mlp_forward", mutates_args=())
 def mlp_forward(
     x: Tensor,
     kind: str,
     wide: list[Tensor],
     narrow: list[Tensor],
-    a: Tensor | None,
-    b: list[Tensor],
-    a_down: Tensor | None,
-    b_down: list[Tensor],
+    adapter: Tensor | None,
+    adapter_down: Tensor | None,
+    rank: int,
+    inner: int,
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -83,64 +87,73 @@ def mlp_forward(
 
     Without `keep`, gate | up and the activation come back empty, and the backward makes them again.
     """
-    y, u = matmul(x, kind, wide, None), down(x, a, scale)
-    act = swiglu(y, u, b)
-    out, u_down = adapted(act, kind, narrow, None, a_down, b_down, [0], scale)
-    return (out, y, u, act, u_down) if keep else (out, x.new_empty(0, y.shape[1]), u, x.new_empty(0, act.shape[1]), u_down)
+    layout = _wide(rank, inner)
+    y, u = matmul(x, kind, wide, None), down(x, adapter, layout, scale)
+    act = swiglu(y, u, [] if adapter is None else layout.split(adapter, x.shape[1])[1])
+    out, u_down = adapted(act, kind, narrow, None, adapter_down, Layout(rank, [0], [x.shape[1]]), scale)
+    return (out, y, u, act, u_down) if keep else (out, x.new_empty(0, 2 * inner), u, x.new_empty(0, inner), u_down)
 
 
 @mlp_forward.register_fake
-def _(x, kind, wide, narrow, a, b, a_down, b_down, scale, keep):  # type: ignore[no-untyped-def]
-    t, h = x.shape
+def _(x, kind, wide, narrow, adapter, adapter_down, rank, inner, scale, keep):  # type: ignore[no-untyped-def]
+    t = x.shape[0]
     kept = t if keep else 0
-    n = _inner(kind, wide, narrow, h)
-    r, r_down = (0 if m is None else m.shape[0] for m in (a, a_down))
-    return torch.empty_like(x), x.new_empty(kept, 2 * n), x.new_empty(t, r), x.new_empty(kept, n), x.new_empty(t, r_down)
-
-
-def _inner(kind: str, wide: list[Tensor], narrow: list[Tensor], h: int) -> int:
-    return 2 * narrow[0].numel() // h if kind == "nf4" else wide[0].shape[0] // 2
+    us = [x.new_empty(t, 0 if m is None else layers * rank) for m, layers in ((adapter, 2), (adapter_down, 1))]
+    return torch.empty_like(x), x.new_empty(kept, 2 * inner), us[0], x.new_empty(kept, inner), us[1]
 
 
 @torch.library.custom_op("graft::mlp_backward", mutates_args=())
 def mlp_backward(
-    dout: Tensor, x: Tensor, y: Tensor, u: Tensor, act: Tensor, u_down: Tensor,
-    kind: str, wide: list[Tensor], narrow: list[Tensor], a: Tensor | None, b: list[Tensor], a_down: Tensor | None, b_down: list[Tensor], scale: float,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
-    """(dx, dA, [dB], dA of down, [dB of down])."""
+    dout: Tensor,
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    act: Tensor,
+    u_down: Tensor,
+    kind: str,
+    wide: list[Tensor],
+    narrow: list[Tensor],
+    adapter: Tensor | None,
+    adapter_down: Tensor | None,
+    rank: int,
+    inner: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, the gradients of both adapters)."""
+    layout, of_down = _wide(rank, inner), Layout(rank, [0], [x.shape[1]])
+    a, b = (None, []) if adapter is None else layout.split(adapter, x.shape[1])
     if len(y) < len(x):
         y = matmul(x, kind, wide, None)
         act = swiglu(y, u, b)
-    du_down, da_down, db_down = adapter_gradients(dout, act, u_down, a_down, b_down, [0], scale)
+    du_down, gradient_down = adapter_gradient(dout, act, u_down, adapter_down, of_down, scale)
+    a_down = None if adapter_down is None else of_down.split(adapter_down, inner)[0]
     dy = swiglu_backward(matmul_back(dout, kind, narrow), y, u, b, du_down, a_down)
     dx = matmul_back(dy, kind, wide)
-    du, da, db = adapter_gradients(dy, x, u, a, b, [0, dy.shape[1] // 2], scale)
+    du, gradient = adapter_gradient(dy, x, u, adapter, layout, scale)
     if a is not None:
         dx.addmm_(du, a)
-    return dx, da, db, da_down, db_down
+    return dx, gradient, gradient_down
 
 
 @mlp_backward.register_fake
-def _(dout, x, y, u, act, u_down, kind, wide, narrow, a, b, a_down, b_down, scale):  # type: ignore[no-untyped-def]
-    like = [x.new_empty(0) if m is None else torch.empty_like(m) for m in (a, a_down)]
-    return torch.empty_like(x), like[0], [torch.empty_like(m) for m in b], like[1], [torch.empty_like(m) for m in b_down]
+def _(dout, x, y, u, act, u_down, kind, wide, narrow, adapter, adapter_down, rank, inner, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), *(x.new_empty(0) if m is None else torch.empty_like(m) for m in (adapter, adapter_down))
 
 
 def _keep_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ctx.kind, wide, narrow, a, b, a_down, b_down, ctx.scale, _ = inputs
-    ctx.counts = len(wide), len(narrow), len(b), len(b_down)
+    x, ctx.kind, wide, narrow, adapter, adapter_down, *ctx.rest, _ = inputs
+    ctx.counts, ctx.has = (len(wide), len(narrow)), (adapter is not None, adapter_down is not None)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:], *wide, *narrow, *([a, *b] if b else []), *([a_down, *b_down] if b_down else []))
+    ctx.save_for_backward(x, *output[1:], *wide, *narrow, *(m for m in (adapter, adapter_down) if m is not None))
 
 
 def _mlp_backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     x, y, u, act, u_down, *rest = ctx.saved_tensors
-    wide, narrow, adapters = rest[: ctx.counts[0]], rest[ctx.counts[0] : sum(ctx.counts[:2])], rest[sum(ctx.counts[:2]) :]
-    a, *b = adapters[: 1 + ctx.counts[2]] if ctx.counts[2] else [None]
-    a_down, *b_down = adapters[-1 - ctx.counts[3] :] if ctx.counts[3] else [None]
-    dx, da, db, da_down, db_down = mlp_backward(dout.contiguous(), x, y, u, act, u_down, ctx.kind, wide, narrow, a, b, a_down, b_down, ctx.scale)
-    none: list[list[None]] = [[None] * n for n in ctx.counts[:2]]
-    return dx, None, *none, da if b else None, db, da_down if b_down else None, db_down, None, None
+    wide, narrow, own = rest[: ctx.counts[0]], rest[ctx.counts[0] : sum(ctx.counts)], iter(rest[sum(ctx.counts) :])
+    adapters = [next(own) if has else None for has in ctx.has]
+    dx, *gradients = mlp_backward(dout.contiguous(), x, y, u, act, u_down, ctx.kind, wide, narrow, *adapters, *ctx.rest)
+    none: list[list[None]] = [[None] * n for n in ctx.counts]
+    return dx, None, *none, *(g if has else None for g, has in zip(gradients, ctx.has, strict=True)), None, None, None, None
 
 
 mlp_forward.register_autograd(_mlp_backward, setup_context=_keep_mlp)
@@ -156,11 +169,9 @@ class FusedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide, narrow = self.gate_proj.group, self.down_proj.group
-        a, b, scale, _ = wide.adapters()
-        a_down, b_down, scale_down, _ = narrow.adapters()
-        frozen, flat = wide.frozen, x.reshape(-1, x.shape[-1])
+        frozen, flat, rank = wide.frozen, x.reshape(-1, x.shape[-1]), max(wide.layout.rank, narrow.layout.rank)
         out, *_rest = mlp_forward(
-            flat, frozen.kind, frozen.tensors, narrow.frozen.tensors, a, b, a_down, b_down, scale if b else scale_down, self.keep
+            flat, frozen.kind, frozen.tensors, narrow.frozen.tensors, wide.adapter, narrow.adapter, rank, frozen.outs[0], wide.scale, self.keep
         )
         return out.view_as(x)
 
@@ -168,11 +179,26 @@ class FusedMlp(nn.Module):
 # ---- attention --------------------------------------------------------------------------------------------------------
 @torch.library.custom_op("graft::attend_forward", mutates_args=())
 def attend_forward(
-    x: Tensor, kind: str, frozen: list[Tensor], bias: Tensor | None, a: Tensor | None, b: list[Tensor], starts: list[int], scale: float,
-    cos: Tensor, sin: Tensor, cu: Tensor, longest: Tensor, heads: int, kv_heads: int, softmax_scale: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    kind: str,
+    frozen: list[Tensor],
+    bias: Tensor | None,
+    adapter: Tensor | None,
+    rank: int,
+    starts: list[int],
+    sizes: list[int],
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+    cu: Tensor,
+    longest: Tensor,
+    heads: int,
+    kv_heads: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(attention's output [t, heads · width], q | k | v turned, u, the log of each softmax's sum) of x [t, h]; cos, sin [t, width]."""
-    y, u = adapted(x, kind, frozen, bias, a, b, starts, scale)
+    y, u = adapted(x, kind, frozen, bias, adapter, Layout(rank, starts, sizes), scale)
     rotate_(y, heads + kv_heads, cos, sin, 1.0)
     out, lse = attention.forward(*_split(y, heads, kv_heads), cu, longest, softmax_scale, backend)
     return out.view(len(x), -1), y, u, lse
@@ -185,51 +211,68 @@ def _split(y: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor
 
 
 @attend_forward.register_fake
-def _(x, kind, frozen, bias, a, b, starts, scale, cos, sin, cu, longest, heads, kv_heads, softmax_scale, backend):  # type: ignore[no-untyped-def]
+def _(x, kind, frozen, bias, adapter, rank, starts, sizes, scale, cos, sin, cu, longest, heads, kv_heads, softmax_scale, backend):  # type: ignore[no-untyped-def]
     t, width = cos.shape
     wide = x.new_empty(t, (heads + 2 * kv_heads) * width)
     lse = x.new_empty(attention.lse_shape(t, heads, backend), dtype=torch.float32)
-    return x.new_empty(t, heads * width), wide, x.new_empty(t, 0 if a is None else a.shape[0]), lse
+    return x.new_empty(t, heads * width), wide, x.new_empty(t, 0 if adapter is None else rank * len(sizes)), lse
 
 
 @torch.library.custom_op("graft::attend_backward", mutates_args=())
 def attend_backward(
-    dout: Tensor, x: Tensor, out: Tensor, y: Tensor, u: Tensor, lse: Tensor,
-    kind: str, frozen: list[Tensor], a: Tensor | None, b: list[Tensor], starts: list[int], scale: float,
-    cos: Tensor, sin: Tensor, cu: Tensor, longest: Tensor, heads: int, kv_heads: int, softmax_scale: float, backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """(dx, dA, [dB])."""
-    dy = torch.empty_like(y)
-    shape = len(x), heads, -1
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor,
+    y: Tensor,
+    u: Tensor,
+    lse: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu: Tensor,
+    longest: Tensor,
+    kind: str,
+    frozen: list[Tensor],
+    adapter: Tensor | None,
+    rank: int,
+    starts: list[int],
+    sizes: list[int],
+    scale: float,
+    heads: int,
+    kv_heads: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(dx, the gradient of the adapter)."""
+    dy, shape, layout = torch.empty_like(y), (len(x), heads, -1), Layout(rank, starts, sizes)
     grads = _split(dy, heads, kv_heads)
     attention.backward(grads, dout.view(shape), *_split(y, heads, kv_heads), out.view(shape), lse, cu, longest, softmax_scale, backend)
     rotate_(dy, heads + kv_heads, cos, sin, -1.0)
     dx = matmul_back(dy, kind, frozen)
-    du, da, db = adapter_gradients(dy, x, u, a, b, starts, scale)
-    if a is not None:
-        dx.addmm_(du, a)
-    return dx, da, db
+    du, gradient = adapter_gradient(dy, x, u, adapter, layout, scale)
+    if adapter is not None:
+        dx.addmm_(du, layout.split(adapter, x.shape[1])[0])
+    return dx, gradient
 
 
 @attend_backward.register_fake
-def _(dout, x, out, y, u, lse, kind, frozen, a, b, starts, scale, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty(0) if a is None else torch.empty_like(a), [torch.empty_like(m) for m in b]
+def _(dout, x, out, y, u, lse, cos, sin, cu, longest, kind, frozen, adapter, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), x.new_empty(0) if adapter is None else torch.empty_like(adapter)
 
 
 def _keep_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ctx.kind, frozen, _, a, b, ctx.starts, ctx.scale, cos, sin, cu, longest, *ctx.rest = inputs
-    ctx.count, ctx.adapted = len(frozen), a is not None
+    x, ctx.kind, frozen, _, adapter, *ctx.layout_and_scale, cos, sin, cu, longest, heads, kv_heads, softmax_scale, backend = inputs
+    ctx.rest = heads, kv_heads, softmax_scale, backend
+    ctx.count = len(frozen)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output, cos, sin, cu, longest, *frozen, *([a, *b] if a is not None else []))
+    ctx.save_for_backward(x, *output, cos, sin, cu, longest, *frozen, *([] if adapter is None else [adapter]))
 
 
 def _attend_backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     x, out, y, u, lse, cos, sin, cu, longest, *rest = ctx.saved_tensors
-    frozen, adapters = rest[: ctx.count], rest[ctx.count :]
-    a, *b = adapters if ctx.adapted else [None]
-    given = ctx.kind, frozen, a, b, ctx.starts, ctx.scale, cos, sin, cu, longest, *ctx.rest
-    dx, da, db = attend_backward(dout.contiguous(), x, out, y, u, lse, *given)
-    return dx, None, [None] * ctx.count, None, da if ctx.adapted else None, db, *[None] * 10
+    frozen, adapter = rest[: ctx.count], rest[ctx.count] if len(rest) > ctx.count else None
+    given = x, out, y, u, lse, cos, sin, cu, longest
+    dx, gradient = attend_backward(dout.contiguous(), *given, ctx.kind, frozen, adapter, *ctx.layout_and_scale, *ctx.rest)
+    return dx, None, [None] * ctx.count, None, None if adapter is None else gradient, *[None] * 12
 
 
 attend_forward.register_autograd(_attend_backward, setup_context=_keep_attend)
@@ -249,27 +292,10 @@ class FusedAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         group = self.q_proj.group
-        a, b, scale, starts = group.adapters()
-        cos, sin = (angles.reshape(len(x), -1) for angles in position_embeddings)
         frozen = group.frozen
-        out, *_rest = attend_forward(
-            x,
-            frozen.kind,
-            frozen.tensors,
-            frozen.bias,
-            a,
-            b,
-            starts,
-            scale,
-            cos,
-            sin,
-            cu,
-            longest,
-            self.heads,
-            self.kv_heads,
-            self.softmax_scale,
-            backend,
-        )
+        cos, sin = (angles.reshape(len(x), -1) for angles in position_embeddings)
+        given = cos, sin, cu, longest, self.heads, self.kv_heads, self.softmax_scale, backend
+        out, *_rest = attend_forward(x, frozen.kind, frozen.tensors, frozen.bias, group.adapter, *group.layout, group.scale, *given)
         return self.o_proj(out.view(*hidden_states.shape[:-1], -1)), None
 
 
@@ -294,4 +320,4 @@ def _is_plain(mlp: Any) -> bool:
     layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
     x = torch.linspace(-3, 3, 7)
     silu = bool(torch.allclose(mlp.act_fn(x), torch.nn.functional.silu(x)))
-    return silu and all(layer.group.frozen.bias is None for layer in layers) and (mlp.gate_proj.A is None) == (mlp.up_proj.A is None)
+    return silu and all(layer.group.frozen.bias is None for layer in layers) and len(mlp.gate_proj.group.adapted) != 1

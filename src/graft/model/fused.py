@@ -9,98 +9,130 @@ adapter draws for itself as in PEFT, the adapters run beside the one matmul inst
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.core.recipe import Lora
 from graft.model.frozen import Frozen, Kind, matmul, matmul_back
-from graft.model.lora import Adapter, targets
+from graft.model.lora import new_pair, targets
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called in this order with one input
 
 
 # ---- the arithmetic -----------------------------------------------------------------------------------------------------
+class Layout(NamedTuple):
+    """Where the adapters of a group lie in their one vector: every A [rank, in], one below the other, then every B [size, rank]."""
+
+    rank: int
+    starts: list[int]  # of each adapted layer's columns in the group's output
+    sizes: list[int]
+
+    def split(self, adapter: Tensor, ins: int) -> tuple[Tensor, list[Tensor]]:
+        """(A of all [layers · rank, in], [B]): views."""
+        a, *b = adapter.split([self.rank * len(self.sizes) * ins, *(size * self.rank for size in self.sizes)])
+        return a.view(-1, ins), [up.view(-1, self.rank) for up in b]
+
+    def columns(self, y: Tensor, u: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(columns of y, columns of u) of each layer."""
+        for n, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
+            yield y[:, start : start + size], u[:, n * self.rank : (n + 1) * self.rank]
+
+
 def adapted(
-    x: Tensor, kind: str, frozen: list[Tensor], bias: Tensor | None, a: Tensor | None, b: list[Tensor], starts: list[int], scale: float
+    x: Tensor, kind: str, frozen: list[Tensor], bias: Tensor | None, adapter: Tensor | None, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(y [t, outs], u = s x Aᵀ [t, layers · r]) of x [t, in]; a: [layers · r, in], b: [out, r] of each layer, which begins at its start in y."""
-    y, u = matmul(x, kind, frozen, bias), down(x, a, scale)
-    for own, part, up in parts(y, u, b, starts):
-        own.addmm_(part, up.t())
+    """(y [t, outs], u = s x Aᵀ [t, layers · rank]) of x [t, in]."""
+    y, u = matmul(x, kind, frozen, bias), down(x, adapter, layout, scale)
+    if adapter is not None:
+        for (own, part), up in zip(layout.columns(y, u), layout.split(adapter, x.shape[1])[1], strict=True):
+            own.addmm_(part, up.t())
     return y, u
 
 
-def down(x: Tensor, a: Tensor | None, scale: float) -> Tensor:
+def down(x: Tensor, adapter: Tensor | None, layout: Layout, scale: float) -> Tensor:
     """u = s x Aᵀ; empty without an adapter."""
-    return x.new_empty(x.shape[0], 0) if a is None else torch.mm(x, a.t()).mul_(scale)
+    return x.new_empty(x.shape[0], 0) if adapter is None else torch.mm(x, layout.split(adapter, x.shape[1])[0].t()).mul_(scale)
 
 
-def parts(y: Tensor, u: Tensor, b: list[Tensor], starts: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(columns of y, columns of u, B) of each layer."""
-    for n, (start, up) in enumerate(zip(starts, b, strict=False)):
-        r = up.shape[1]
-        yield y[:, start : start + up.shape[0]], u[:, n * r : (n + 1) * r], up
-
-
-def adapter_gradients(
-    dy: Tensor, x: Tensor, u: Tensor, a: Tensor | None, b: list[Tensor], starts: list[int], scale: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(du = s dy B, dA, [dB of each layer]); dx still lacks du A."""
-    if a is None:
-        return u, x.new_empty(0), []
-    du, db = torch.empty_like(u), []
-    for (own, of_du, up), (_, of_u, _) in zip(parts(dy, du, b, starts), parts(dy, u, b, starts), strict=True):
+def adapter_gradient(dy: Tensor, x: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    """(du = s dy B, the gradient of the adapter); dx still lacks du A."""
+    if adapter is None:
+        return u, x.new_empty(0)
+    du, gradient = torch.empty_like(u), torch.empty_like(adapter)
+    da, db = layout.split(gradient, x.shape[1])
+    _, b = layout.split(adapter, x.shape[1])
+    for (own, of_du), (_, of_u), up, of_up in zip(layout.columns(dy, du), layout.columns(dy, u), b, db, strict=True):
         torch.mm(own, up, out=of_du)
-        db.append(torch.mm(of_u.t(), own).t().contiguous())  # dy is read once, in order
+        torch.mm(own.t(), of_u, out=of_up)
     du.mul_(scale)
-    return du, torch.mm(du.t(), x), db
+    torch.mm(du.t(), x, out=da)
+    return du, gradient
 
 
 # ---- the operators ----------------------------------------------------------------------------------------------------
 @torch.library.custom_op("graft::lora_forward", mutates_args=())
 def lora_forward(
-    x: Tensor, kind: str, frozen: list[Tensor], bias: Tensor | None, a: Tensor | None, b: list[Tensor], starts: list[int], outs: int, scale: float
+    x: Tensor,
+    kind: str,
+    frozen: list[Tensor],
+    bias: Tensor | None,
+    adapter: Tensor | None,
+    rank: int,
+    starts: list[int],
+    sizes: list[int],
+    outs: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """adapted(), for autograd and the compiler."""
-    return adapted(x, kind, frozen, bias, a, b, starts, scale)
+    return adapted(x, kind, frozen, bias, adapter, Layout(rank, starts, sizes), scale)
 
 
 @lora_forward.register_fake
-def _(x, kind, frozen, bias, a, b, starts, outs, scale):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], outs), x.new_empty(x.shape[0], 0 if a is None else a.shape[0])
+def _(x, kind, frozen, bias, adapter, rank, starts, sizes, outs, scale):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], outs), x.new_empty(x.shape[0], 0 if adapter is None else rank * len(sizes))
 
 
 @torch.library.custom_op("graft::lora_backward", mutates_args=())
 def lora_backward(
-    dy: Tensor, x: Tensor, u: Tensor, kind: str, frozen: list[Tensor], a: Tensor | None, b: list[Tensor], starts: list[int], scale: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(dx, dA, [dB of each layer])."""
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    kind: str,
+    frozen: list[Tensor],
+    adapter: Tensor | None,
+    rank: int,
+    starts: list[int],
+    sizes: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(dx, the gradient of the adapter)."""
+    layout = Layout(rank, starts, sizes)
     dx = matmul_back(dy, kind, frozen)
-    du, da, db = adapter_gradients(dy, x, u, a, b, starts, scale)
-    if a is not None:
-        dx.addmm_(du, a)
-    return dx, da, db
+    du, gradient = adapter_gradient(dy, x, u, adapter, layout, scale)
+    if adapter is not None:
+        dx.addmm_(du, layout.split(adapter, x.shape[1])[0])
+    return dx, gradient
 
 
 @lora_backward.register_fake
-def _(dy, x, u, kind, frozen, a, b, starts, scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty(0) if a is None else torch.empty_like(a), [torch.empty_like(up) for up in b]
+def _(dy, x, u, kind, frozen, adapter, rank, starts, sizes, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), x.new_empty(0) if adapter is None else torch.empty_like(adapter)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.kind, frozen, _, a, b, ctx.starts, _, ctx.scale = inputs
-    ctx.count, ctx.adapted = len(frozen), a is not None
-    ctx.save_for_backward(x, output[1], *frozen, *([a, *b] if a is not None else []))
+    x, ctx.kind, frozen, _, adapter, ctx.rank, ctx.starts, ctx.sizes, _, ctx.scale = inputs
+    ctx.count = len(frozen)
+    ctx.save_for_backward(x, output[1], *frozen, *([] if adapter is None else [adapter]))
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     x, u, *rest = ctx.saved_tensors
-    frozen, adapter = rest[: ctx.count], rest[ctx.count :]
-    a, b = (adapter[0], adapter[1:]) if ctx.adapted else (None, [])
-    dx, da, db = lora_backward(dy.contiguous(), x, u, ctx.kind, frozen, a, b, ctx.starts, ctx.scale)
-    return dx, None, [None] * ctx.count, None, da if ctx.adapted else None, db if ctx.adapted else [], None, None, None
+    frozen, adapter = rest[: ctx.count], rest[ctx.count] if len(rest) > ctx.count else None
+    dx, gradient = lora_backward(dy.contiguous(), x, u, ctx.kind, frozen, adapter, ctx.rank, ctx.starts, ctx.sizes, ctx.scale)
+    return dx, None, [None] * ctx.count, None, None if adapter is None else gradient, None, None, None, None, None
 
 
 lora_forward.register_autograd(_backward, setup_context=_keep)
@@ -108,77 +140,109 @@ lora_forward.register_autograd(_backward, setup_context=_keep)
 
 # ---- modules ----------------------------------------------------------------------------------------------------------
 class Group:
-    """Layers that share an input: computed when the first is called, handed out as the others are."""
+    """Layers that share an input: computed when the first is called, handed out as the others are.
 
-    def __init__(self, frozen: Frozen, layers: list[FusedLinear]):
+    Their adapters are one vector, a parameter of the first layer: an optimizer that looks at each parameter has a third to look at.
+    """
+
+    def __init__(self, frozen: Frozen, layers: list[FusedLinear], lora: Lora | None, pairs: list[tuple[Tensor, Tensor] | None]):
         self.frozen, self.layers = frozen, layers
         self.waiting: list[Tensor] = []
+        self.scale = lora.alpha / lora.r if lora else 1.0
+        self.adapted = [] if lora and lora.dropout else [n for n, pair in enumerate(pairs) if pair]
+        starts, sizes = [sum(frozen.outs[:n]) for n in self.adapted], [frozen.outs[n] for n in self.adapted]
+        # autograd of an operator stumbles over an empty list of numbers
+        self.layout = Layout(lora.r if lora else 0, starts or [0], sizes or [0])
+        layers[0].add_module("frozen", frozen)
+        own = [pair for pair in pairs if pair]
+        if self.adapted:
+            layers[0].adapter = nn.Parameter(torch.cat([m.flatten() for m in (*(a for a, _ in own), *(b for _, b in own))]))
+        elif lora:
+            for layer, pair in zip(layers, pairs, strict=True):
+                layer.beside = Beside(lora, *pair) if pair else None
+        for place, layer in enumerate(layers):
+            layer.group, layer.place = self, place
 
-    def output(self, layer: int, x: Tensor) -> Tensor:
-        if layer == 0:
-            self.waiting = list(self._compute(x))
-        out = self.waiting[layer]
-        if layer == len(self.layers) - 1:
+    @property
+    def adapter(self) -> Tensor | None:
+        return self.layers[0].adapter
+
+    def pair(self, place: int) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of a layer, views."""
+        if self.adapter is None or place not in self.adapted:
+            return None
+        n, r = self.adapted.index(place), self.layout.rank
+        a, b = self.layout.split(self.adapter, self.frozen.ins)
+        return a[n * r : (n + 1) * r], b[n]
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        if place == 0:
+            frozen, flat = self.frozen, x.reshape(-1, x.shape[-1])
+            y, _ = lora_forward(flat, frozen.kind, frozen.tensors, frozen.bias, self.adapter, *self.layout, sum(frozen.outs), self.scale)
+            self.waiting = list(y.view(*x.shape[:-1], -1).split(frozen.outs, dim=-1))
+        out = self.waiting[place]
+        if place == len(self.layers) - 1:
             self.waiting = []
         return out
 
-    def adapters(self) -> tuple[Tensor | None, list[Tensor], float, list[int]]:
-        """(A of all layers that add theirs here, B of each, scale, where each begins in the output)."""
-        own: list[tuple[int, Any]] = [(n, layer) for n, layer in enumerate(self.layers) if layer.A is not None and not layer.beside]
-        if not own:
-            return None, [], 1.0, [0]  # autograd of an operator stumbles over an empty list of numbers
-        a = torch.cat([layer.A for _, layer in own]) if len(own) > 1 else own[0][1].A
-        return a, [layer.B for _, layer in own], own[0][1].scale, [sum(self.frozen.outs[:n]) for n, _ in own]
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        frozen, (a, b, scale, starts) = self.frozen, self.adapters()
-        y, _ = lora_forward(x.reshape(-1, x.shape[-1]), frozen.kind, frozen.tensors, frozen.bias, a, b, starts, sum(frozen.outs), scale)
-        return y.view(*x.shape[:-1], -1).split(frozen.outs, dim=-1)
+class Beside(nn.Module):
+    """An adapter with dropout."""
+
+    def __init__(self, lora: Lora, a: Tensor, b: Tensor):
+        super().__init__()
+        self.A, self.B, self.dropout, self.scale = nn.Parameter(a), nn.Parameter(b), nn.Dropout(lora.dropout), lora.alpha / lora.r
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
 
 
-class FusedLinear(Adapter):
-    """One frozen layer of a group, with or without an adapter in `dtype`."""
+class FusedLinear(nn.Module):
+    """One frozen layer of a group."""
 
-    def __init__(self, linear: nn.Linear, lora: Lora | None, dtype: torch.dtype, device: torch.device | str):
+    adapter: nn.Parameter | None
+    beside: Beside | None
+    group: Group
+    place: int
+
+    def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.group: Any = None  # a Group; its weights are a submodule of the group's first layer
-        self.place = 0
-        if lora:
-            self.make_adapter(lora, dtype, device)
-        self.beside = self.A is not None and not isinstance(self.dropout, nn.Identity)
+        self.register_parameter("adapter", None)
+        self.register_module("beside", None)
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        return (self.beside.A, self.beside.B) if self.beside else self.group.pair(self.place)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.group.output(self.place, x)
-        return y + self.adapt(x) if self.beside else y
+        return y + self.beside(x) if self.beside else y
 
 
 def fuse(model: Any, kind: Kind, lora: Lora | None, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, tuple[Frozen, int]]:
     """Freeze the model and replace every linear layer but its head by a group's; returns (weights, place) by layer.
 
-    The model may be on the meta device: weights are empty until Frozen.put(). Adapters are drawn from `seed` as inject() draws them.
+    The model may be on the meta device: weights are empty until Frozen.put(). Adapters, in `dtype`, are drawn from `seed` as inject() draws them.
     """
     for p in model.parameters():
         p.requires_grad_(False)
     adapted = {full for full, *_ in targets(model, lora.targets)} if lora else set()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    made: dict[str, FusedLinear] = {}
-    found: dict[str, tuple[Frozen, int]] = {}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    pairs: dict[str, tuple[Tensor, Tensor] | None] = {}
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
         for name, linear in linears.items():
-            made[name] = FusedLinear(linear, lora if name in adapted else None, dtype, device)
+            pairs[name] = new_pair(lora, linear.in_features, linear.out_features, dtype, device) if lora and name in adapted else None
+    found: dict[str, tuple[Frozen, int]] = {}
     for names in _groups(list(linears)):
         layers = [linears[name] for name in names]
         frozen = Frozen(kind, [x.out_features for x in layers], layers[0].in_features, any(x.bias is not None for x in layers), dtype, device)
-        group = Group(frozen, [made[name] for name in names])
+        group = Group(frozen, [FusedLinear(x) for x in layers], lora, [pairs[name] for name in names])
         for place, name in enumerate(names):
-            made[name].group, made[name].place = group, place
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, made[name])
+            setattr(model.get_submodule(parent), attribute, group.layers[place])
             found[name] = frozen, place
-        made[names[0]].add_module("frozen", frozen)
     return found
 
 

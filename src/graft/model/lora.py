@@ -26,42 +26,28 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "alpha_pattern", "rank_pattern")  # each changes y = W x + (alpha / r) B A x
 
 
-class Adapter(nn.Module):
-    """What every layer with a trainable adapter has: A [r, in], B [out, r], scale and dropout."""
-
-    A: nn.Parameter | None  # None: this layer has no adapter
-    B: nn.Parameter
-    in_features: int
-    out_features: int
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("A", None)
-
-    def make_adapter(self, lora: Lora, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.scale = lora.alpha / lora.r
-        self.dropout = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
-        a = torch.empty(lora.r, self.in_features, dtype=torch.float32, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT and the authors' code
-        self.A = nn.Parameter(a.to(dtype))
-        self.B = nn.Parameter(torch.zeros(self.out_features, lora.r, dtype=dtype, device=device))
-
-    def adapt(self, x: Tensor) -> Tensor:
-        """What the adapter adds."""
-        assert self.A is not None
-        return F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
+def new_pair(lora: Lora, ins: int, outs: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """(A [r, ins], drawn as PEFT and the authors' code do, B [outs, r] of zeros)."""
+    a = torch.empty(lora.r, ins, dtype=torch.float32, device=device)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a.to(dtype), torch.zeros(outs, lora.r, dtype=dtype, device=device)
 
 
-class LoraLinear(Adapter):
+class LoraLinear(nn.Module):
     """A frozen linear layer (plain or 4-bit) and one trainable adapter in `dtype`."""
 
     def __init__(self, base: Any, lora: Lora, dtype: torch.dtype):
         super().__init__()
-        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
-        self.make_adapter(lora, dtype, next(base.parameters()).device)
+        self.base, self.scale = base, lora.alpha / lora.r
+        self.dropout = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
+        pair = new_pair(lora, base.in_features, base.out_features, dtype, next(base.parameters()).device)
+        self.A, self.B = map(nn.Parameter, pair)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.adapt(x)
+        return self.base(x) + F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
 
 
 class Rows:
@@ -122,13 +108,19 @@ def inject_slots(model: nn.Module, names: tuple[str, ...], n: int, r: int, dtype
     return rows, layers
 
 
+def adapters(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(full name, A [r, in], B [out, r]) of every layer that has an adapter."""
+    for name, module in model.named_modules():
+        if (pair := getattr(module, "pair", None)) and (found := pair()):
+            yield name, *found
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, on the CPU."""
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Adapter) and module.A is not None:
-            found[f"{PREFIX}{name}.lora_A.weight"] = module.A.detach().cpu().contiguous()
-            found[f"{PREFIX}{name}.lora_B.weight"] = module.B.detach().cpu().contiguous()
+    for name, a, b in adapters(model):
+        found[f"{PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
+        found[f"{PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
     return found
 
 

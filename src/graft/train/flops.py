@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graft.model.lora import Adapter
+from graft.model.lora import adapters
 
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, NVIDIA data sheets
 
@@ -26,12 +26,10 @@ class Flops:
     @classmethod
     def of(cls, lm: Any) -> Flops:
         """Count a model after LoRA was injected; 4-bit weights count by their shape."""
-        n = big = 0
+        n, big = sum(a.numel() + b.numel() for _, a, b in adapters(lm)), 0
         for module in lm.modules():
-            if hasattr(module, "in_features") and not hasattr(module, "base"):  # an adapter around a layer is not one more
+            if hasattr(module, "in_features"):
                 big += module.in_features * module.out_features
-            if isinstance(module, Adapter) and module.A is not None:
-                n += module.A.numel() + module.B.numel()
         c = lm.config
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         return cls(big, n, c.num_hidden_layers * c.num_attention_heads * head)
