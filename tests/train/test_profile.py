@@ -3,11 +3,13 @@
 import gzip
 import json
 
+import pytest
 import torch
 
 from graft.train.profile import AFTER, STEPS, Profiler
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the table is of kernels there")
 def test_it_records_some_steps_after_the_first(tmp_path):
     profiler = Profiler(tmp_path)
     x = torch.randn(50, 50)
