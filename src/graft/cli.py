@@ -51,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--until", metavar="STAGE", help="stop after this stage")
     run.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
-    with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
+    check = with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
+    check.add_argument(
+        "--gpus", metavar="8xH100", help="say what training will need on these: memory, step time, hours; exit code 2 where it does not fit"
+    )
+    check.add_argument("--price", type=float, metavar="USD", help="an hour of one GPU")
     augment = with_recipe(verb("augment", _augment, "make the recipe's rows from its seeds or images"))
     augment.add_argument("--dry-run", action="store_true", help="print what it would ask and cost, and send nothing")
     augment.add_argument("--max-retries", type=int, metavar="N", help="the same as --set api.max_retries=N")
@@ -162,6 +166,12 @@ def _check(args: argparse.Namespace) -> int:
     plan = _plan(args)
     pipeline.check(plan)
     print(f"{args.recipe}: ok, stages {', '.join(plan.stages)}")
+    if args.gpus:
+        from graft.train.preflight import report
+
+        lines = report(plan, args.gpus, args.price)
+        print("\n".join(lines))
+        return 2 if any("does not fit" in line for line in lines) else 0
     return 0
 
 

@@ -84,7 +84,7 @@ def test_four_workers_write_the_bytes_of_two_and_an_added_file_costs_itself(plac
     made = Counter(kind(path) for path in after.keys() - before.keys())
     gone = Counter(kinds[path] for path in before.keys() - after.keys())
     print(f"of {len(before)} parts {len(before.keys() & after.keys())} are as they were; made {dict(made)}, in place of {dict(gone)}")
-    assert made["reading"] == made["fingerprints"] == made["documents"] == 2 and not gone.keys() & {"reading", "fingerprints", "documents"}
+    assert made["reading"] == made["documents"] == 2 and not gone.keys() & {"reading", "documents"}
     assert made["shard-sft"] == 0, "no chat was added"
     assert made["shard-cpt"] == gone["shard-cpt"] == 1, "small documents files are packed together, the new ones with them"
     assert other.artifact("shard-sft").digest == calm.artifact("shard-sft").digest
@@ -98,7 +98,7 @@ def kind(path: Path) -> str:
     holds = {p.name for p in path.iterdir()}
     if "documents.parquet" in holds:
         return "reading" if '"records"' in (path / "part.json").read_text() else "documents"
-    return "fingerprints" if "bands.npy" in holds else "comparison"
+    return "comparison"
 
 
 def test_what_a_run_of_corpora_says_of_itself(calm):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from graft.core.errors import ConfigError
 from graft.core.recipe import Lora
 from graft.model import attention, blocks
 from graft.model.attention import Documents
@@ -144,6 +145,14 @@ def test_attentions_plain_gradient_is_that_of_autograd():
     assert all(torch.allclose(found, one) for found, one in zip(grads, wanted, strict=True))
     through = attention.attention(q, k, v, documents, 0.3, "reference")
     assert all(torch.allclose(*pair) for pair in zip(torch.autograd.grad(through, (q, k, v), dout), wanted, strict=True))
+
+
+def test_a_backend_that_is_named_must_be_one(monkeypatch):
+    monkeypatch.setenv("GRAFT_ATTENTION", "flash9")
+    with pytest.raises(ConfigError, match="'flash9' is none of fa4, cudnn, flash, reference"):
+        attention.fastest(4, 2, 16, torch.device("cpu"))
+    monkeypatch.delenv("GRAFT_ATTENTION")
+    assert attention.fastest(4, 2, 16, torch.device("cpu")) == "reference"
 
 
 def test_the_operators_are_as_they_say():

@@ -70,6 +70,17 @@ def test_splitting_the_batch_differently_gives_the_same_curve(undisturbed, tmp_p
         assert ours[1:4] == pytest.approx(theirs[1:4], rel=1e-5)
 
 
+def test_the_best_weights_are_kept_and_patience_ends_the_run(tmp_path):
+    plan = small_plan(tmp_path, "sft.validate_every=1", "sft.keep=best", "sft.patience=2", "sft.lr=3.0", "sft.schedule=constant")
+    artifact = train(plan)
+    losses = [m["validation_loss"] for m in read_metrics(artifact.path / "metrics.jsonl")]
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == artifact.counts["steps"] == lowest + 3 < 7, "such a rate makes it worse, and it stops after two"
+    assert artifact.counts["kept_step"] == lowest + 1 and artifact.counts["kept_validation_loss"] == losses[lowest]
+    kept = plan.root / artifact.counts["checkpoints"] / "best/adapter_model.safetensors"
+    assert sha256_file(artifact.path / "adapter_model.safetensors") == sha256_file(kept)
+
+
 def test_a_kill_and_a_resume_end_in_the_same_adapter(undisturbed, tmp_path):
     plan = small_plan(tmp_path, "sft.lora.dropout=0.1")
     whole = train(plan)

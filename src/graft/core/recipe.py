@@ -237,8 +237,16 @@ class Train(Section):
     )
     compile: bool = True  # the decoder layers, on a GPU
     validate_every: Count | None = None  # steps
+    keep: Literal["last", "best"] = "last"  # the weights that become the artifact; best: of the lowest validation loss
+    patience: Count | None = None  # validations without a lower loss after which training stops
     save_every: Count = 100  # steps
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+    @model_validator(mode="after")
+    def _best_needs_validations(self) -> Train:
+        if (self.keep == "best" or self.patience) and not self.validate_every:
+            raise ValueError("keep = 'best' and patience go by the validation loss: set validate_every = N, in steps")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.core.errors import ConfigError
+
 NAME = "graft_packed"  # what transformers calls it
 BACKENDS = {"fa4": "flash_attn.cute", "cudnn": "cudnn", "flash": "torch"}  # and the module that each needs
 
@@ -286,9 +288,11 @@ class _Cudnn:
 def fastest(heads: int, kv_heads: int, width: int, device: torch.device) -> str:
     """The backend for this shape on this machine: measured once, then read from the cache folder.
 
-    `reference` where no other works. GRAFT_ATTENTION names one, for comparisons.
+    `reference` where no other works. GRAFT_ATTENTION names one, for comparisons; ConfigError where it is none of them.
     """
     if chosen := os.environ.get("GRAFT_ATTENTION"):
+        if chosen not in (*BACKENDS, "reference"):
+            raise ConfigError(f"GRAFT_ATTENTION = {chosen!r} is none of {', '.join(BACKENDS)}, reference")
         return chosen
     if device.type != "cuda":
         return "reference"

@@ -39,14 +39,24 @@ def build(base: str, revision: str | None, precision: str, config: Train, seed: 
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     packed = on_gpu and DTYPES[precision] == torch.bfloat16
     backend = attention.fastest(c.num_attention_heads, c.num_key_value_heads, width, device) if packed else None
-    for layer in lm.base_model.layers:
-        forward: Callable[..., Any] = layer.forward
-        if on_gpu and config.compile:
-            forward = torch.compile(forward, dynamic=False)
-        if config.activation_checkpointing == "full":
-            forward = partial(checkpoint, forward, use_reentrant=False)
-        layer.forward = forward
+    _wrap_layers(lm, on_gpu and config.compile, config.activation_checkpointing == "full")
     return PackedLM(lm, backend).train()
+
+
+def _wrap_layers(lm: Any, compiled: bool, checkpointed: bool) -> None:
+    """Compile each decoder layer, and have its backward compute it again."""
+    if not (compiled or checkpointed):
+        return
+    layers = getattr(lm.base_model, "layers", None)
+    if layers is None:
+        raise ConfigError(
+            f"a {lm.config.model_type} model has no list of decoder layers that graft knows: set compile = false and activation_checkpointing = 'none'"
+        )
+    for layer in layers:
+        forward: Callable[..., Any] = layer.forward
+        if compiled:
+            forward = torch.compile(forward, dynamic=False)
+        layer.forward = partial(checkpoint, forward, use_reentrant=False) if checkpointed else forward
 
 
 def compilations() -> int:

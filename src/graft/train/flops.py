@@ -10,11 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from graft.model.lora import adapters
-
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, NVIDIA data sheets
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, NVIDIA data sheets
 
 
 @dataclass(frozen=True)
@@ -26,6 +22,8 @@ class Flops:
     @classmethod
     def of(cls, lm: Any) -> Flops:
         """Count a model after LoRA was injected; 4-bit weights count by their shape."""
+        from graft.model.lora import adapters
+
         n, big = sum(a.numel() + b.numel() for _, a, b in adapters(lm)), 0
         for module in lm.modules():
             if hasattr(module, "in_features"):
@@ -42,6 +40,8 @@ class Flops:
 
 def peak_flops() -> float | None:
     """Nominal dense bf16 FLOP/s of this process's GPU, None where it is not known."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()

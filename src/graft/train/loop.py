@@ -13,7 +13,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.lora import save_adapter
 from graft.train import checkpoint
 from graft.train.batches import collate
+from graft.train.best import Best
 from graft.train.build import build, compilations
 from graft.train.flops import Flops
 from graft.train.order import BinOrder, learning_rate, micro_batch_of, share_out, total_steps
@@ -70,12 +73,16 @@ def run(job: Job, profile: bool = False) -> None:
     cursor = _resume(engine, run_dir, same)
     first = cursor["step"] if cursor else 0
     tokens_seen = cursor["tokens"] if cursor else 0
+    best = Best(config, run_dir, cursor.get("best") if cursor else None)
+    save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
     order, cost_of = BinOrder(len(shards), recipe.seed), shards.costs()
     validation = _validation(job, world, rank)
     report = Reporter(job, run_dir, total, first, world, flops) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
 
     for step in range(first, total):
+        if best.stop:
+            break
         started = time.perf_counter()
         torch.manual_seed(_seed(recipe.seed, step, rank))
         indices = order.take(step * config.global_batch, config.global_batch)
@@ -106,6 +113,7 @@ def run(job: Job, profile: bool = False) -> None:
         tokens_seen += tokens
 
         done = step + 1
+        ends = done == total
         metrics = {
             "step": step,
             "loss": mean_loss,
@@ -117,20 +125,21 @@ def run(job: Job, profile: bool = False) -> None:
             "data_s": data_s,
             "compilations": compilations(),
         }
-        if validation is not None and (done == total or (config.validate_every and done % config.validate_every == 0)):
+        if validation is not None and (ends or (config.validate_every and done % config.validate_every == 0)):
             metrics["validation_loss"] = _validate(engine, validation, micro, device)
+            best.validated(metrics["validation_loss"], done, save)
+            ends = ends or best.stop
         if report:
             report.step({**metrics, "step_time_s": time.perf_counter() - started})
         if profiler:
             profiler.step(done - first)
-        if done % config.save_every == 0 or done == total:
-            checkpoint.save(
-                engine, run_dir, {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, **same}, config.keep_checkpoints
-            )
+        if done % config.save_every == 0 or ends:
+            position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
+            checkpoint.save(engine, run_dir, position | same, config.keep_checkpoints)
 
-    if report:
-        counts = report.finish()
-        _publish(job, lm, base, config, run_dir, {**counts, "steps": total, "tokens": tokens_seen, "bins": len(shards), "processes": world})
+    if report and save:
+        counts = {**report.finish(), "steps": report.steps, "tokens": tokens_seen, "bins": len(shards), "processes": world}
+        _publish(job, best, save, run_dir, counts)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -207,18 +216,19 @@ def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) ->
     return (sums[0] / sums[1].clamp(min=1)).item()
 
 
-def _publish(job: Job, lm: Any, base: str, config: Train, run_dir: Path, counts: dict[str, Any]) -> None:
+def _save_weights(lm: Any, config: Train, base: str, job: Job, folder: Path) -> None:
+    if config.lora:
+        save_adapter(lm, config.lora, folder, os.path.relpath(base, job.plan.root) if Path(base).is_dir() else base)
+    else:
+        lm.save_pretrained(folder)
+
+
+def _publish(job: Job, best: Best, save: Callable[[Path], None], run_dir: Path, counts: dict[str, Any]) -> None:
     """The stage's artifact: an adapter, or a whole model, with the tokenizer, the metrics and what serving verifies."""
-    recipe = job.recipe
     with job.writing() as draft:
-        if config.lora:
-            counts["adapter_weights"] = save_adapter(
-                lm, config.lora, draft.path, os.path.relpath(base, job.plan.root) if Path(base).is_dir() else base
-            )
-        else:
-            lm.save_pretrained(draft.path)
+        counts |= best.place(draft.path, save)
         folder, revision = job.plan.base_model(job.stage.name)
-        save_tokenizer(load_tokenizer(folder, revision, recipe.model.chat_template), draft.path)
+        save_tokenizer(load_tokenizer(folder, revision, job.recipe.model.chat_template), draft.path)
         probes = job.parents[f"shard-{job.stage.name}"].path / "probes.json"
         if probes.is_file():
             shutil.copyfile(probes, draft.path / "probes.json")

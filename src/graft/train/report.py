@@ -23,7 +23,7 @@ class Reporter:
         self.stage = job.stage.name
         self.last: dict[str, Any] = {}
         self.step_times_s: list[float] = []
-        self.tokens = 0
+        self.tokens, self.steps = 0, first  # steps: of the whole run so far
         self.writer = MetricsWriter(run_dir / "metrics.jsonl", first)
         self.wandb = _wandb(job, run_dir)
         console = Console()
@@ -49,7 +49,7 @@ class Reporter:
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
         self.step_times_s.append(seconds)
-        self.tokens += metrics["tokens"]
+        self.tokens, self.steps = self.tokens + metrics["tokens"], metrics["step"] + 1
         self.last |= {k: v for k, v in metrics.items() if v is not None}
         self.progress.update(self.bar, advance=1, numbers=f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s")
 
