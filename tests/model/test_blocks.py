@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch.nn import functional as F
 
 from graft.core.errors import ConfigError
@@ -160,10 +161,10 @@ def test_the_operators_are_as_they_say():
     x, wide, narrow = (torch.randn(shape, requires_grad=True) for shape in [(t, h), (2 * r * (h + n),), (r * (n + h),)])
     weights = "dense", [torch.randn(2 * n, h)], [torch.randn(h, n)]
     for keep in (True, False):
-        torch.library.opcheck(blocks.mlp_forward, (x, *weights, wide, narrow, r, n, 2.0, keep))
-    torch.library.opcheck(blocks.mlp_forward, (x, *weights, None, None, 0, n, 1.0, True))
+        library.opcheck(blocks.mlp_forward, (x, *weights, wide, narrow, r, n, 2.0, keep))
+    library.opcheck(blocks.mlp_forward, (x, *weights, None, None, 0, n, 1.0, True))
     cu, longest = torch.tensor([0, 4, 6], dtype=torch.int32), torch.tensor(4, dtype=torch.int32)
     angles = torch.rand(t, 4).cos(), torch.rand(t, 4).sin()
     adapter = torch.randn(3 * r * h + 16 * r, requires_grad=True)
     given = (x, "dense", [torch.randn(16, h)], torch.randn(16), adapter, r, [0, 8, 12], [8, 4, 4], 2.0, *angles, cu, longest, 2, 1, 0.5, "reference")
-    torch.library.opcheck(blocks.attend_forward, given)
+    library.opcheck(blocks.attend_forward, given)

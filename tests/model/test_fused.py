@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from graft.model.frozen import FP8, Frozen, matmul, matmul_back, quantize_rows
 from graft.model.fused import Layout, lora_forward
@@ -74,5 +75,5 @@ def test_gradients_are_those_of_autograd_in_fp64(kind):
 
 def test_the_operators_are_as_they_say():
     x, adapter = torch.randn(6, 8, requires_grad=True), torch.randn(2 * 2 * 8 + 2 * 8 * 2, requires_grad=True)
-    torch.library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), adapter, 2, [0, 8], [8, 8], 16, 2.0))
-    torch.library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], None, None, 0, [0], [0], 16, 1.0))
+    library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), adapter, 2, [0, 8], [8, 8], 16, 2.0))
+    library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], None, None, 0, [0], [0], 16, 1.0))

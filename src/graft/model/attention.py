@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from graft.core.errors import ConfigError
 
@@ -144,7 +144,7 @@ def _reference_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, documents
 
 
 # ---- the operators ----------------------------------------------------------------------------------------------------
-@torch.library.custom_op("graft::attention_forward", mutates_args=())
+@library.custom_op("graft::attention_forward", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """forward(), for autograd and the compiler."""
     return forward(q, k, v, cu, longest, scale, backend)
@@ -155,7 +155,7 @@ def _(q, k, v, cu, longest, scale, backend):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty(lse_shape(q.shape[0], q.shape[1], backend), dtype=torch.float32)
 
 
-@torch.library.custom_op("graft::attention_backward", mutates_args=())
+@library.custom_op("graft::attention_backward", mutates_args=())
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

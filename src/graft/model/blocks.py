@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from graft.model import attention
 from graft.model.frozen import matmul, matmul_back
@@ -70,7 +70,7 @@ def _wide(rank: int, inner: int) -> Layout:
     return Layout(rank, [0, inner], [inner, inner])
 
 
-@torch.library.custom_op("graft::mlp_forward", mutates_args=())
+@library.custom_op("graft::mlp_forward", mutates_args=())
 def mlp_forward(
     x: Tensor,
     kind: str,
@@ -102,7 +102,7 @@ def _(x, kind, wide, narrow, adapter, adapter_down, rank, inner, scale, keep):  
     return torch.empty_like(x), x.new_empty(kept, 2 * inner), us[0], x.new_empty(kept, inner), us[1]
 
 
-@torch.library.custom_op("graft::mlp_backward", mutates_args=())
+@library.custom_op("graft::mlp_backward", mutates_args=())
 def mlp_backward(
     dout: Tensor,
     x: Tensor,
@@ -177,7 +177,7 @@ class FusedMlp(nn.Module):
 
 
 # ---- attention --------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("graft::attend_forward", mutates_args=())
+@library.custom_op("graft::attend_forward", mutates_args=())
 def attend_forward(
     x: Tensor,
     kind: str,
@@ -218,7 +218,7 @@ def _(x, kind, frozen, bias, adapter, rank, starts, sizes, scale, cos, sin, cu, 
     return x.new_empty(t, heads * width), wide, x.new_empty(t, 0 if adapter is None else rank * len(sizes)), lse
 
 
-@torch.library.custom_op("graft::attend_backward", mutates_args=())
+@library.custom_op("graft::attend_backward", mutates_args=())
 def attend_backward(
     dout: Tensor,
     x: Tensor,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from graft.core.recipe import Lora
 from graft.model.frozen import Frozen, Kind, matmul, matmul_back
@@ -73,7 +73,7 @@ def adapter_gradient(dy: Tensor, x: Tensor, u: Tensor, adapter: Tensor | None, l
 
 
 # ---- the operators ----------------------------------------------------------------------------------------------------
-@torch.library.custom_op("graft::lora_forward", mutates_args=())
+@library.custom_op("graft::lora_forward", mutates_args=())
 def lora_forward(
     x: Tensor,
     kind: str,
@@ -95,7 +95,7 @@ def _(x, kind, frozen, bias, adapter, rank, starts, sizes, outs, scale):  # type
     return x.new_empty(x.shape[0], outs), x.new_empty(x.shape[0], 0 if adapter is None else rank * len(sizes))
 
 
-@torch.library.custom_op("graft::lora_backward", mutates_args=())
+@library.custom_op("graft::lora_backward", mutates_args=())
 def lora_backward(
     dy: Tensor,
     x: Tensor,
