@@ -1,6 +1,6 @@
 """Training speed on GPUs through the ordinary path: `accelerate launch -m graft.train`, on a random base of a real shape.
 
-    python benchmarks/train_gpu.py --like llama-3.1-8b --rows bf16-whole bf16-short fp8-whole fp8-short   (about 2 minutes a row)
+    python benchmarks/train_gpu.py --like llama-3.1-8b --rows bf16-whole bf16-short fp8-whole fp8-short   (about a minute a row)
 
 A row is a precision and a workload of 16,384 tokens a step: `whole`, 4 documents of 4,096 tokens, or `short`, documents of
 log-normal length (mean 330) packed into 4 bins of 4,096. LoRA r = 16 on all seven projections, every token a target.

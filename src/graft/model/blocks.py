@@ -302,7 +302,7 @@ class FusedAttention(nn.Module):
 def fuse_blocks(model: nn.Module, recompute: bool = False) -> None:
     """Put the operators in place of every layer's halves where they compute the same; the adapters keep their names.
 
-    recompute: the MLP's wide activations, two thirds of a layer's, are made again in the backward for a sixth more time.
+    recompute: the MLP's wide activations, two thirds of a layer's, are made again in the backward: a quarter more work.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -1,6 +1,7 @@
-"""The few kernels that PyTorch's own compiler writes slowly: rows to FP8 in one pass, and the transpose of a byte matrix.
+"""The few kernels that PyTorch's own compiler writes slowly: rows to FP8 in one pass, the transpose of a byte matrix, the
+activation with its adapters and its gradient, the rotary embedding in place.
 
-Measured on an H200: a row of 28,672 bf16 numbers, 16,384 of them, in 0.4 ms where the compiled PyTorch took 1.4.
+Measured on an H200: 16,384 rows of 28,672 bf16 numbers to FP8, with factors, in 0.5 ms where the compiled PyTorch took 1.4.
 """
 
 from __future__ import annotations
