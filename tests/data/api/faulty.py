@@ -31,7 +31,6 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "latency_s": (float, "of an answer; errors come at once"),
     "jitter_s": (float, "up to so much more, by the request"),
     "retry_after_s": (float, "what 429 and 503 ask for"),
-    "grace_s": (float, "a request that arrives so soon after a Retry-After is not held to it"),
     "late_s": (float, "latency of the fault `late`"),
     "drip_s": (float, "a byte of the fault `drip`"),
     "quota_after": (int, "requests, then insufficient_quota for ever"),

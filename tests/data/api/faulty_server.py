@@ -50,7 +50,6 @@ class Options:
     latency_s: float = 0.0  # of an answer; errors come at once
     jitter_s: float = 0.0  # up to so much more, by the request: answers overtake each other
     retry_after_s: float = 1.0
-    grace_s: float = 0.05
     late_s: float = 5.0
     drip_s: float = 0.05  # a byte
     quota: bool = False  # every request meets the quota code
@@ -208,7 +207,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 async def serve(options: Options, *, host: str, port: int, log: str | None, prices: dict[str, dict[str, float]], until_stdin_closes: bool) -> None:
     """Listen for ever, or until the one who started it is gone; says where as one JSON line."""
-    endpoint = Endpoint(options, Truth.open(prices, log, options.grace_s))
+    endpoint = Endpoint(options, Truth.open(prices, log))
     print(json.dumps({"base_url": f"http://{host}:{await endpoint.listen(host, port)}/v1"}), flush=True)
     over = asyncio.Event()
     if until_stdin_closes:

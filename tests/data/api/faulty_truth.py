@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+GRACE_S = 0.05  # a request that arrives so soon after a Retry-After was on its way already
+
 
 @dataclass
 class Seen:
@@ -31,7 +33,6 @@ class Truth:
 
     prices: dict[str, dict[str, float]]
     log: int | None = None  # file descriptor
-    grace_s: float = 0.05  # a request that arrives so soon after a Retry-After was on its way already
     keys: dict[str, Seen] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     in_flight: int = 0
@@ -41,8 +42,8 @@ class Truth:
     _all_wait_until_s: float = 0.0
 
     @classmethod
-    def open(cls, prices: dict[str, dict[str, float]], path: str | None, grace_s: float) -> Truth:
-        truth = cls(prices, grace_s=grace_s)
+    def open(cls, prices: dict[str, dict[str, float]], path: str | None) -> Truth:
+        truth = cls(prices)
         if path:
             if Path(path).exists():
                 with Path(path).open(encoding="utf-8") as f:
@@ -54,7 +55,7 @@ class Truth:
     def arrive(self, key: str) -> dict[str, Any]:
         """The begun record of a request that is here now: when, which time, which waits it cut short."""
         now = time.monotonic()
-        while self._young and self._young[0][0] < now - self.grace_s:
+        while self._young and self._young[0][0] < now - GRACE_S:
             self._all_wait_until_s = max(self._all_wait_until_s, self._young.popleft()[1])
         seen = self.keys.get(key) or Seen()
         return {

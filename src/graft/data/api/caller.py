@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 from graft.core.errors import CredentialError, GraftError
 from graft.core.recipe import Api
 from graft.data.api.client import Client, collect_rarely, unsent
-from graft.data.api.limits import QUOTA_CODES, RATE_HEADERS, backoff_s, retry_after_s
+from graft.data.api.limits import MARGIN_S, QUOTA_CODES, RATE_HEADERS, backoff_s, retry_after_s
 from graft.data.api.spending import cost_usd, price_of, usage_of, worst_case
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -50,6 +51,7 @@ class Caller:
 
     def __init__(self, ledger: str, base_url: str, hello: dict[str, Any], api: dict[str, Any]):
         self.ledger, self.base_url, self.hello, self.api = Path(ledger), base_url, hello, Api.model_validate(api)
+        self.closed_until_s = 0.0  # by the Retry-Afters that this process has read: of those, the broker hears a moment later
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         rows = [{"key": str(k), "body": str(b), "files": str(f)} for k, b, f in zip(batch["key"], batch["body"], batch["files"], strict=True)]
@@ -99,10 +101,14 @@ class Caller:
                 return {"status": "budget", "error": "the budget is used up"}
             if decision.what == "stopped":
                 return {"status": "stopped", "error": decision.reason, "kind": decision.kind}
+            while (wait_s := self.closed_until_s - time.monotonic()) > 0 and not broker.halted:
+                await asyncio.sleep(wait_s)
             if broker.halted:
                 await broker.settle(unsent(decision.attempt, row["key"]))
                 return {"status": "stopped", "error": broker.halted["reason"], "kind": broker.halted["kind"]}
             outcome = await self._send(content)
+            if (asked_s := retry_after_s(outcome["headers"])) is not None:
+                self.closed_until_s = max(self.closed_until_s, time.monotonic() + asked_s + MARGIN_S)
             item = {**unsent(decision.attempt, row["key"]), **outcome}
             if item["state"] == "lost":
                 item.update(usd=usd, tokens=tokens)
@@ -114,7 +120,7 @@ class Caller:
                 return {"status": "answered"}
             if item["outcome"] in ("refused", "fatal"):
                 return {"status": "stopped" if item["outcome"] == "fatal" else "failed", "error": item["reason"], "kind": item["kind"]}
-            failure = {"reason": item["reason"], "wait_s": retry_after_s(item["headers"]) or 0.0}
+            failure = {"reason": item["reason"], "wait_s": asked_s or 0.0}
         return {"status": "failed", "error": f"no answer after {self.api.max_retries + 1} attempts: {failure['reason']}"}
 
     async def _send(self, content: bytes) -> Row:
