@@ -10,7 +10,7 @@ from graft.core.recipe import Lora
 from graft.model import attention, blocks
 from graft.model.attention import Documents
 from graft.model.base import load_base
-from graft.model.blocks import FusedAttention, FusedMlp, fuse_blocks, rotate_, swiglu, swiglu_backward
+from graft.model.blocks import FusedAttention, FusedMlp, adapt_and_rotate_, fuse_blocks, rotate_, swiglu, swiglu_backward
 from graft.model.fused import FusedLinear
 from graft.model.lora import LoraLinear, adapter_tensors, adapters, inject
 from graft.model.packed import PackedBatch, PackedLM
@@ -54,7 +54,7 @@ def with_adapters(model):
 
 
 def loss_and_gradients(model):
-    """(loss, {name: gradients of A and B}); those of a group's layers lie in one parameter."""
+    """(loss, {name: gradients of A and B}); fused ones all lie in one parameter."""
     loss = model(batch())
     loss.backward()
     gradients = {}
@@ -62,7 +62,7 @@ def loss_and_gradients(model):
         if isinstance(module, LoraLinear):
             gradients[name] = [module.A.grad, module.B.grad]
         if isinstance(module, FusedLinear) and module.pair():
-            held = module.group.layers[0].adapter
+            held = model.lm.adapters.flat
             held.data, before = held.grad, held.data
             gradients[name] = [m.clone() for m in module.pair()]
             held.data = before
@@ -117,12 +117,30 @@ def test_swiglu_and_its_gradient():
     draw = torch.Generator().manual_seed(0)
     y, u, dact, du, a = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in [(9, 24), (9, 4), (9, 12), (9, 3), (3, 12)])
     b = [torch.randn(12, 2, generator=draw, dtype=torch.float64) for _ in range(2)]
-    whole = (y + torch.cat([u[:, :2] @ b[0].t(), u[:, 2:] @ b[1].t()], dim=1)).requires_grad_()
+    b = [m.requires_grad_() for m in b]
+    whole = y + torch.cat([u[:, :2] @ b[0].t(), u[:, 2:] @ b[1].t()], dim=1)
     gate, up = whole.chunk(2, dim=1)
-    wanted = F.silu(gate) * up
-    assert torch.allclose(swiglu(y, u, b), wanted, atol=1e-5)
-    (gradient,) = torch.autograd.grad(wanted, whole, dact + du @ a)
-    assert torch.allclose(swiglu_backward(dact, y, u, b, du, a), gradient, atol=1e-4)
+    act = F.silu(gate) * up
+    assert torch.allclose(swiglu(y, u, b), act, atol=1e-5)
+    wanted = *torch.autograd.grad(act, (whole, *b), dact + du @ a), du.t() @ act
+    dy, of_b, of_a = swiglu_backward(dact, y, u, b, du, a)
+    assert all(torch.allclose(x, w, atol=1e-4) for x, w in zip((dy, *of_b, of_a), wanted, strict=True))
+    assert swiglu_backward(dact, y, u, [], du, None)[1:] == (None, None)
+
+
+@pytest.mark.parametrize("adapted", ["qkv", "qv", "k"])
+def test_adapters_are_added_before_the_turn(adapted):
+    draw = torch.Generator().manual_seed(0)
+    y, u = torch.randn(5, 4 * 8, generator=draw), torch.randn(5, 3 * len(adapted), generator=draw)
+    angle = torch.rand(5, 4, generator=draw).repeat(1, 2)
+    b = {name: torch.randn(heads * 8, 3, generator=draw) for name, heads in (("q", 2), ("k", 1), ("v", 1)) if name in adapted}
+    wanted = y.clone()
+    for n, name in enumerate(adapted):
+        start = {"q": 0, "k": 16, "v": 24}[name]
+        wanted[:, start : start + len(b[name])] += u[:, 3 * n : 3 * n + 3] @ b[name].t()
+    rotate_(wanted, 3, angle.cos(), angle.sin(), 1.0)
+    adapt_and_rotate_(y, u, [b.get(name) for name in "qkv"], 2, 1, angle.cos(), angle.sin())
+    assert torch.allclose(y, wanted, atol=1e-5)
 
 
 def test_turning_back_undoes_a_turn_and_turns_only_the_first_heads():

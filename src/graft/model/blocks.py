@@ -14,7 +14,7 @@ from torch import Tensor, library, nn
 
 from graft.model import attention
 from graft.model.frozen import matmul, matmul_back
-from graft.model.fused import FusedLinear, Layout, adapted, adapter_gradient, down
+from graft.model.fused import FusedLinear, Layout, adapted, adapter_gradient, down, down_backward
 
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
@@ -31,8 +31,12 @@ def swiglu(y: Tensor, u: Tensor, b: list[Tensor]) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(y.dtype)
 
 
-def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None) -> Tensor:
-    """The gradient [t, 2 n] of y, where that of the output is dact [t, n] + du a."""
+def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What flows back where the gradient of the output act is d = dact [t, n] + du a; a [r, n] or None, du [t, r].
+
+    Returns the gradient dy [t, 2 n] of y; that of b, dyᵀ u of each half [2, n, r], None where b is []; and duᵀ act [r, n], None
+    where a is.
+    """
     if y.is_cuda:
         from graft.model.triton_kernels import swiglu_backward as on_gpu
 
@@ -40,12 +44,27 @@ def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Ten
     gate, up = _gate_and_up(y, u, b)
     d = dact.float() if a is None else dact.float() + du.float() @ a.float()
     s = gate.sigmoid()
-    return torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=1).to(y.dtype)
+    dy = torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=1).to(y.dtype)
+    of_b = torch.stack([half.t() @ part for half, part in zip(dy.chunk(2, dim=1), u.chunk(2, dim=1), strict=True)]) if b else None
+    return dy, of_b, None if a is None else du.t() @ (gate * s * up).to(y.dtype)
 
 
 def _gate_and_up(y: Tensor, u: Tensor, b: list[Tensor]) -> list[Tensor]:
     halves = [half.float() for half in y.chunk(2, dim=1)]
     return [half + part.float() @ up.float().t() for half, part, up in zip(halves, u.chunk(2, dim=1), b, strict=True)] if b else halves
+
+
+def adapt_and_rotate_(y: Tensor, u: Tensor, b: list[Tensor | None], heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> None:
+    """Add u Bᵀ to the columns of q, k and v in y [t, (heads + 2 kv_heads) · width], then turn q and k; b: their B or None, u [t, r] of each that is."""
+    if y.is_cuda and any(m is not None for m in b):
+        from graft.model.triton_kernels import adapt_and_rotate_ as on_gpu
+
+        return on_gpu(y, u, b, heads, kv_heads, cos, sin)
+    columns = y.split([h * cos.shape[1] for h in (heads, kv_heads, kv_heads)], dim=1)
+    adapted = [(own, up) for own, up in zip(columns, b, strict=True) if up is not None]
+    for (own, up), part in zip(adapted, u.chunk(max(1, len(adapted)), dim=1), strict=bool(adapted)):
+        own.addmm_(part, up.t())
+    return rotate_(y, heads + kv_heads, cos, sin, 1.0)
 
 
 def rotate_(y: Tensor, heads: int, cos: Tensor, sin: Tensor, sign: float) -> None:
@@ -82,24 +101,23 @@ def mlp_forward(
     inner: int,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(output [t, h], gate | up without adapters, their u, activation, its u) of x [t, h]; wide: frozen gate and up; narrow: down.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output [t, h], gate | up without adapters, their u, the activation's u) of x [t, h]; wide: frozen gate and up; narrow: down.
 
-    Without `keep`, gate | up and the activation come back empty, and the backward makes them again.
+    Without `keep`, gate | up come back empty, and the backward makes them again.
     """
     layout = _wide(rank, inner)
     y, u = matmul(x, kind, wide, None), down(x, adapter, layout, scale)
     act = swiglu(y, u, [] if adapter is None else layout.split(adapter, x.shape[1])[1])
     out, u_down = adapted(act, kind, narrow, None, adapter_down, Layout(rank, [0], [x.shape[1]]), scale)
-    return (out, y, u, act, u_down) if keep else (out, x.new_empty(0, 2 * inner), u, x.new_empty(0, inner), u_down)
+    return out, y if keep else x.new_empty(0, 2 * inner), u, u_down
 
 
 @mlp_forward.register_fake
 def _(x, kind, wide, narrow, adapter, adapter_down, rank, inner, scale, keep):  # type: ignore[no-untyped-def]
     t = x.shape[0]
-    kept = t if keep else 0
     us = [x.new_empty(t, 0 if m is None else layers * rank) for m, layers in ((adapter, 2), (adapter_down, 1))]
-    return torch.empty_like(x), x.new_empty(kept, 2 * inner), us[0], x.new_empty(kept, inner), us[1]
+    return torch.empty_like(x), x.new_empty(t if keep else 0, 2 * inner), *us
 
 
 @library.custom_op("graft::mlp_backward", mutates_args=())
@@ -108,7 +126,6 @@ def mlp_backward(
     x: Tensor,
     y: Tensor,
     u: Tensor,
-    act: Tensor,
     u_down: Tensor,
     kind: str,
     wide: list[Tensor],
@@ -122,21 +139,28 @@ def mlp_backward(
     """(dx, the gradients of both adapters)."""
     layout, of_down = _wide(rank, inner), Layout(rank, [0], [x.shape[1]])
     a, b = (None, []) if adapter is None else layout.split(adapter, x.shape[1])
+    a_down = None if adapter_down is None else of_down.split(adapter_down, inner)[0]
     if len(y) < len(x):
         y = matmul(x, kind, wide, None)
-        act = swiglu(y, u, b)
-    du_down, gradient_down = adapter_gradient(dout, act, u_down, adapter_down, of_down, scale)
-    a_down = None if adapter_down is None else of_down.split(adapter_down, inner)[0]
-    dy = swiglu_backward(matmul_back(dout, kind, narrow), y, u, b, du_down, a_down)
+    du_down = down_backward(dout, u_down, adapter_down, of_down, inner, scale)
+    dy, of_b, of_a_down = swiglu_backward(matmul_back(dout, kind, narrow), y, u, b, du_down, a_down)
     dx = matmul_back(dy, kind, wide)
-    du, gradient = adapter_gradient(dy, x, u, adapter, layout, scale)
-    if a is not None:
+    du = down_backward(dy, u, adapter, layout, x.shape[1], scale)
+    gradients = [x.new_empty(0) if m is None else torch.empty_like(m) for m in (adapter, adapter_down)]
+    if adapter is not None and a is not None and of_b is not None:
+        of_a, _ = layout.split(gradients[0], x.shape[1])
+        torch.mm(du.t(), x, out=of_a)
+        gradients[0][of_a.numel() :] = of_b.flatten()
         dx.addmm_(du, a)
-    return dx, gradient, gradient_down
+    if adapter_down is not None and of_a_down is not None:
+        of_a, (of_b_down,) = of_down.split(gradients[1], inner)
+        of_a.copy_(of_a_down)
+        torch.mm(dout.t(), u_down, out=of_b_down)
+    return dx, gradients[0], gradients[1]
 
 
 @mlp_backward.register_fake
-def _(dout, x, y, u, act, u_down, kind, wide, narrow, adapter, adapter_down, rank, inner, scale):  # type: ignore[no-untyped-def]
+def _(dout, x, y, u, u_down, kind, wide, narrow, adapter, adapter_down, rank, inner, scale):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), *(x.new_empty(0) if m is None else torch.empty_like(m) for m in (adapter, adapter_down))
 
 
@@ -148,10 +172,10 @@ def _keep_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _mlp_backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, y, u, act, u_down, *rest = ctx.saved_tensors
+    x, y, u, u_down, *rest = ctx.saved_tensors
     wide, narrow, own = rest[: ctx.counts[0]], rest[ctx.counts[0] : sum(ctx.counts)], iter(rest[sum(ctx.counts) :])
     adapters = [next(own) if has else None for has in ctx.has]
-    dx, *gradients = mlp_backward(dout.contiguous(), x, y, u, act, u_down, ctx.kind, wide, narrow, *adapters, *ctx.rest)
+    dx, *gradients = mlp_backward(dout.contiguous(), x, y, u, u_down, ctx.kind, wide, narrow, *adapters, *ctx.rest)
     none: list[list[None]] = [[None] * n for n in ctx.counts]
     return dx, None, *none, *(g if has else None for g, has in zip(gradients, ctx.has, strict=True)), None, None, None, None
 
@@ -198,8 +222,11 @@ def attend_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(attention's output [t, heads · width], q | k | v turned, u, the log of each softmax's sum) of x [t, h]; cos, sin [t, width]."""
-    y, u = adapted(x, kind, frozen, bias, adapter, Layout(rank, starts, sizes), scale)
-    rotate_(y, heads + kv_heads, cos, sin, 1.0)
+    layout = Layout(rank, starts, sizes)
+    y, u = matmul(x, kind, frozen, bias), down(x, adapter, layout, scale)
+    own = {} if adapter is None else dict(zip(starts, layout.split(adapter, x.shape[1])[1], strict=True))
+    width = cos.shape[1]
+    adapt_and_rotate_(y, u, [own.get(first * width) for first in (0, heads, heads + kv_heads)], heads, kv_heads, cos, sin)
     out, lse = attention.forward(*_split(y, heads, kv_heads), cu, longest, softmax_scale, backend)
     return out.view(len(x), -1), y, u, lse
 

@@ -8,7 +8,8 @@ adapter draws for itself as in PEFT, the adapters run beside the one matmul inst
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,17 +58,25 @@ def down(x: Tensor, adapter: Tensor | None, layout: Layout, scale: float) -> Ten
     return x.new_empty(x.shape[0], 0) if adapter is None else torch.mm(x, layout.split(adapter, x.shape[1])[0].t()).mul_(scale)
 
 
+def down_backward(dy: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, ins: int, scale: float) -> Tensor:
+    """du = s dy B [t, layers · rank]; u, which is empty, without an adapter."""
+    if adapter is None:
+        return u
+    du = torch.empty_like(u)
+    for (own, part), up in zip(layout.columns(dy, du), layout.split(adapter, ins)[1], strict=True):
+        torch.mm(own, up, out=part)
+    return du.mul_(scale)
+
+
 def adapter_gradient(dy: Tensor, x: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """(du = s dy B, the gradient of the adapter); dx still lacks du A."""
+    du = down_backward(dy, u, adapter, layout, x.shape[1], scale)
     if adapter is None:
-        return u, x.new_empty(0)
-    du, gradient = torch.empty_like(u), torch.empty_like(adapter)
+        return du, x.new_empty(0)
+    gradient = torch.empty_like(adapter)
     da, db = layout.split(gradient, x.shape[1])
-    _, b = layout.split(adapter, x.shape[1])
-    for (own, of_du), (_, of_u), up, of_up in zip(layout.columns(dy, du), layout.columns(dy, u), b, db, strict=True):
-        torch.mm(own, up, out=of_du)
-        torch.mm(own.t(), of_u, out=of_up)
-    du.mul_(scale)
+    for (own, part), of_up in zip(layout.columns(dy, u), db, strict=True):
+        torch.mm(own.t(), part, out=of_up)
     torch.mm(du.t(), x, out=da)
     return du, gradient
 
@@ -140,10 +149,10 @@ lora_forward.register_autograd(_backward, setup_context=_keep)
 
 # ---- modules ----------------------------------------------------------------------------------------------------------
 class Group:
-    """Layers that share an input: computed when the first is called, handed out as the others are.
+    """Layers that share an input: computed when the first is called, handed out as the others are."""
 
-    Their adapters are one vector, a parameter of the first layer: an optimizer that looks at each parameter has a third to look at.
-    """
+    adapter: Tensor | None = None  # of its layers, as Layout has it; Adapters hands it out
+    part: Callable[[], Tensor]
 
     def __init__(self, frozen: Frozen, layers: list[FusedLinear], lora: Lora | None, pairs: list[tuple[Tensor, Tensor] | None]):
         self.frozen, self.layers = frozen, layers
@@ -154,25 +163,17 @@ class Group:
         # autograd of an operator stumbles over an empty list of numbers
         self.layout = Layout(lora.r if lora else 0, starts or [0], sizes or [0])
         layers[0].add_module("frozen", frozen)
-        own = [pair for pair in pairs if pair]
-        if self.adapted:
-            layers[0].adapter = nn.Parameter(torch.cat([m.flatten() for m in (*(a for a, _ in own), *(b for _, b in own))]))
-        elif lora:
-            for layer, pair in zip(layers, pairs, strict=True):
-                layer.beside = Beside(lora, *pair) if pair else None
-        for place, layer in enumerate(layers):
+        for place, (layer, pair) in enumerate(zip(layers, pairs, strict=True)):
             layer.group, layer.place = self, place
-
-    @property
-    def adapter(self) -> Tensor | None:
-        return self.layers[0].adapter
+            if pair and lora and lora.dropout:
+                layer.beside = Beside(lora, *pair)
 
     def pair(self, place: int) -> tuple[Tensor, Tensor] | None:
         """(A, B) of a layer, views."""
-        if self.adapter is None or place not in self.adapted:
+        if place not in self.adapted:
             return None
         n, r = self.adapted.index(place), self.layout.rank
-        a, b = self.layout.split(self.adapter, self.frozen.ins)
+        a, b = self.layout.split(self.part(), self.frozen.ins)
         return a[n * r : (n + 1) * r], b[n]
 
     def output(self, place: int, x: Tensor) -> Tensor:
@@ -184,6 +185,25 @@ class Group:
         if place == len(self.layers) - 1:
             self.waiting = []
         return out
+
+
+class Adapters(nn.Module):
+    """The adapters of all groups as one parameter: DeepSpeed takes 30 ms a step over the 128 that an 8B model has otherwise."""
+
+    def __init__(self, groups: list[Group], vectors: list[Tensor]):
+        super().__init__()
+        self.groups, self.sizes = groups, [len(v) for v in vectors]
+        self.flat = nn.Parameter(torch.cat(vectors))
+        for n, group in enumerate(groups):
+            group.part = partial(self._part, n)
+
+    def _part(self, n: int) -> Tensor:
+        return self.flat.split(self.sizes)[n]
+
+    def hand_out(self, *_: Any) -> None:
+        """Before each forward: give every group its part, whose gradient finds the way back."""
+        for group, part in zip(self.groups, self.flat.split(self.sizes), strict=True):
+            group.adapter = part
 
 
 class Beside(nn.Module):
@@ -200,7 +220,6 @@ class Beside(nn.Module):
 class FusedLinear(nn.Module):
     """One frozen layer of a group."""
 
-    adapter: nn.Parameter | None
     beside: Beside | None
     group: Group
     place: int
@@ -208,7 +227,6 @@ class FusedLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_parameter("adapter", None)
         self.register_module("beside", None)
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
@@ -235,6 +253,8 @@ def fuse(model: Any, kind: Kind, lora: Lora | None, dtype: torch.dtype, device: 
         for name, linear in linears.items():
             pairs[name] = new_pair(lora, linear.in_features, linear.out_features, dtype, device) if lora and name in adapted else None
     found: dict[str, tuple[Frozen, int]] = {}
+    groups: list[Group] = []
+    vectors: list[Tensor] = []
     for names in _groups(list(linears)):
         layers = [linears[name] for name in names]
         frozen = Frozen(kind, [x.out_features for x in layers], layers[0].in_features, any(x.bias is not None for x in layers), dtype, device)
@@ -243,6 +263,13 @@ def fuse(model: Any, kind: Kind, lora: Lora | None, dtype: torch.dtype, device: 
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, group.layers[place])
             found[name] = frozen, place
+        if group.adapted:
+            own = [pair for name in names if (pair := pairs.pop(name))]
+            groups.append(group)
+            vectors.append(torch.cat([m.flatten() for m in (*(a for a, _ in own), *(b for _, b in own))]))
+    if groups:
+        model.adapters = Adapters(groups, vectors)
+        getattr(model, "base_model", model).register_forward_pre_hook(model.adapters.hand_out)
     return found
 
 

@@ -29,6 +29,10 @@ class PackedBatch(NamedTuple):
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields if name != "longest"}
         return self._replace(**moved)
 
+    def pinned(self) -> PackedBatch:
+        """In memory from which a GPU copies while it computes."""
+        return PackedBatch(*(tensor.pin_memory() for tensor in self))
+
 
 class PackedLM(nn.Module):
     """The language model as the training engine sees it: a batch in, the summed token loss (nats) out."""

@@ -35,8 +35,9 @@ from graft.train import checkpoint
 from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
+from graft.train.feed import Feed
 from graft.train.flops import Flops
-from graft.train.order import BinOrder, learning_rate, micro_batch_of, share_out, total_steps
+from graft.train.order import learning_rate, micro_batch_of, total_steps
 from graft.train.profile import Profiler
 from graft.train.report import Reporter
 
@@ -75,7 +76,7 @@ def run(job: Job, profile: bool = False) -> None:
     tokens_seen = cursor["tokens"] if cursor else 0
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
-    order, cost_of = BinOrder(len(shards), recipe.seed), shards.costs()
+    feed = Feed(shards, recipe.seed, config.global_batch, micro, world, rank, device)
     validation = _validation(job, world, rank)
     report = Reporter(job, run_dir, total, first, world, flops) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
@@ -85,32 +86,28 @@ def run(job: Job, profile: bool = False) -> None:
             break
         started = time.perf_counter()
         torch.manual_seed(_seed(recipe.seed, step, rank))
-        indices = order.take(step * config.global_batch, config.global_batch)
-        bins = [shards.bin(i) for i in indices]
-        costs = cost_of[indices]
-        mine = share_out(costs, world, micro)[rank]
-        batches = [collate([bins[i] for i in group]).to(device) for group in mine]
-        tokens = sum(int(b.doc_lens.sum()) for b in bins)
-        targets = max(sum(b.targets for b in bins), 1)
-        data_s = time.perf_counter() - started
+        batch = feed.take(step)
 
         lr = learning_rate(step, total, config.lr, config.warmup, config.schedule)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
-        for n, batch in enumerate(batches):
-            engine.set_gradient_accumulation_boundary(n == len(batches) - 1)
-            token_loss = engine(batch)
+        for n, micro_batch in enumerate(batch.micro_batches):
+            engine.set_gradient_accumulation_boundary(n == len(batch.micro_batches) - 1)
+            token_loss = engine(micro_batch)
             loss += token_loss.detach()
-            engine.backward(token_loss * (world / targets), scale_wrt_gas=False)  # ZeRO averages over ranks
+            engine.backward(token_loss * (world / batch.targets), scale_wrt_gas=False)  # ZeRO averages over ranks
+        waited_s = feed.waited_s
+        if step + 1 < total:
+            feed.look_ahead(step + 1)
         dist.all_reduce(loss)
         engine.step()
-        mean_loss = loss.item() / targets  # here the CPU waits for the GPU, not before: the step is in its queue
+        mean_loss = loss.item() / batch.targets  # here the CPU waits for the GPU, not before: the step is in its queue
         if not math.isfinite(mean_loss):
             raise TrainError(
-                f"the loss of step {step} is {mean_loss}, bins {indices.tolist()[:8]}: lower {stage}.lr; the last good checkpoint is in {run_dir}"
+                f"the loss of step {step} is {mean_loss}, bins {batch.indices.tolist()[:8]}: lower {stage}.lr; the last good checkpoint is in {run_dir}"
             )
-        tokens_seen += tokens
+        tokens_seen += batch.tokens
 
         done = step + 1
         ends = done == total
@@ -119,10 +116,10 @@ def run(job: Job, profile: bool = False) -> None:
             "loss": mean_loss,
             "lr": lr,
             "grad_norm": float(engine.get_global_grad_norm()),
-            "tokens": tokens,
-            "targets": targets,
-            "mean_document_tokens": float(costs.sum()) / tokens,
-            "data_s": data_s,
+            "tokens": batch.tokens,
+            "targets": batch.targets,
+            "mean_document_tokens": batch.mean_document_tokens,
+            "data_s": waited_s,
             "compilations": compilations(),
         }
         if validation is not None and (ends or (config.validate_every and done % config.validate_every == 0)):

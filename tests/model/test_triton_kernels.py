@@ -1,0 +1,80 @@
+"""Every kernel on the GPU against its twin on the CPU, which other tests hold against autograd in fp64.
+
+Without a GPU: `pip install triton`, `TRITON_INTERPRET=1 pytest tests/model/test_triton_kernels.py` runs all but FP8.
+"""
+
+import os
+
+import pytest
+import torch
+
+from graft.model import blocks, frozen
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("needs a GPU, or Triton's interpreter", allow_module_level=True)
+kernels = pytest.importorskip("graft.model.triton_kernels")
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def drawn(*shape, scale=1.0, seed=0):
+    """(on the device, the same numbers on the CPU)."""
+    on_cpu = (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DTYPE)
+    return on_cpu.to(DEVICE), on_cpu
+
+
+def near(found, wanted, tolerance=1e-2):
+    found, wanted = found.float().cpu(), wanted.float()
+    assert found.shape == wanted.shape and (found - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize(("t", "n", "r", "r_down"), [(2050, 384, 16, 16), (70, 130, 8, 4), (300, 256, 0, 16), (300, 256, 16, 0), (64, 128, 64, 32)])
+def test_swiglu_and_its_gradient(t, n, r, r_down):
+    (y, y_), (dact, dact_) = drawn(t, 2 * n, seed=1), drawn(t, n, seed=2)
+    (u, u_), (du, du_) = drawn(t, 2 * r, seed=3), drawn(t, r_down, seed=4)
+    b, b_ = map(list, zip(*(drawn(n, r, scale=0.2, seed=5 + i) for i in range(2)), strict=True)) if r else ([], [])
+    a, a_ = drawn(r_down, n, scale=0.2, seed=7) if r_down else (None, None)
+    near(kernels.swiglu(y, u, b), blocks.swiglu(y_, u_, b_))
+    found, wanted = kernels.swiglu_backward(dact, y, u, b, du, a), blocks.swiglu_backward(dact_, y_, u_, b_, du_, a_)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            near(one, other)
+    assert all(torch.equal(x, z) for x, z in zip(found, kernels.swiglu_backward(dact, y, u, b, du, a), strict=True) if x is not None), (
+        "twice the same"
+    )
+
+
+@pytest.mark.parametrize("adapted", ["qkv", "qv", "k", "v"])
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "r"), [(8, 2, 128, 16), (4, 4, 64, 8)])
+def test_adapters_and_rotary_embedding(adapted, heads, kv_heads, width, r):
+    (y, y_), (u, u_) = drawn(200, (heads + 2 * kv_heads) * width), drawn(200, len(adapted) * r, seed=1)
+    angle = torch.rand(200, width // 2, generator=torch.Generator().manual_seed(2)).repeat(1, 2)
+    cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
+    b = [
+        drawn(h * width, r, scale=0.2, seed=3 + h) if name in adapted else (None, None)
+        for name, h in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
+    ]
+    kernels.adapt_and_rotate_(y, u, [m for m, _ in b], heads, kv_heads, cos.to(DEVICE), sin.to(DEVICE))
+    blocks.adapt_and_rotate_(y_, u_, [m for _, m in b], heads, kv_heads, cos, sin)
+    near(y, y_)
+    kernels.rotate_(y, heads + kv_heads, cos.to(DEVICE), sin.to(DEVICE), -1.0)
+    blocks.rotate_(y_, heads + kv_heads, cos, sin, -1.0)
+    near(y, y_)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_to_fp8(scaled):
+    if DEVICE == "cpu":
+        pytest.skip("the interpreter rounds to FP8 in another way")
+    x, x_ = drawn(300, 4096, scale=3.0)
+    factors = torch.rand(4096, generator=torch.Generator().manual_seed(1)) if scaled else None
+    found, scales = kernels.quantize_rows(x, None if factors is None else factors.to(DEVICE))
+    wanted, scales_ = frozen.quantize_rows(x_, factors)
+    assert torch.allclose(scales.cpu(), scales_, rtol=1e-6)
+    assert (found.cpu().float() != wanted.float()).float().mean() < 0.005, "a rounding here and there"
+
+
+def test_transpose():
+    x = torch.randint(0, 255, (300, 450), dtype=torch.uint8)
+    assert torch.equal(kernels.transposed(x.to(DEVICE)).cpu(), x.t())
