@@ -87,7 +87,7 @@ def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Ten
 
 
 CHUNK = 1024  # rows
-_BACKWARD_TILE = 16, 128, 4  # rows, columns, warps
+_BACKWARD_TILE = 32, 128, 4  # rows, columns, warps
 _TILE = 16, 128
 
 
