@@ -79,15 +79,15 @@ def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Ten
     given = (u, *b) if b else (y, y, y)
     down = (y, y) if a is None else (du, a)
     widths = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(r_down))
-    rows, columns, warps = _BACKWARD_TILE
+    rows, columns, ahead, warps = _BACKWARD_TILE
     _swiglu_backward[(chunks, triton.cdiv(n, columns))](
-        dact, y, *given, *down, dy, of_b, of_a, t, n, r, r_down, bool(b), a is not None, *widths, CHUNK, rows, columns, num_warps=warps
+        dact, y, *given, *down, dy, of_b, of_a, t, n, r, r_down, bool(b), a is not None, *widths, CHUNK, rows, columns, ahead, num_warps=warps
     )
     return dy, None if of_b is None else of_b.sum(0).to(y.dtype), None if of_a is None else of_a.sum(0).t().to(y.dtype)
 
 
 CHUNK = 1024  # rows
-_BACKWARD_TILE = 32, 128, 4  # rows, columns, warps
+_BACKWARD_TILE = 32, 128, 1, 4  # rows, columns, loads ahead, warps
 _TILE = 16, 128
 
 
@@ -123,7 +123,7 @@ def _swiglu(y, u, b_gate, b_up, out, t, n, r, adapted: tl.constexpr, width: tl.c
 @triton.jit
 def _swiglu_backward(
     dact, y, u, b_gate, b_up, du, a, dy, of_b, of_a, t, n, r, r_down, adapted: tl.constexpr, down: tl.constexpr,
-    width: tl.constexpr, width_down: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr,
+    width: tl.constexpr, width_down: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * of_n + tl.arange(0, of_n)
     k, k_down = tl.arange(0, width), tl.arange(0, width_down)
@@ -136,7 +136,7 @@ def _swiglu_backward(
         of_down = (columns[None, :] < n) & (k_down[:, None] < r_down)
         a_down = tl.load(a + k_down[:, None] * n + columns[None, :], mask=of_down, other=0.0)
         sum_a = tl.zeros((of_n, width_down), tl.float32)
-    for start in range(0, chunk, of_t):
+    for start in tl.range(0, chunk, of_t, num_stages=ahead):
         rows = (tl.program_id(0) * chunk + start + tl.arange(0, of_t)).to(tl.int64)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
         at = rows[:, None] * (2 * n) + columns[None, :]
