@@ -114,6 +114,8 @@ def run(plan: Any, args: argparse.Namespace) -> dict[str, Any]:
         "data_s": median(s["data_s"] for s in settled),
         "mfu_nominal": median(s["mfu_nominal"] or 0 for s in settled),
         "peak_mem_gib": max(s["peak_mem_gib"] or 0 for s in steps),
+        "predicted_mem_gib": steps[-1].get("predicted_mem_gib", 0),
+        "setting": f"{steps[-1]['micro_batch']} {steps[-1]['activation_checkpointing']}",
         "compilations": steps[-1]["compilations"],
         "first_step_s": steps[0]["step_time_s"],
         "launch_s": time.time() - began_s - sum(s["step_time_s"] for s in steps),
@@ -150,12 +152,14 @@ def main() -> None:
             print(row, json.dumps(found[row][-1]), flush=True)
             if args.profile:
                 print((plan.resolve("sft").run_directory / "profile.txt").read_text())
-    print("| row | tokens/s | step | MFU | peak GiB | compilations | first step | start |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| row | tokens/s | step | MFU | peak GiB | predicted | bins a forward, kept | compilations | first step | start |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
     for row, runs in found.items():
-        m = {key: median(r[key] for r in runs) for key in runs[0] if key != "said"}
+        m = {key: median(r[key] for r in runs) for key in runs[0] if key not in ("said", "setting")}
         print(
             f"| {row} | {m['tokens_per_s']:,.0f} | {m['step_time_s'] * 1e3:.0f} ms | {m['mfu_nominal']:.1%} | {m['peak_mem_gib']:.1f} "
-            f"| {m['compilations']:.0f} | {m['first_step_s']:.1f} s | {m['launch_s']:.0f} s |"
+            f"| {m['predicted_mem_gib']:.1f} | {runs[0]['setting']} | {m['compilations']:.0f} | {m['first_step_s']:.1f} s | {m['launch_s']:.0f} s |"
         )
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     versions = {

@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
     check = with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
     check.add_argument(
-        "--gpus", metavar="8xH100", help="say what training will need on these: memory, step time, hours; exit code 2 where it does not fit"
+        "--gpus",
+        metavar="8xH100",
+        help="say what training will need on these (default: the GPUs here): memory, step time, hours; exit code 2 where it does not fit",
     )
     check.add_argument("--price", type=float, metavar="USD", help="an hour of one GPU")
     augment = with_recipe(verb("augment", _augment, "make the recipe's rows from its seeds or images"))
@@ -166,13 +168,12 @@ def _check(args: argparse.Namespace) -> int:
     plan = _plan(args)
     pipeline.check(plan)
     print(f"{args.recipe}: ok, stages {', '.join(plan.stages)}")
-    if args.gpus:
-        from graft.train.preflight import report
+    from graft.train.preflight import report, report_here
 
-        lines = report(plan, args.gpus, args.price)
-        print("\n".join(lines))
-        return 2 if any("does not fit" in line for line in lines) else 0
-    return 0
+    lines, fits = report(plan, args.gpus, args.price) if args.gpus else (report_here(plan, args.price), True)
+    for line in lines:
+        print(line)
+    return 0 if fits else 2
 
 
 def _serve(args: argparse.Namespace) -> int:

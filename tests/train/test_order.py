@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.core.errors import ConfigError
-from graft.train.order import BinOrder, learning_rate, micro_batch_of, share_out, total_steps
+from graft.train.order import BinOrder, learning_rate, share_out
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5))
@@ -35,14 +34,7 @@ def test_a_step_is_shared_out_whole_and_evenly(world, micro):
     assert loads.max() - loads.min() <= costs.max()
 
 
-def test_micro_batches_divide_the_share():
-    assert [micro_batch_of(8, 2, m) for m in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
-    with pytest.raises(ConfigError, match="8 bins cannot be split over 3"):
-        micro_batch_of(8, 3, 1)
-
-
-def test_steps_and_learning_rates():
-    assert [total_steps(100, e, 8, m) for e, m in ((1, None), (0.01, None), (2, 10))] == [12, 1, 10]
+def test_learning_rates():
     rates = [learning_rate(s, 100, 1.0, 0.1, "cosine") for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[-1] < 0.001 and max(rates) == 1.0
     assert learning_rate(50, 100, 2.0, 0.0, "constant") == 2.0

@@ -1,4 +1,4 @@
-"""What a stage needs, against what was measured (benchmarks/RESULTS.md)."""
+"""`graft check`: what each training stage needs, on GPUs that are named or on those that are here."""
 
 import json
 import subprocess
@@ -6,58 +6,12 @@ import sys
 
 import pytest
 
-from graft.core.errors import ConfigError
-from graft.core.recipe import Train
+from graft.core.stages import Plan
 from graft.model.shapes import SHAPES
-from graft.train.preflight import ERROR, MEMORY_GIB, Shape, fitting, need
+from graft.train.needs import CONTEXT_GIB
+from graft.train.preflight import listed, report
 
-LLAMA_8B, TINY = Shape.of(SHAPES["llama-3.1-8b"]), Shape.of(SHAPES["tinyllama"])
-BENCH = Train(global_batch=4, micro_batch=4)  # of 4,096 tokens
-
-
-@pytest.mark.parametrize(
-    ("shape", "precision", "peak_gib", "step_time_s", "mean_length"),
-    [
-        (LLAMA_8B, "bf16", 87.19, 1.016, 4096),
-        (LLAMA_8B, "fp8", 80.70, 0.724, 4096),
-        (LLAMA_8B, "bf16", 87.19, 0.936, 888),
-        (LLAMA_8B, "fp8", 80.70, 0.640, 888),
-        (TINY, "fp8", 22.62, None, 888),
-        (TINY, "nf4", 22.00, None, 888),
-    ],
-)
-def test_it_tells_what_was_measured_within_its_stated_error(shape, precision, peak_gib, step_time_s, mean_length):
-    found = need(shape, precision, BENCH, 4096, 1, "H200", mean_length)
-    print(f"{precision}: {found.peak_gib:.2f} GiB for {peak_gib}, {found.step_time_s:.3f} s for {step_time_s}")
-    assert found.peak_gib == pytest.approx(peak_gib, rel=ERROR["peak_gib"])
-    if step_time_s:
-        assert found.step_time_s == pytest.approx(step_time_s, rel=ERROR["step_time_s"])
-        assert found.tokens_per_s == pytest.approx(16384 / found.step_time_s)
-
-
-def test_what_saves_memory_costs_time_and_more_gpus_share_the_optimizer():
-    def of(**update):
-        return need(LLAMA_8B, "bf16", BENCH.model_copy(update=update), 4096, update.pop("gpus", 1), "H200")
-
-    none, selective, full = (of(activation_checkpointing=kept) for kept in ("none", "selective", "full"))
-    assert none.peak_gib > selective.peak_gib > full.peak_gib and none.step_time_s < selective.step_time_s < full.step_time_s
-    assert full.step_time_s == pytest.approx(1.5 * none.step_time_s)
-    whole = Train(lora=None, global_batch=8)
-    alone, eight = (need(LLAMA_8B, "bf16", whole, 4096, gpus, "H200") for gpus in (1, 8))
-    assert alone.optimizer_gib > 100 and eight.optimizer_gib < alone.optimizer_gib / 6 and eight.weights_gib == alone.weights_gib
-    assert eight.step_time_s == pytest.approx(alone.step_time_s / 8)
-
-
-def test_the_smallest_change_that_fits_is_named():
-    def of(gpu, precision="bf16", **update):
-        return fitting(LLAMA_8B, precision, BENCH.model_copy(update=update), 4096, 1, gpu)
-
-    assert of("H200") == "as it is"
-    assert of("H100") == 'activation_checkpointing = "selective"'
-    assert of("RTX 4090") == 'activation_checkpointing = "full", micro_batch = 2'
-    assert of("RTX 4090", lora=None) is None, "16 bytes a weight"
-    larger = Shape.of(SHAPES["taigi-llama-2-13b"])
-    assert fitting(larger, "bf16", BENCH, 4096, 1, "RTX 4090") == 'model.precision = "fp8", activation_checkpointing = "full", micro_batch = 2'
+from .small import CONFIGS
 
 
 def test_the_command_says_it_without_torch(tmp_path):
@@ -77,13 +31,24 @@ def test_the_command_says_it_without_torch(tmp_path):
 
     fits = check("--gpus", "2xH200", "--price", "2.5")
     assert fits.returncode == 0 and "of 140 GiB a GPU" in fits.stdout and "error: 3% of memory" in fits.stdout, fits.stderr
-    tight = check("--gpus", "1xL40S")
-    assert tight.returncode == 2 and "does not fit: set " in tight.stdout
+    assert "sft: micro_batch 4, activation_checkpointing none (auto): " in fits.stdout and "2.5" not in fits.stdout
+    assert "activation_checkpointing full (auto)" in check("--gpus", "1xL40S").stdout
+    tight = check("--gpus", "1xL40S", "--set", "sft.activation_checkpointing=none")
+    assert tight.returncode == 2 and "does not fit: set micro_batch = 1" in tight.stdout
+    own = check()
+    assert own.returncode == 0 and own.stdout.count("\n") >= 2, "what auto is on this machine"
     wrong = check("--gpus", "8xB300")
     assert wrong.returncode == 2 and "is not like 8xH100" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_a_config_without_a_size_is_one_line():
-    with pytest.raises(ConfigError, match="has no 'hidden_size'"):
-        Shape.of({"vocab_size": 5})
-    assert set(MEMORY_GIB) >= {"H100", "H200", "A100"}
+def test_an_embedded_base_is_asked_about_by_its_recipe(tmp_path):
+    plan = Plan(CONFIGS / "recipes/image-intent-tiny.toml", (), tmp_path)
+    lines, fits = report(plan, "1xL40S", None)
+    assert fits and [line.split(":")[0] for line in lines[:-1]] == ["base", "cpt", "sft"]
+
+
+def test_the_listing_of_a_machine():
+    found = listed("NVIDIA H200, 143771, 143156, 9.0\nNVIDIA A100-SXM4-80GB, 81920, 40960, 8.0\nNVIDIA GB10, [N/A], [N/A], 12.1\n")
+    assert [(gpu.name, gpu.fp8) for gpu in found] == [("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False)]
+    assert found[0].peak_flops == 989e12 and found[1].room_gib == pytest.approx(40 - CONTEXT_GIB)
+    assert listed("NVIDIA GeForce RTX 3090, 24576, 24000, 8.6")[0].peak_flops is None

@@ -102,6 +102,18 @@ def test_a_kill_and_a_resume_end_in_the_same_adapter(undisturbed, tmp_path):
     assert curve(again.path) == steps
 
 
+def test_auto_goes_on_with_the_choice_of_the_run_it_resumes(undisturbed, tmp_path):
+    root, whole = undisturbed
+    shutil.copytree(root, tmp_path / "copy", symlinks=True)
+    plan = small_plan(tmp_path / "copy", "sft.micro_batch=auto", "sft.activation_checkpointing=auto")
+    shutil.rmtree(plan.resolve("sft").directory)
+    shutil.rmtree(plan.root / whole.counts["checkpoints"] / "step-00000007")
+    again = train(plan)
+    assert again.counts["micro_batch"] == whole.counts["micro_batch"] == 2, "a fresh one would take 1 here"
+    assert sha256_file(again.path / "adapter_model.safetensors") == sha256_file(whole.path / "adapter_model.safetensors")
+    assert [m["micro_batch"] for m in read_metrics(again.path / "metrics.jsonl")] == [2] * 7
+
+
 def _no_ranks_left(plan, within_s=30):
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:

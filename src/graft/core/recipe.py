@@ -216,6 +216,9 @@ class Lora(Section):
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+Kept = Literal["none", "selective", "full"]
+
+
 class Train(Section):
     """One training stage. The global batch is counted in bins and does not change with the number of GPUs."""
 
@@ -226,15 +229,13 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Count | None = None
     global_batch: Count = 8  # bins a step
-    micro_batch: Count = 1  # bins a forward, at most
+    micro_batch: Count | Literal["auto"] = "auto"  # bins a forward, at most; auto: with activation_checkpointing, the fastest that fits the GPU
     pack: bool = True  # false: one document a bin, padded
     warmup: Share = 0.03  # share of all steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    activation_checkpointing: Literal["none", "selective", "full"] = (
-        "none"  # what is computed again to save memory: nothing, wide activations, layers
-    )
+    activation_checkpointing: Kept | Literal["auto"] = "auto"  # what is computed again to save memory: nothing, wide activations, layers
     compile: bool = True  # the decoder layers, on a GPU
     validate_every: Count | None = None  # steps
     keep: Literal["last", "best"] = "last"  # the weights that become the artifact; best: of the lowest validation loss
@@ -247,6 +248,19 @@ class Train(Section):
         if (self.keep == "best" or self.patience) and not self.validate_every:
             raise ValueError("keep = 'best' and patience go by the validation loss: set validate_every = N, in steps")
         return self
+
+    @model_validator(mode="after")
+    def _selective_has_something_to_select(self) -> Train:
+        if self.activation_checkpointing == "selective" and not self.fused_mlp:
+            raise ValueError(
+                "activation_checkpointing = 'selective' is of the fused MLP, which needs LoRA, and no dropout on its projections: use 'full'"
+            )
+        return self
+
+    @property
+    def fused_mlp(self) -> bool:
+        """Whether a GPU runs the MLP as one operator, which alone can make its wide activations again."""
+        return self.lora is not None and not (self.lora.dropout and {"gate_proj", "up_proj", "down_proj"} & set(self.lora.targets))
 
     @model_validator(mode="before")
     @classmethod
@@ -364,6 +378,10 @@ class Recipe(Section):
         if train is None:
             raise ConfigError(f"stage {stage!r} is not in recipe {self.name!r}: it has {self.train_stages()}")
         return train
+
+    def train_precision(self, stage: str) -> str:
+        """How the weights that `stage` starts from are held; an embedded base is trained whole, which fp8 and nf4 cannot be."""
+        return "bf16" if stage == "base" and self.model.precision in ("fp8", "nf4") else self.model.precision
 
     def train_stages(self) -> list[str]:
         return [s for s, t in (("base", self.base), ("cpt", self.cpt), ("sft", self.sft)) if t]

@@ -30,8 +30,7 @@ def main() -> int:
 
         run(job, args.profile)
     except GraftError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"graft: {e}", file=sys.stderr, flush=True)
+        print(f"graft: {e}", file=sys.stderr, flush=True)  # also from the one rank that ran out of memory; the launcher shows one line
         os._exit(e.exit_code)  # other ranks may wait in a collective: leave at once, the launcher ends them
     return 0
 

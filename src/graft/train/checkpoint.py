@@ -71,12 +71,17 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def cursor_of(folder: Path) -> dict[str, Any]:
+    """Where the run stood that wrote this checkpoint."""
+    return dict(json.loads((folder / CURSOR).read_text()))
+
+
 def load(engine: Any, folder: Path, expect: dict[str, Any]) -> dict[str, Any]:
     """Restore weights and optimizer on every rank and return the cursor; TrainError where it belongs to another setup.
 
     expect: cursor entries that must be equal, such as the number of processes and the shards' digest.
     """
-    cursor = json.loads((folder / CURSOR).read_text())
+    cursor = cursor_of(folder)
     for key, value in expect.items():
         if cursor.get(key) != value:
             raise TrainError(

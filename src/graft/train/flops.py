@@ -28,7 +28,7 @@ class Flops:
         for module in lm.modules():
             if hasattr(module, "in_features"):
                 big += module.in_features * module.out_features
-        c = lm.config
+        c = lm.config.get_text_config()
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         return cls(big, n, c.num_hidden_layers * c.num_attention_heads * head)
 
@@ -44,5 +44,9 @@ def peak_flops() -> float | None:
 
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+    return PEAK_BF16_FLOPS.get(known(torch.cuda.get_device_name()) or "")
+
+
+def known(device: str) -> str | None:
+    """The key of PEAK_BF16_FLOPS in a device's name, such as "NVIDIA H100 80GB HBM3"."""
+    return next((key for key in PEAK_BF16_FLOPS if key in device), None)

@@ -7,7 +7,6 @@ by (seed, step, rank) and the learning rate by the global step, so resume needs 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -25,21 +24,23 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
-from graft.core.errors import ConfigError, TrainError
+from graft.core.errors import TrainError
 from graft.core.recipe import Train
 from graft.core.shards import ShardSet
 from graft.core.stages import Job
 from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.lora import save_adapter
-from graft.train import checkpoint
+from graft.train import checkpoint, memory
 from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
 from graft.train.feed import Feed
 from graft.train.flops import Flops
-from graft.train.order import learning_rate, micro_batch_of, total_steps
+from graft.train.order import learning_rate
 from graft.train.profile import Profiler
 from graft.train.report import Reporter
+from graft.train.split import deepspeed_split, micro_batch_of, total_steps
+from graft.train.strategy import strategy_of
 
 
 def run(job: Job, profile: bool = False) -> None:
@@ -47,17 +48,29 @@ def run(job: Job, profile: bool = False) -> None:
 
     profile: rank 0 also writes where some steps' time goes (profile.py).
     """
-    recipe, stage = job.recipe, job.stage.name
-    config = recipe.train_stage(stage)
+    stage = job.stage.name
+    config = job.recipe.train_stage(stage)
     shards = ShardSet.open(job.parents[f"shard-{stage}"].path / "train", verify=_local_leader())
     with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
         accelerator = _accelerator(job, config)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    micro = micro_batch_of(config.global_batch, world, config.micro_batch)
+    found = _newest_checkpoint(job.run_directory)
+    plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(found).get("setting", {}) if found else {})
+    accelerator.state.deepspeed_plugin.deepspeed_config.update(
+        deepspeed_split(config.global_batch, accelerator.num_processes, plan.setting.micro_batch)
+    )
+    if plan.line and accelerator.process_index == 0:
+        print(f"train {stage}: {plan.line}", flush=True)
+    with plan.explaining(stage):
+        _train(job, accelerator, shards, plan, found, profile)
 
+
+def _train(job: Job, accelerator: Accelerator, shards: ShardSet, plan: memory.MemoryPlan, found: Path | None, profile: bool) -> None:
+    """found: the checkpoint to go on from."""
+    recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
+    config = recipe.train_stage(stage).model_copy(update=plan.setting._asdict())
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     base, revision = job.plan.base_model(stage)
-    precision = "bf16" if stage == "base" and recipe.model.precision in ("fp8", "nf4") else recipe.model.precision
-    model = build(base, revision, precision, config, recipe.seed, device)
+    model = build(base, revision, recipe.train_precision(stage), config, recipe.seed, device)
     lm, flops = model.lm, Flops.of(model.lm)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -71,14 +84,14 @@ def run(job: Job, profile: bool = False) -> None:
     run_dir = job.run_directory
     total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
     same = {"processes": world, "shards": job.parents[f"shard-{stage}"].digest, "fingerprint": job.fingerprint}
-    cursor = _resume(engine, run_dir, same)
+    cursor = checkpoint.load(engine, found, same) if found else None
     first = cursor["step"] if cursor else 0
     tokens_seen = cursor["tokens"] if cursor else 0
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
     feed = Feed(shards, recipe.seed, config.global_batch, micro, world, rank, device)
     validation = _validation(job, world, rank)
-    report = Reporter(job, run_dir, total, first, world, flops) if rank == 0 else None
+    report = Reporter(job, run_dir, total, first, world, flops, plan) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
 
     for step in range(first, total):
@@ -132,6 +145,7 @@ def run(job: Job, profile: bool = False) -> None:
             profiler.step(done - first)
         if done % config.save_every == 0 or ends:
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
+            position["setting"] = plan.setting._asdict()
             checkpoint.save(engine, run_dir, position | same, config.keep_checkpoints)
 
     if report and save:
@@ -145,21 +159,12 @@ def _accelerator(job: Job, config: Train) -> Accelerator:
     """Accelerate over DeepSpeed with the recipe's strategy file; every number the recipe knows was "auto" there."""
     from deepspeed.ops import __compatible_ops__ as compatible_ops  # prints as it is imported
 
-    path = job.plan.beside(job.recipe.deepspeed)
-    try:
-        strategy = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"deepspeed = {job.recipe.deepspeed!r} cannot be read: {e}") from None
+    strategy = strategy_of(job.plan)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = micro_batch_of(config.global_batch, world, config.micro_batch)
     full_fp32 = job.recipe.model.precision == "fp32"
-    strategy |= {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": config.global_batch // (world * micro),
-        "train_batch_size": config.global_batch,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": not full_fp32},
-    }
+    # the memory plan, which the ranks have yet to agree on, sets the real split
+    strategy |= deepspeed_split(config.global_batch, world, micro_batch_of(config.global_batch, world, 1))
+    strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32}}
     compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
@@ -172,8 +177,8 @@ def _accelerator(job: Job, config: Train) -> Accelerator:
     return accelerator
 
 
-def _resume(engine: Any, run_dir: Path, same: dict[str, Any]) -> dict[str, Any] | None:
-    """Rank 0 chooses the checkpoint, all ranks load that one; None for a fresh start."""
+def _newest_checkpoint(run_dir: Path) -> Path | None:
+    """Rank 0 chooses the checkpoint, all ranks go on from that one; None for a fresh start."""
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
         folder, passed = checkpoint.newest(run_dir)
@@ -181,7 +186,7 @@ def _resume(engine: Any, run_dir: Path, same: dict[str, Any]) -> dict[str, Any] 
             print(f"resume: {line}", flush=True)
         choice = [str(folder) if folder else None]
     dist.broadcast_object_list(choice)
-    return checkpoint.load(engine, Path(choice[0]), same) if choice[0] else None
+    return Path(choice[0]) if choice[0] else None
 
 
 def _validation(job: Job, world: int, rank: int) -> list[Any] | None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from graft.core.errors import ConfigError
-
 
 class BinOrder:
     """Positions of the endless sequence -> bin indices."""
@@ -27,21 +25,6 @@ class BinOrder:
     def take(self, start: int, count: int) -> np.ndarray:
         """Bin indices [count] at positions start .. start + count - 1."""
         return np.array([self.epoch(p // self.bins)[p % self.bins] for p in range(start, start + count)])
-
-
-def total_steps(bins: int, epochs: float, global_batch: int, max_steps: int | None) -> int:
-    """Steps of the whole run: every full global batch of the epochs, at least one."""
-    steps = max(1, int(bins * epochs) // global_batch)
-    return min(steps, max_steps) if max_steps else steps
-
-
-def micro_batch_of(global_batch: int, world: int, most: int) -> int:
-    """Bins a forward: the largest divisor of the rank's share that is at most `most`; ConfigError where ranks do not divide."""
-    if global_batch % world:
-        fits = [w for w in range(1, global_batch + 1) if global_batch % w == 0]
-        raise ConfigError(f"global_batch = {global_batch} bins cannot be split over {world} processes: use {fits} processes, or another global_batch")
-    share = global_batch // world
-    return max(m for m in range(1, min(most, share) + 1) if share % m == 0)
 
 
 def share_out(costs: np.ndarray, world: int, micro: int) -> np.ndarray:

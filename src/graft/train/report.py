@@ -13,14 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from graft.core.metrics import MetricsWriter
 from graft.core.stages import Job
 from graft.train.flops import Flops, peak_flops
+from graft.train.memory import MemoryPlan
 
 
 class Reporter:
     """One object a run, on rank 0 only."""
 
-    def __init__(self, job: Job, run_dir: Path, total: int, first: int, world: int, flops: Flops):
+    def __init__(self, job: Job, run_dir: Path, total: int, first: int, world: int, flops: Flops, plan: MemoryPlan):
         self.total, self.world, self.flops, self.peak = total, world, flops, peak_flops()
-        self.stage = job.stage.name
+        self.stage, self.plan = job.stage.name, plan
         self.last: dict[str, Any] = {}
         self.step_times_s: list[float] = []
         self.tokens, self.steps = 0, first  # steps: of the whole run so far
@@ -39,7 +40,7 @@ class Reporter:
         """metrics: of one step, with step_time_s, tokens and mean_document_tokens; adds throughput, MFU and memory."""
         seconds = metrics["step_time_s"]
         flop_rate = self.flops.per_step(metrics["tokens"], metrics["mean_document_tokens"]) / seconds / self.world
-        metrics |= {
+        metrics |= self.plan.numbers | {
             "tokens_per_s": metrics["tokens"] / seconds,
             "tflops_per_process": flop_rate / 1e12,
             "mfu_nominal": flop_rate / self.peak if self.peak else None,
@@ -64,7 +65,9 @@ class Reporter:
             total_s = sum(self.step_times_s)
             counts |= {"step_time_s": median(self.step_times_s), "tokens_per_s": self.tokens / total_s, "steps_s": total_s}
         Console().print(f"train {self.stage}: " + ", ".join(f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in counts.items()))
-        return counts
+        if (peak := counts.get("peak_mem_gib")) and (predicted := self.plan.predicted_gib):
+            Console().print(f"train {self.stage}: peak {peak:.1f} GiB, predicted {predicted:.1f} ({predicted / peak - 1:+.1%})")
+        return counts | self.plan.numbers
 
 
 def _wandb(job: Job, run_dir: Path) -> Any:

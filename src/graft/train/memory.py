@@ -1,0 +1,126 @@
+"""The memory plan of a run: the setting that all ranks go by, what it is predicted to need, and what to say where that is too much.
+
+A recipe's "auto" becomes a number on rank 0, for the GPU with the least free memory; a resumed run goes on with the numbers
+of the run it resumes, unless the recipe names others. On the CPU "auto" is one bin a forward and nothing computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from graft.core.errors import ConfigError, TrainError
+from graft.core.recipe import Train
+from graft.core.stages import Job
+from graft.model.frozen import fp8_works
+from graft.train.choice import AUTO, choose, described, mend, smallest
+from graft.train.flops import PEAK_BF16_FLOPS, known
+from graft.train.needs import ERROR, GIB, Gpu, Setting, Shape, Work
+from graft.train.split import micro_batch_of
+from graft.train.strategy import Zero, strategy_of
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    setting: Setting
+    predicted_gib: float | None = None  # None: on the CPU, or of a model whose shape tells nothing
+    line: str | None = None  # for people
+    smaller: str = 'lower micro_batch, or set activation_checkpointing = "full"'  # what to do if it runs out nonetheless
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """For metrics and the artifact."""
+        return self.setting._asdict() | ({"predicted_mem_gib": self.predicted_gib} if self.predicted_gib else {})
+
+    @contextmanager
+    def explaining(self, stage: str) -> Iterator[None]:
+        """A GPU's out-of-memory as one line, with what was predicted and what would fit."""
+        try:
+            yield
+        except torch.OutOfMemoryError as e:
+            peak_gib = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+            predicted = f", predicted {self.predicted_gib:.1f}" if self.predicted_gib else ""
+            with_what = ", ".join(f"{key} {value}" for key, value in self.setting._asdict().items())
+            why = ". ".join(str(e).split(". ")[:2]).rstrip(".")
+            raise TrainError(f"{stage}: {why}; peak {peak_gib:.1f} GiB{predicted}, with {with_what}: {self.smaller}") from None
+
+
+def agreed(job: Job, device: torch.device, before: dict[str, Any]) -> MemoryPlan:
+    """The plan of this run, the same on every rank. before: the setting in the cursor of the run that is resumed.
+
+    Raises TrainError, on rank 0, where the step is predicted not to fit: before any weight is loaded.
+    """
+    train = job.recipe.train_stage(job.stage.name)
+    train = train.model_copy(update={key: value for key, value in before.items() if getattr(train, key) == AUTO})
+    micro = micro_batch_of(train.global_batch, dist.get_world_size(), train.micro_batch if isinstance(train.micro_batch, int) else 1)
+    plain = Setting(micro, "none" if train.activation_checkpointing == AUTO else train.activation_checkpointing)
+    if device.type != "cuda":
+        return MemoryPlan(plain)
+    room = torch.tensor(room_gib(device), device=device)
+    dist.all_reduce(room, op=dist.ReduceOp.MIN)
+    found = [MemoryPlan(plain)]
+    if dist.get_rank() == 0:
+        found = [_on_gpu(job, train, gpu_at(device, room.item()), plain)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _on_gpu(job: Job, train: Train, gpu: Gpu, plain: Setting) -> MemoryPlan:
+    stage = job.stage.name
+    try:
+        shape = Shape.of(config_of(*job.plan.base_model(stage)))
+    except ConfigError as e:  # such a model may train nonetheless
+        return MemoryPlan(plain, line=f"{e}; micro_batch {plain.micro_batch}, activation_checkpointing {plain.activation_checkpointing}")
+    zero = Zero.of(strategy_of(job.plan))
+    return planned(stage, Work(shape, job.recipe.train_precision(stage), train, job.recipe.shard.seq_len, dist.get_world_size(), zero), gpu)
+
+
+def planned(stage: str, work: Work, gpu: Gpu) -> MemoryPlan:
+    """What `work` runs with on such a GPU; TrainError where it does not fit."""
+    choice = choose(work, gpu)
+    if choice is None:
+        least = smallest(work, gpu)
+        raise TrainError(
+            f"{stage} does not fit: it needs {least.need.peak_gib:.1f} GiB with {described(work, least.setting)}, and {gpu.name} has "
+            f"{gpu.room_gib:.1f} of {gpu.memory_gib:.1f} GiB free: {mend(work, gpu)}"
+        )
+    setting, need, tight = choice
+    fixed = replace(work, train=work.train.model_copy(update=setting._asdict()))
+    smaller = mend(fixed, gpu._replace(room_gib=min(gpu.room_gib, need.peak_gib)))
+    line = f"{described(work, setting)}: predicted peak {need.peak_gib:.1f} of {gpu.room_gib:.1f} GiB"
+    if tight:
+        line += f", within the prediction's error of {ERROR['peak_gib']:.0%}; if it runs out, {smaller}"
+    return MemoryPlan(setting, need.peak_gib, line, smaller)
+
+
+def gpu_at(device: torch.device, room_gib: float) -> Gpu:
+    """The GPU of this process."""
+    name = torch.cuda.get_device_name(device)
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    return Gpu(name, total, room_gib, PEAK_BF16_FLOPS.get(known(name) or ""), fp8_works(device))
+
+
+def room_gib(device: torch.device) -> float:
+    """What torch can allocate here: the free memory, CUDA's context and other processes taken off, and what torch has already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device)) / GIB
+
+
+def config_of(base: str, revision: str | None) -> dict[str, Any]:
+    """A model's config.json, as it lies in the folder, or as transformers fetches it."""
+    file = Path(base) / "config.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    from transformers import AutoConfig
+
+    try:
+        return dict(AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False).to_dict())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
