@@ -8,7 +8,7 @@ import pytest
 
 from graft.core.errors import ConfigError
 from graft.core.recipe import Train
-from graft.model.shapes import SHAPES
+from graft.model.shapes import SHAPES, empty_model
 from graft.train.preflight import ERROR, MEMORY_GIB, Shape, fitting, need
 
 LLAMA_8B, TINY = Shape.of(SHAPES["llama-3.1-8b"]), Shape.of(SHAPES["tinyllama"])
@@ -60,9 +60,10 @@ def test_the_smallest_change_that_fits_is_named():
     assert fitting(larger, "bf16", BENCH, 4096, 1, "RTX 4090") == 'model.precision = "fp8", activation_checkpointing = "full", micro_batch = 2'
 
 
-def test_the_command_says_it_without_torch(tmp_path):
+@pytest.mark.parametrize("like", ["llama-3.1-8b", "qwen2.5-vl-7b"])
+def test_the_command_says_it_without_torch(tmp_path, like):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text(json.dumps(SHAPES["llama-3.1-8b"]))
+    (tmp_path / "base/config.json").write_text(json.dumps(SHAPES[like]))
     (tmp_path / "chats.jsonl").write_text("{}")
     recipe = tmp_path / "r.toml"
     recipe.write_text(
@@ -87,3 +88,11 @@ def test_a_config_without_a_size_is_one_line():
     with pytest.raises(ConfigError, match="has no 'hidden_size'"):
         Shape.of({"vocab_size": 5})
     assert set(MEMORY_GIB) >= {"H100", "H200", "A100"}
+
+
+def test_of_a_model_that_sees_the_text_part_is_counted():
+    shape = Shape.of(SHAPES["qwen2.5-vl-7b"])
+    assert (shape.layers, shape.head_dim, shape.qkv, shape.tied) == (28, 128, 4608, False)
+    model = empty_model("qwen2.5-vl-7b")
+    text = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not name.startswith("model.visual"))
+    assert shape.layer_weights + 2 * shape.vocab * shape.hidden == text
