@@ -30,8 +30,7 @@ def main() -> int:
 
         run(job, args.profile)
     except GraftError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"graft: {e}", file=sys.stderr, flush=True)
+        print(f"graft: {e}", file=sys.stderr, flush=True)  # from every rank: the first to leave may not be 0, and ends the others; the launcher says one
         os._exit(e.exit_code)  # other ranks may wait in a collective: leave at once, the launcher ends them
     return 0
 

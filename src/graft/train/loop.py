@@ -35,6 +35,7 @@ from graft.train import checkpoint
 from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
+from graft.train.fit import refuse_misfits
 from graft.train.flops import Flops
 from graft.train.order import BinOrder, learning_rate, micro_batch_of, share_out, total_steps
 from graft.train.profile import Profiler
@@ -48,13 +49,18 @@ def run(job: Job, profile: bool = False) -> None:
     """
     recipe, stage = job.recipe, job.stage.name
     config = recipe.train_stage(stage)
-    shards = ShardSet.open(job.parents[f"shard-{stage}"].path / "train", verify=_local_leader())
+    base, revision = job.plan.base_model(stage)
+    folder = job.parents[f"shard-{stage}"].path
+    shards = ShardSet.open(folder / "train", verify=_local_leader())
+    held_out = ShardSet.open(folder / "validation", verify=False) if (folder / "validation").is_dir() else None
+    if _local_leader():
+        splits = {"train": shards, "validation": held_out}
+        refuse_misfits([(folder / name, split) for name, split in splits.items() if split], base, revision, recipe)
     with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
         accelerator = _accelerator(job, config)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     micro = micro_batch_of(config.global_batch, world, config.micro_batch)
 
-    base, revision = job.plan.base_model(stage)
     precision = "bf16" if stage == "base" and recipe.model.precision in ("fp8", "nf4") else recipe.model.precision
     model = build(base, revision, precision, config, recipe.seed, device)
     lm, flops = model.lm, Flops.of(model.lm)
@@ -76,7 +82,7 @@ def run(job: Job, profile: bool = False) -> None:
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
     order, cost_of = BinOrder(len(shards), recipe.seed), shards.costs()
-    validation = _validation(job, world, rank)
+    validation = [held_out.bin(i) for i in range(rank, len(held_out), world)] if held_out else None  # this rank's share, maybe nothing
     report = Reporter(job, run_dir, total, first, world, flops) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
 
@@ -187,15 +193,6 @@ def _resume(engine: Any, run_dir: Path, same: dict[str, Any]) -> dict[str, Any] 
     return checkpoint.load(engine, Path(choice[0]), same) if choice[0] else None
 
 
-def _validation(job: Job, world: int, rank: int) -> list[Any] | None:
-    """This rank's share of the held-out bins, maybe none; None on every rank where nothing is held out."""
-    folder = job.parents[f"shard-{job.stage.name}"].path / "validation"
-    if not folder.is_dir():
-        return None
-    held_out = ShardSet.open(folder, verify=False)
-    return [held_out.bin(i) for i in range(rank, len(held_out), world)]
-
-
 def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
     """Mean loss (nats a target) over the held-out bins of all ranks.
 
@@ -241,5 +238,5 @@ def _seed(seed: int, step: int, rank: int) -> int:
 
 
 def _local_leader() -> bool:
-    """One process a node reads all shards to verify their hashes."""
+    """One process a node reads all shards, to verify their hashes and that they fit the base."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
