@@ -2,10 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from graft.core.metrics import read_metrics
 from graft.core.recipe import EmbeddedBase, Train
 from graft.core.shards import Columns, write_index, write_shard
 from graft.core.stages import Plan
@@ -109,6 +112,26 @@ def _shards(folder, plan):
     digest = tokenizer_digest(load_tokenizer(*plan.external_base(), plan.recipe.model.chat_template))
     write_shards(folder / "train", BINS, digest)
     write_shards(folder / "validation", 3, digest, seed=9)
+
+
+def start(plan, processes, *options):
+    """The launcher of the sft stage, started; what it says is one stream."""
+    sets = [word for o in plan.overrides for word in ("--set", o)]
+    command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *sets, *options]
+    return subprocess.Popen(command, env=environment(processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def train(plan, processes=2, *options):
+    """The artifact of a run of the sft stage that ends well."""
+    process = start(plan, processes, *options)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    return plan.resolve("sft").artifact
+
+
+def curve(path):
+    """(step, loss, gradient norm, learning rate, targets, validation loss) of every step."""
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["targets"], m.get("validation_loss")) for m in read_metrics(path / "metrics.jsonl")]
 
 
 def environment(processes: int) -> dict[str, str]:

@@ -64,7 +64,9 @@ def test_another_vocabulary_of_the_same_size(plan, folder):
     model = json.loads(file.read_text())["model"]
     model["vocab"] |= {"a": model["vocab"]["b"], "b": model["vocab"]["a"]}
     edit(file, model=model)
-    with pytest.raises(ConfigError, match=r"was made with another tokenizer or chat template \(\w{12}\) than .*base' has \(\w{12}\): make the shards"):
+    with pytest.raises(
+        ConfigError, match=r"was made with another tokenizer or chat template \(\w{12}\) than .*base' has \(\w{12}\): make the shards"
+    ):
         refuse(plan, folder)
 
 

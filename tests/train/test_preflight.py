@@ -46,6 +46,8 @@ def test_what_saves_memory_costs_time_and_more_gpus_share_the_optimizer():
     alone, eight = (need(LLAMA_8B, "bf16", whole, 4096, gpus, "H200") for gpus in (1, 8))
     assert alone.optimizer_gib > 100 and eight.optimizer_gib < alone.optimizer_gib / 6 and eight.weights_gib == alone.weights_gib
     assert eight.step_time_s == pytest.approx(alone.step_time_s / 8)
+    twice = need(LLAMA_8B, "bf16", whole.model_copy(update={"global_batch": 16}), 4096, 8, "H200")
+    assert twice.optimizer_gib - eight.optimizer_gib == pytest.approx(8.03e9 * 2 / 2**30, rel=1e-3), "gradients wait for the second micro-batch"
 
 
 def test_the_smallest_change_that_fits_is_named():

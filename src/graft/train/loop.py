@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def run(job: Job, profile: bool = False) -> None:
         fused=device.type == "cuda",
     )
     engine, _ = accelerator.prepare(model, optimizer)
+    engine.set_gradient_accumulation_boundary(True)  # the loop holds a step's micro-batches together, DeepSpeed need not count them
 
     run_dir = job.run_directory
     total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
@@ -104,11 +105,11 @@ def run(job: Job, profile: bool = False) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
-        for n, batch in enumerate(batches):
-            engine.set_gradient_accumulation_boundary(n == len(batches) - 1)
-            token_loss = engine(batch)
-            loss += token_loss.detach()
-            engine.backward(token_loss * (world / targets), scale_wrt_gas=False)  # ZeRO averages over ranks
+        with engine.coalesce_grad_reduction() if len(batches) > 1 else nullcontext():  # else ZeRO-2 reduces after each micro-batch
+            for batch in batches:
+                token_loss = engine(batch)
+                loss += token_loss.detach()
+                engine.backward(token_loss * (world / targets), scale_wrt_gas=False)  # ZeRO averages over ranks
         dist.all_reduce(loss)
         engine.step()
         mean_loss = loss.item() / targets  # here the CPU waits for the GPU, not before: the step is in its queue
@@ -159,6 +160,8 @@ def _accelerator(job: Job, config: Train) -> Accelerator:
         strategy = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ConfigError(f"deepspeed = {job.recipe.deepspeed!r} cannot be read: {e}") from None
+    if (zero := strategy.get("zero_optimization", {}).get("stage")) not in (1, 2):
+        raise ConfigError(f"deepspeed = {job.recipe.deepspeed!r} has zero_optimization.stage = {zero}: graft trains with 1 or 2")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch_of(config.global_batch, world, config.micro_batch)
     full_fp32 = job.recipe.model.precision == "fp32"

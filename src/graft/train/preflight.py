@@ -106,6 +106,8 @@ def need(shape: Shape, precision: str, train: Train, seq_len: int, gpus: int, gp
         trained = shape.layer_weights + embedding * (1 if shape.tied else 2)
     # gradients 2 bytes, fp32 master and two moments 12: ZeRO-2 shares both, but for a bucket of each
     optimizer = trained * (width + 12) / gpus + min(trained, 100_000_000) * width
+    if train.global_batch > gpus * micro:
+        optimizer += trained * width  # gradients of several micro-batches wait whole for the one reduction
     activations = _activations(shape, train, tokens, width)
     logits = 2 * min(CHUNK, tokens) * shape.vocab * width + 3 * tokens * shape.hidden * width
     flops = Flops(shape.layer_weights + embedding, trained if train.lora else 0, shape.layers * shape.heads * shape.head_dim)
