@@ -65,9 +65,7 @@ def test_mistakes_are_one_line(override, said):
 @pytest.mark.parametrize("section", ["cpt", "sft"])
 def test_quantised_weights_are_not_trained_whole(precision, section):
     overrides = [f"model.precision={precision}", f"{section}.lora=false"]
-    with pytest.raises(
-        ConfigError, match=f"{section}.lora = false and model.precision = '{precision}': such weights cannot be trained whole; use bf16"
-    ):
+    with pytest.raises(ConfigError, match=f"{section}.lora = false and model.precision = '{precision}': .* use bf16"):
         load(TINY, overrides)
     assert load(TINY, overrides[:1]).model.precision == precision
 

@@ -30,9 +30,8 @@ def main() -> int:
 
         run(job, args.profile)
     except GraftError as e:
-        print(
-            f"graft: {e}", file=sys.stderr, flush=True
-        )  # from every rank: the first to leave may not be 0, and ends the others; the launcher says one
+        # from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once
+        print(f"graft: {e}", file=sys.stderr, flush=True)
         os._exit(e.exit_code)  # other ranks may wait in a collective: leave at once, the launcher ends them
     return 0
 
