@@ -67,6 +67,7 @@ def write_workspace(folder: Path, base: Path, vocabulary: int, precision: str, w
     """A plan whose sft stage is ready to train, its parents made by hand."""
     from graft.core.shards import Columns, write_index, write_shard
     from graft.core.stages import Plan
+    from graft.model.chat import load_tokenizer, tokenizer_digest
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "random.jsonl").write_text('{"messages": []}\n')
@@ -92,7 +93,7 @@ def write_workspace(folder: Path, base: Path, vocabulary: int, precision: str, w
             flat, ends = np.concatenate(lens).astype(np.int32), np.cumsum([0, *map(len, lens)])
             columns = Columns(ids, np.ones_like(ids, np.uint8), flat, ends, np.zeros(len(flat), np.int32), np.arange(len(flat)))
             entry = write_shard(draft.path / "train/000.arrow", columns, ["random"])
-            write_index(draft.path / "train", seq_len=SEQ_LEN, pad_id=0, tokenizer="", shards=[entry])
+            write_index(draft.path / "train", seq_len=SEQ_LEN, pad_id=0, tokenizer=tokenizer_digest(load_tokenizer(str(base))), shards=[entry])
     return plan
 
 

@@ -61,6 +61,15 @@ def test_mistakes_are_one_line(override, said):
     assert said in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+@pytest.mark.parametrize("section", ["cpt", "sft"])
+def test_quantised_weights_are_not_trained_whole(precision, section):
+    overrides = [f"model.precision={precision}", f"{section}.lora=false"]
+    with pytest.raises(ConfigError, match=f"{section}.lora = false and model.precision = '{precision}': .* use bf16"):
+        load(TINY, overrides)
+    assert load(TINY, overrides[:1]).model.precision == precision
+
+
 def test_a_missing_recipe_names_its_neighbours(tmp_path):
     with pytest.raises(ConfigError, match=r"image-intent-tiny\.toml"):
         load(RECIPES / "image-intent-tinny.toml")

@@ -75,6 +75,7 @@ def test_costs_and_lengths_of_all_bins(folder):
     assert held.costs().dtype == np.int64 and held.costs().tolist() == [sum(n * n for n in b.doc_lens.tolist()) for b in wanted]
     assert held.used().tolist() == [b.doc_lens.sum() for b in wanted]
     assert held.doc_lens().tolist() == [n for b in wanted for n in b.doc_lens]
+    assert held.largest_id() == max(b.input_ids.max() for b in wanted)
 
 
 def test_a_shard_of_several_record_batches_reads_the_same(tmp_path, monkeypatch):
@@ -209,4 +210,4 @@ def test_no_bins_are_a_shard_too(tmp_path):
     )
     write_index(tmp_path, seq_len=SEQ, pad_id=0, tokenizer="", shards=[entry])
     held = ShardSet.open(tmp_path)
-    assert len(held) == 0 and held.costs().tolist() == [] and held.index["utilisation"] == 0.0
+    assert len(held) == 0 and held.costs().tolist() == [] and held.largest_id() == -1 and held.index["utilisation"] == 0.0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.core.errors import ConfigError, DataError
-from graft.model.chat import TEMPLATES, end_of_turn_ids, in_chatml, load_tokenizer, render, render_prompt, save_tokenizer
+from graft.model.chat import TEMPLATES, end_of_turn_ids, in_chatml, load_tokenizer, render, render_prompt, save_tokenizer, tokenizer_digest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
 import real  # noqa: E402
@@ -33,6 +33,16 @@ def tokenizer():
 
 def test_every_answer_with_its_end_of_turn_and_nothing_else(tokenizer):
     assert targets(tokenizer, render(tokenizer, CHAT)) == ["好 👌<|im_end|>", "不<|im_end|>"]
+
+
+def test_the_digest_is_of_what_decides_ids_alone(tokenizer, tmp_path):
+    digest = tokenizer_digest(tokenizer)
+    tokenizer("畫貓", truncation=True, max_length=2, padding="max_length")
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.backend_tokenizer.truncation and tokenizer_digest(tokenizer) == tokenizer_digest(again) == digest
+    again.chat_template = TEMPLATES["alpaca"]
+    assert tokenizer_digest(again) != digest
 
 
 def test_ids_are_the_templates_own(tokenizer):

@@ -15,19 +15,20 @@ from graft.model.stream import load_fused
 CPU = torch.device("cpu")
 
 
+TINY = {"vocab_size": 90, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def written(shape, folder, layers):
+    """The number of weights of a random base of a shape that SHAPES does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.SHAPES, "tiny", shape)
+        return shapes.write_random_base("tiny", folder, layers=layers)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    known = dict(shapes.SHAPES)
-    shapes.SHAPES["tiny"] = shapes.SHAPES["tinyllama"] | {
-        "vocab_size": 90, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    try:
-        weights = shapes.write_random_base("tiny", folder, layers=2)
-    finally:
-        shapes.SHAPES.clear()
-        shapes.SHAPES.update(known)
-    return folder, weights
+    return folder, written(shapes.SHAPES["tinyllama"] | TINY, folder, 2)
 
 
 def test_a_random_base_is_an_ordinary_model_folder(small):
@@ -44,14 +45,31 @@ def test_a_shape_that_is_not_known_is_one_line(tmp_path):
 
 
 def test_the_published_shapes_have_their_sizes():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = {name: shapes.empty_model(name).num_parameters() for name in shapes.SHAPES}
+    published = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-3b": 3_212_749_824, "tinyllama": 1_100_048_384, "qwen2.5-vl-7b": 8_292_166_656}
+    assert {name: sizes[name] for name in published} == published
 
-    def count(name):
-        with torch.device("meta"):
-            return LlamaForCausalLM(LlamaConfig(**shapes.SHAPES[name])).num_parameters()
 
-    sizes = {name: count(name) for name in shapes.SHAPES}
-    assert sizes["llama-3.1-8b"] == 8_030_261_248 and sizes["llama-3.2-3b"] == 3_212_749_824 and sizes["tinyllama"] == 1_100_048_384
+def test_a_model_that_sees_is_written_too_and_reads_text_alone(tmp_path, monkeypatch):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    real = shapes.SHAPES["qwen2.5-vl-7b"]
+    text = real["text_config"] | TINY | {"rope_parameters": real["text_config"]["rope_parameters"] | {"mrope_section": [2, 3, 3]}}
+    vision = real["vision_config"] | {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+    monkeypatch.setattr(shapes, "_FILE", 60_000)
+    weights = written(real | {"text_config": text, "vision_config": vision}, tmp_path, 2)
+    files = list(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2 and max(f.stat().st_size for f in files) < 80_000
+    model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(loading.values()) and model.num_parameters() == weights
+    assert len(model.model.language_model.layers) == len(model.model.visual.blocks) == 2
+    attention = model.model.language_model.layers[0].self_attn
+    assert (attention.q_proj.bias == 0).all() and attention.q_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.05)
+    ids = torch.arange(24).view(2, 12)
+    ids[1, 1:] = ids[0, 1:]
+    logits = model(ids).logits
+    assert logits.shape == (2, 12, 90) and logits.isfinite().all()
+    assert not torch.equal(logits[0, -1], logits[1, -1]), "the last position sees the first token"
 
 
 def test_a_tensor_too_few_or_too_many_is_named(small, tmp_path):

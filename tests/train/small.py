@@ -2,13 +2,17 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from graft.core.metrics import read_metrics
 from graft.core.recipe import EmbeddedBase, Train
 from graft.core.shards import Columns, write_index, write_shard
 from graft.core.stages import Plan
+from graft.model.chat import load_tokenizer, tokenizer_digest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = """
@@ -59,12 +63,13 @@ def random_bins(count, seq_len, seed):
         yield ids, mask, lens
 
 
-def write_shards(folder, count, seq_len=32, seed=0):
+def write_shards(folder, count, digest, seq_len=32, seed=0):
+    """digest: of the tokenizer."""
     folder.mkdir(parents=True)
     ids, masks, lens = (np.stack(c) for c in zip(*random_bins(count, seq_len, seed), strict=True))
     documents = 2 * count
     bins = Columns(ids, masks, lens.reshape(-1), np.arange(0, documents + 1, 2), np.zeros(documents, np.int32), np.arange(documents))
-    write_index(folder, seq_len=seq_len, pad_id=3, tokenizer="t", shards=[write_shard(folder / "part-000-000.arrow", bins, ["t"])])
+    write_index(folder, seq_len=seq_len, pad_id=3, tokenizer=digest, shards=[write_shard(folder / "part-000-000.arrow", bins, ["t"])])
 
 
 def small_plan(root: Path, *overrides: str) -> Plan:
@@ -83,18 +88,18 @@ def small_plan(root: Path, *overrides: str) -> Plan:
         job = plan.resolve(stage)
         if job.artifact is None:
             with job.writing() as draft:
-                fill(draft.path)
+                fill(draft.path, plan)
     return plan
 
 
-def _rows(folder):
+def _rows(folder, plan):
     (folder / "rows.jsonl").write_text(json.dumps({"id": "0"}) + "\n")
 
 
 CALL = 'call("generate_image", {"prompt": "b"})'
 
 
-def _splits(folder):
+def _splits(folder, plan):
     (folder / "rows").mkdir()
     (folder / "rows" / "train.jsonl").write_text("{}\n")
     with (folder / "rows" / "test.jsonl").open("w") as f:
@@ -103,9 +108,30 @@ def _splits(folder):
             f.write(json.dumps({"id": str(i), "messages": messages, "label": label, "family": f"{label}-0"}) + "\n")
 
 
-def _shards(folder):
-    write_shards(folder / "train", BINS)
-    write_shards(folder / "validation", 3, seed=9)
+def _shards(folder, plan):
+    digest = tokenizer_digest(load_tokenizer(*plan.external_base(), plan.recipe.model.chat_template))
+    write_shards(folder / "train", BINS, digest)
+    write_shards(folder / "validation", 3, digest, seed=9)
+
+
+def start(plan, processes, *options):
+    """The launcher of the sft stage, started; what it says is one stream."""
+    sets = [word for o in plan.overrides for word in ("--set", o)]
+    command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *sets, *options]
+    return subprocess.Popen(command, env=environment(processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def train(plan, processes=2, *options):
+    """The artifact of a run of the sft stage that ends well."""
+    process = start(plan, processes, *options)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    return plan.resolve("sft").artifact
+
+
+def curve(path):
+    """(step, loss, gradient norm, learning rate, targets, validation loss) of every step."""
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["targets"], m.get("validation_loss")) for m in read_metrics(path / "metrics.jsonl")]
 
 
 def environment(processes: int) -> dict[str, str]:

@@ -14,9 +14,10 @@ from graft.train.preflight import listed, report
 from .small import CONFIGS
 
 
-def test_the_command_says_it_without_torch(tmp_path):
+@pytest.mark.parametrize("like", ["llama-3.1-8b", "qwen2.5-vl-7b"])
+def test_the_command_says_it_without_torch(tmp_path, like):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text(json.dumps(SHAPES["llama-3.1-8b"]))
+    (tmp_path / "base/config.json").write_text(json.dumps(SHAPES[like]))
     (tmp_path / "chats.jsonl").write_text("{}")
     recipe = tmp_path / "r.toml"
     recipe.write_text(

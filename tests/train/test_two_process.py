@@ -1,4 +1,4 @@
-"""Training on two real processes (gloo, DeepSpeed ZeRO-2): the split changes nothing, a kill loses nothing."""
+"""Training on two real processes (gloo, DeepSpeed ZeRO-2): it learns, a kill loses nothing, what is wrong is one line."""
 
 import json
 import os
@@ -15,24 +15,7 @@ from safetensors.torch import load_file
 from graft.core.artifact import sha256_file
 from graft.core.metrics import read_metrics
 
-from .small import environment, small_plan
-
-
-def train(plan, processes=2, wait=True):
-    sets = [a for o in plan.overrides for a in ("--set", o)]
-    command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *sets]
-    process = subprocess.Popen(
-        command, env=environment(processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    if not wait:
-        return process
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
-    return plan.resolve("sft").artifact
-
-
-def curve(path):
-    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["targets"], m.get("validation_loss")) for m in read_metrics(path / "metrics.jsonl")]
+from .small import curve, environment, small_plan, start, train
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +43,11 @@ def test_checkpoints_hold_no_frozen_base(undisturbed):
     assert held < 4 * weights * 4 + 200_000 < sum(p.stat().st_size for p in (root / "base").glob("*.safetensors")) + 4 * weights * 4 + 200_000
 
 
-@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 1)])
-def test_splitting_the_batch_differently_gives_the_same_curve(undisturbed, tmp_path, processes, micro):
-    other = train(small_plan(tmp_path, f"sft.micro_batch={micro}", "tracking.wandb=offline"), processes)
-    runs = list((tmp_path / other.counts["checkpoints"] / "wandb").glob("offline-run-*/*.wandb"))
+def test_wandb_is_told_the_figures_and_no_command_line(undisturbed, tmp_path):
+    artifact = train(small_plan(tmp_path, "tracking.wandb=offline"))
+    assert curve(artifact.path) == curve(undisturbed[1].path)
+    runs = list((tmp_path / artifact.counts["checkpoints"] / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1 and b"validation_loss" in runs[0].read_bytes() and b"argv" not in runs[0].read_bytes()
-    for ours, theirs in zip(curve(undisturbed[1].path), curve(other.path), strict=True):
-        assert ours[0] == theirs[0] and ours[4] == theirs[4]
-        assert ours[1:4] == pytest.approx(theirs[1:4], rel=1e-5)
 
 
 def test_the_best_weights_are_kept_and_patience_ends_the_run(tmp_path):
@@ -89,7 +69,7 @@ def test_a_kill_and_a_resume_end_in_the_same_adapter(undisturbed, tmp_path):
     for extra in ("step-00000006", "step-00000007"):  # as if the run had been killed before these
         shutil.rmtree(run / extra)
     shutil.rmtree(whole.path)
-    process = train(plan, wait=False)
+    process = start(plan, 2)
     deadline = time.monotonic() + 120
     while not (run / "step-00000002").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -130,7 +110,7 @@ def test_a_wrong_shard_stops_it_in_one_line(tmp_path):
     data = bytearray(shard.read_bytes())
     data[-300] ^= 1
     shard.write_bytes(data)
-    process = train(plan, wait=False)
+    process = start(plan, 2)
     said, _ = process.communicate(timeout=120)
     lines = [line for line in said.splitlines() if line.startswith("graft: ")]
     assert process.returncode == 2 and len(set(lines)) == 1 and shard.name in lines[0], said[-2000:]

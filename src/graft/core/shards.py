@@ -220,6 +220,10 @@ class ShardSet:
         """[documents] int32: the tokens of every document, bin after bin."""
         return np.concatenate([np.zeros(0, np.int32), *self._lens])
 
+    def largest_id(self) -> int:
+        """The largest token id, padding included; reads every bin. -1 where there is none."""
+        return max((int(ids.max(initial=-1)) for ids in self._ids), default=-1)
+
     def used(self) -> np.ndarray:
         """[len] int64: the tokens of every bin that are no padding."""
         return np.concatenate([np.zeros(0, np.int64), *map(_sums, self._lens, self._ends)])

@@ -37,6 +37,16 @@ def load_base(base: str, revision: str | None, precision: str, device: str | tor
     return (model if precision == "nf4" else model.to(device)).eval()
 
 
+def read_config(base: str, revision: str | None) -> Any:
+    """The model's config; ConfigError where `base` is no model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
+
+
 def random_llama(shape: EmbeddedBase, vocab_size: int, max_position: int, seed: int) -> Any:
     """A LlamaForCausalLM of the given shape with seeded random weights in fp32; embeddings tied, as small models do."""
     from transformers import LlamaConfig, LlamaForCausalLM

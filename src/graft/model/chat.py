@@ -94,8 +94,9 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str = 
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what decides token ids: the tokenizer's own JSON and the chat template."""
-    return digest_of({"tokenizer": json.loads(tokenizer.backend_tokenizer.to_str()), "chat_template": tokenizer.chat_template})
+    """SHA-256 of what decides token ids: the tokenizer's own JSON and the chat template, but not how the last call padded and cut."""
+    own = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return digest_of({"tokenizer": own, "chat_template": tokenizer.chat_template})
 
 
 def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:

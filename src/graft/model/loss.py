@@ -38,6 +38,7 @@ class _Chunked(torch.autograd.Function):
                 torch.mm(gradient, weight, out=of_hidden[rows])
             if of_weight is not None:
                 of_weight += torch.mm(gradient.t(), hidden[rows])
+            del gradient  # or it would live while the next chunk is made
         ctx.save_for_backward(of_hidden, of_weight if of_weight is None else of_weight.to(weight.dtype))
         return loss
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
 from graft.core.recipe import Lora
+from graft.model.base import read_config
 from graft.model.frozen import Kind
 from graft.model.fused import fuse
 
@@ -27,15 +28,15 @@ def load_fused(base: str, revision: str | None, precision: str, lora: Lora | Non
 
     Raises ConfigError where `base` is no model, or its weights are not those that its config asks for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    config = read_config(base, revision)
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             lm: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
+    except ValueError as e:
+        raise ConfigError(f"model.base = {base!r} is no causal language model: {str(e).strip().splitlines()[0][:200]}") from None
     places = fuse(lm, KINDS[precision], lora, dtype, device, seed)
     _make_rotary(lm, device)
     tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()

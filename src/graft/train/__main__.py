@@ -30,7 +30,8 @@ def main() -> int:
 
         run(job, args.profile)
     except GraftError as e:
-        print(f"graft: {e}", file=sys.stderr, flush=True)  # also from the one rank that ran out of memory; the launcher shows one line
+        # from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once
+        print(f"graft: {e}", file=sys.stderr, flush=True)
         os._exit(e.exit_code)  # other ranks may wait in a collective: leave at once, the launcher ends them
     return 0
 

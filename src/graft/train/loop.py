@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
-from graft.core.errors import TrainError
+from graft.core.errors import ConfigError, TrainError
 from graft.core.recipe import Train
 from graft.core.shards import ShardSet
 from graft.core.stages import Job
@@ -35,6 +35,7 @@ from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
 from graft.train.feed import Feed
+from graft.train.fit import refuse_misfits
 from graft.train.flops import Flops
 from graft.train.order import learning_rate
 from graft.train.profile import Profiler
@@ -48,9 +49,14 @@ def run(job: Job, profile: bool = False) -> None:
 
     profile: rank 0 also writes where some steps' time goes (profile.py).
     """
-    stage = job.stage.name
-    config = job.recipe.train_stage(stage)
-    shards = ShardSet.open(job.parents[f"shard-{stage}"].path / "train", verify=_local_leader())
+    recipe, stage = job.recipe, job.stage.name
+    config = recipe.train_stage(stage)
+    folder = job.parents[f"shard-{stage}"].path
+    shards = ShardSet.open(folder / "train", verify=_local_leader())
+    held_out = ShardSet.open(folder / "validation", verify=False) if (folder / "validation").is_dir() else None
+    if _local_leader():
+        splits = {"train": shards, "validation": held_out}
+        refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
     with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
         accelerator = _accelerator(job, config)
     found = _newest_checkpoint(job.run_directory)
@@ -61,10 +67,12 @@ def run(job: Job, profile: bool = False) -> None:
     if plan.line and accelerator.process_index == 0:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
-        _train(job, accelerator, shards, plan, found, profile)
+        _train(job, accelerator, shards, held_out, plan, found, profile)
 
 
-def _train(job: Job, accelerator: Accelerator, shards: ShardSet, plan: memory.MemoryPlan, found: Path | None, profile: bool) -> None:
+def _train(
+    job: Job, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet | None, plan: memory.MemoryPlan, found: Path | None, profile: bool
+) -> None:
     """found: the checkpoint to go on from."""
     recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
     config = recipe.train_stage(stage).model_copy(update=plan.setting._asdict())
@@ -80,6 +88,7 @@ def _train(job: Job, accelerator: Accelerator, shards: ShardSet, plan: memory.Me
         fused=device.type == "cuda",
     )
     engine, _ = accelerator.prepare(model, optimizer)
+    engine.set_gradient_accumulation_boundary(True)  # the loop holds a step's micro-batches together, DeepSpeed need not count them
 
     run_dir = job.run_directory
     total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
@@ -90,7 +99,7 @@ def _train(job: Job, accelerator: Accelerator, shards: ShardSet, plan: memory.Me
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
     feed = Feed(shards, recipe.seed, config.global_batch, micro, world, rank, device)
-    validation = _validation(job, world, rank)
+    validation = [held_out.bin(i) for i in range(rank, len(held_out), world)] if held_out else None  # this rank's share, maybe nothing
     report = Reporter(job, run_dir, total, first, world, flops, plan) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
 
@@ -105,11 +114,12 @@ def _train(job: Job, accelerator: Accelerator, shards: ShardSet, plan: memory.Me
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
-        for n, micro_batch in enumerate(batch.micro_batches):
-            engine.set_gradient_accumulation_boundary(n == len(batch.micro_batches) - 1)
-            token_loss = engine(micro_batch)
-            loss += token_loss.detach()
-            engine.backward(token_loss * (world / batch.targets), scale_wrt_gas=False)  # ZeRO averages over ranks
+        # without, ZeRO-2 reduces after each micro-batch
+        with engine.coalesce_grad_reduction() if len(batch.micro_batches) > 1 else nullcontext():
+            for micro_batch in batch.micro_batches:
+                token_loss = engine(micro_batch)
+                loss += token_loss.detach()
+                engine.backward(token_loss * (world / batch.targets), scale_wrt_gas=False)  # ZeRO averages over ranks
         waited_s = feed.waited_s
         if step + 1 < total:
             feed.look_ahead(step + 1)
@@ -160,6 +170,8 @@ def _accelerator(job: Job, config: Train) -> Accelerator:
     from deepspeed.ops import __compatible_ops__ as compatible_ops  # prints as it is imported
 
     strategy = strategy_of(job.plan)
+    if (zero := strategy.get("zero_optimization", {}).get("stage")) not in (1, 2):
+        raise ConfigError(f"deepspeed = {job.recipe.deepspeed!r} has zero_optimization.stage = {zero}: graft trains with 1 or 2")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     full_fp32 = job.recipe.model.precision == "fp32"
     # the memory plan, which the ranks have yet to agree on, sets the real split
@@ -187,15 +199,6 @@ def _newest_checkpoint(run_dir: Path) -> Path | None:
         choice = [str(folder) if folder else None]
     dist.broadcast_object_list(choice)
     return Path(choice[0]) if choice[0] else None
-
-
-def _validation(job: Job, world: int, rank: int) -> list[Any] | None:
-    """This rank's share of the held-out bins, maybe none; None on every rank where nothing is held out."""
-    folder = job.parents[f"shard-{job.stage.name}"].path / "validation"
-    if not folder.is_dir():
-        return None
-    held_out = ShardSet.open(folder, verify=False)
-    return [held_out.bin(i) for i in range(rank, len(held_out), world)]
 
 
 def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
@@ -243,5 +246,5 @@ def _seed(seed: int, step: int, rank: int) -> int:
 
 
 def _local_leader() -> bool:
-    """One process a node reads all shards to verify their hashes."""
+    """One process a node reads all shards, to verify their hashes and that they fit the base."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

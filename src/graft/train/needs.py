@@ -198,7 +198,7 @@ def need(work: Work, setting: Setting, gpu: Gpu) -> Need:
     weights = work.frozen_bytes + work.trained * width
     own = work.trained / work.gpus  # weights of this GPU's partition
     held = own * 12  # master and two moments, fp32
-    gradients = own * width if forwards > 1 else 0.0  # of the forwards before, kept apart from those that come in
+    gradients = work.trained * width if forwards > 1 else 0.0  # of the forwards before: they wait whole for the one reduction
     kept, live = _activations(work, setting, tokens)
     passing, waiting = _passing(work)
     if waiting:
@@ -224,7 +224,7 @@ def _activations(work: Work, setting: Setting, tokens: int) -> tuple[float, floa
     narrow = (4 * s.hidden + s.qkv + s.q + (lora.r * len(lora.targets) if lora else 0)) * width + 4 * s.heads
     if lora and lora.dropout:  # each adapter drops for itself: its input and a mask; q and k are then turned into copies
         narrow += sum(s.projections[t][0] for t in lora.targets if t in s.projections) * (width + 1) + (s.q + s.kv) * width
-    wide = 3 * s.inter * width  # gate, up and the activation
+    wide = (2 if work.train.fused_mlp else 3) * s.inter * width  # gate and up; the activation too where no operator makes it again
     kept, live = {"none": (wide + narrow, 0.0), "selective": (narrow, wide), "full": (s.hidden * width, wide + narrow)}[
         setting.activation_checkpointing if work.train.fused_mlp or setting.activation_checkpointing == "full" else "none"
     ]
@@ -242,8 +242,7 @@ def _layer_workspace(work: Work, tokens: int) -> float:
 def _head(work: Work, tokens: int) -> float:
     """Bytes of the loss (model/loss.py) beside what the layers keep: logits by the chunk and hidden states, or, after that, gradients."""
     s, width = work.shape, work.width
-    # logits and their gradient, while the chunk before still has its own
-    logits = (3 if tokens > CHUNK else 2) * min(tokens, CHUNK) * s.vocab * width
+    logits = 2 * min(tokens, CHUNK) * s.vocab * width  # and their gradient
     hidden = tokens * s.hidden
     forward, backward = logits + hidden * (4 + 3 * width), hidden * (4 + width + 8)  # 4: the last norm's fp32 input
     if not work.train.lora:
