@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from graft.core.errors import ArtifactError, ConfigError
+from graft.core.hub import model_folder
 from graft.core.recipe import Train
 from graft.core.stages import Plan
 from graft.train.flops import PEAK_BF16_FLOPS, Flops
@@ -152,10 +152,10 @@ def fitting(shape: Shape, precision: str, train: Train, seq_len: int, gpus: int,
 def report(plan: Plan, gpus: str, price_usd: float | None) -> list[str]:
     """Lines on each training stage of the recipe on GPUs such as "8xH100"; price_usd: an hour of one GPU."""
     count, kind = _gpus(gpus)
-    base, _ = plan.external_base()
-    config = Path(base) / "config.json"
-    if plan.recipe.base or not config.is_file():
-        raise ConfigError(f"model.base = {plan.recipe.model.base!r} is no folder with a config.json here: `--gpus` needs its shape")
+    if plan.recipe.base:
+        raise ConfigError("`--gpus` is of a base that is there, not of one that the recipe builds: name it as model.base")
+    base, commit = plan.external_base()
+    config = model_folder(base, commit) / "config.json"
     shape = Shape.of(json.loads(config.read_text(encoding="utf-8")))
     lines = []
     for stage in plan.recipe.train_stages():
