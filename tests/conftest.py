@@ -14,6 +14,8 @@ import pytest
 from graft.core.rows import Row, write_jsonl
 from graft.core.stages import Plan
 
+from .hub import Client, Hub
+
 
 def pytest_configure() -> None:
     # what a shell starts in the background ignores SIGINT, and so would every command that a test interrupts
@@ -111,3 +113,18 @@ def workspace() -> Callable[..., Plan]:
         return plan
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub that holds nothing yet."""
+    with Hub(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+def client(hub: Hub) -> Iterator[Client]:
+    """Processes that know no other hub, in a folder of a short name, for Ray's socket paths."""
+    root = Path(tempfile.mkdtemp(prefix="graft-"))
+    yield Client(hub, root)
+    shutil.rmtree(root, ignore_errors=True)

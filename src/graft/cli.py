@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 from graft.core.errors import ConfigError, GraftError
 
@@ -83,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(args: argparse.Namespace):
+def _plan(args: argparse.Namespace, hub: Literal["ask", "recorded", "open"] = "ask"):
     from graft.core.stages import Plan
 
-    return Plan(args.recipe, tuple(args.overrides), args.workspace)
+    return Plan(args.recipe, tuple(args.overrides), args.workspace, hub)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -94,8 +95,8 @@ def _run(args: argparse.Namespace) -> int:
 
     plan = _plan(args)
     if args.dry_run:
-        pipeline.check(plan)
-        for stage, action, artifact in pipeline.outlook(plan, args.redo_from):
+        pipeline.check(plan, args.until)
+        for stage, action, artifact in pipeline.outlook(plan, args.redo_from, args.until):
             print(f"{stage:<12} {action}" + (f"  {artifact.path.relative_to(plan.root)}" if artifact else ""))
         return 0
     pipeline.summary(plan, pipeline.run(plan, args.redo_from, args.until))
@@ -115,7 +116,7 @@ def _augment(args: argparse.Namespace) -> int:
     from graft.data.augment.outlook import outlook
 
     plan = _plan(args)
-    pipeline.check(plan)
+    pipeline.check(plan, "augment")
     print("\n".join(outlook(plan)))
     return 0
 
@@ -165,7 +166,7 @@ def _base(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from graft import pipeline
 
-    plan = _plan(args)
+    plan = _plan(args, "ask" if args.gpus else "open")  # the shape of a base on the hub is asked there
     pipeline.check(plan)
     print(f"{args.recipe}: ok, stages {', '.join(plan.stages)}")
     from graft.train.preflight import report, report_here
@@ -179,7 +180,7 @@ def _check(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from graft.serve.probe import serve_forever
 
-    serve_forever(_plan(args), args.port)
+    serve_forever(_plan(args, "recorded"), args.port)
     return 0
 
 

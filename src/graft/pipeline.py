@@ -31,18 +31,21 @@ class Done:
     wall_s: float | None  # None where the stage was complete already
 
 
-def check(plan: Plan) -> None:
-    """Everything that can be found wrong without torch or Ray: the recipe, the seeds, the corpora, the base."""
+def check(plan: Plan, until: str | None = None) -> None:
+    """Everything that can be found wrong without torch or Ray: the recipe, the seeds, the corpora, the base.
+
+    Of what the stages up to `until` read: rows are made without the right to a gated base.
+    """
     if plan.recipe.augment and plan.recipe.augment.seeds:
         read_seeds(plan.beside(plan.recipe.augment.seeds), plan.recipe.task)
-    for spec in plan.stages.values():
-        for name in spec.inputs:
+    for stage in _order(plan, until):
+        for name in plan.stages[stage].inputs:
             plan.external_input(name)
 
 
-def outlook(plan: Plan, redo_from: str | None = None) -> list[tuple[str, str, Artifact | None]]:
-    """(stage, what `run` would do, its artifact) for every stage."""
-    order, redo = list(plan.stages), _redo(plan, redo_from)
+def outlook(plan: Plan, redo_from: str | None = None, until: str | None = None) -> list[tuple[str, str, Artifact | None]]:
+    """(stage, what `run` would do, its artifact) for every stage up to `until`."""
+    order, redo = _order(plan, until), _redo(plan, redo_from)
     found: list[tuple[str, str, Artifact | None]] = []
     made: set[str] = set()
     for name in order:
@@ -59,22 +62,21 @@ def outlook(plan: Plan, redo_from: str | None = None) -> list[tuple[str, str, Ar
 def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> list[Done]:
     """Make what is missing, in order; returns every stage with its artifact."""
     console = get_console()
-    check(plan)
+    check(plan, until)
     redo, finished = _redo(plan, redo_from), []
-    to_make = {stage for stage, _, artifact in outlook(plan, redo_from) if artifact is None}
-    if until:
-        plan.stage(until)
+    to_make = {stage for stage, _, artifact in outlook(plan, redo_from, until) if artifact is None}
     if "augment" in to_make and plan.endpoint:
         from graft.data.api.caller import check_credentials
 
         check_credentials(plan.endpoint)
-    if "serve" in to_make and until in (None, "serve"):  # the server will be started at the end: its port must be free
+    if "serve" in to_make:  # the server will be started at the end: its port must be free
         from graft.serve.app import check_address
 
         check_address(plan.recipe.serve.host, plan.recipe.serve.port, os.environ.get("GRAFT_API_KEY"))
     with plan.lock(), ExitStack() as cluster:
-        for name, spec in plan.stages.items():
-            job = plan.resolve(name)
+        plan.record_commits()
+        for name in _order(plan, until):
+            spec, job = plan.stages[name], plan.resolve(name)
             artifact = job.artifact
             if artifact and name in redo:
                 job.discard()
@@ -99,8 +101,6 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> l
                     raise ArtifactError(f"stage {name!r} ended without its artifact at {job.directory}: run again")
                 finished.append(Done(name, artifact, wall_s))
                 console.print(f"{name:<10} done in {wall_s:.1f} s  {_where(job)}")
-            if name == until:
-                break
     return finished
 
 
@@ -119,6 +119,12 @@ def _run_stage(job: Job, cluster: ExitStack) -> None:
 
         cluster.enter_context(ray_cluster())  # started by the first data stage, shared by the rest
     importlib.import_module(room).run(job)
+
+
+def _order(plan: Plan, until: str | None) -> list[str]:
+    """The stages in the order they run; ConfigError where there is none named `until`."""
+    order = list(plan.stages)
+    return order[: order.index(plan.stage(until).name) + 1] if until else order
 
 
 def _redo(plan: Plan, redo_from: str | None) -> set[str]:

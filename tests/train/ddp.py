@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from graft.core.shards import ShardSet
 from graft.core.stages import Plan
 from graft.train.build import build
-from graft.train.order import BinOrder, learning_rate, total_steps
+from graft.train.order import BinOrder, learning_rate
 
 
 class ByDocument(nn.Module):

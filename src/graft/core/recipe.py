@@ -167,7 +167,7 @@ class Corpus(Section):
     """A source of text or chats: `files` are read; `grammar`, `dialogues` (in chat markup) and `docstrings` are made on the machine."""
 
     kind: Literal["files", "grammar", "dialogues", "docstrings"] = "files"
-    path: str | None = None  # a file, a folder or a pattern, relative to the recipe; "hub:owner/name" for a dataset of the hub
+    path: str | None = None  # a file, a folder or a pattern, relative to the recipe; or "hub:owner/name[@revision][/configuration][:split]"
     format: Literal[FORMATS] = "auto"  # type: ignore[valid-type]  # auto: by file name
     layout: Literal[LAYOUTS] = "auto"  # type: ignore[valid-type]  # auto: by the keys of the first records
     text: str = "text"  # the key of a text record
@@ -270,7 +270,7 @@ class Train(Section):
 
 class Model(Section):
     base: str = "embedded"  # "embedded" (built by the recipe), a folder, or a hub id
-    revision: str | None = None
+    revision: str | None = None  # of a hub id: a branch, a tag or a commit; a run reads the commit that it names when the run begins
     precision: Literal["fp32", "bf16", "fp8", "nf4"] = "bf16"  # of the frozen base; adapters are bf16, or fp32 on an fp32 base
     chat_template: Literal["tokenizer", "chatml", "llama-3", "alpaca"] = "tokenizer"
 

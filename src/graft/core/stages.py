@@ -16,11 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
 from graft.core.errors import ArtifactError, ConfigError
+from graft.core.hub import HUB, Kind, commit_of, dataset_of
 from graft.core.recipe import Recipe, Train, load, pick
 
 DATA, CHECKPOINTS = "data_shards", "checkpoints"
@@ -42,7 +43,8 @@ def stages(recipe: Recipe) -> list[Stage]:
     """The recipe's stages in the order they run."""
     source: dict[str, str] = {}  # the model that the next training stage starts from
     model_input: tuple[str, ...] = () if recipe.base else ("model",)
-    lm = ("seed", "model")
+    model = _fields("model", "base precision chat_template")  # a revision is the commit among the inputs
+    lm = ("seed", *model)
     out: list[Stage] = []
     if recipe.augment:
         api = _fields("api", "model max_output_tokens output_limit response_format service_tier budget_usd budget_tokens")
@@ -107,19 +109,19 @@ def stages(recipe: Recipe) -> list[Stage]:
         if stage == "base":
             source = {"base": "*"}
         if stage == "cpt":
-            out.append(Stage("merge", "graft.train.merge", 1, ("model",), {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
+            out.append(Stage("merge", "graft.train.merge", 1, model, {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
             source = {"merge": "*"}
     served = {**source, "sft": "*"}
     external = model_input if not source else ()
     if recipe.augment:
-        keys = ("task", "model", "evaluate")
+        keys = ("task", *model, "evaluate")
         out.append(Stage("evaluate", "graft.evaluate.classify", 1, keys, {**served, "prepare": "rows/*"}, external, CHECKPOINTS))
     out.append(
         Stage(
             "serve",
             "graft.serve.probe",
             1,
-            ("model", "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
+            (*model, "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
             served,
             external,
             CHECKPOINTS,
@@ -134,16 +136,22 @@ def _fields(section: str, names: str) -> tuple[str, ...]:
 
 @dataclass
 class Plan:
-    """A recipe bound to a workspace: resolves each stage's inputs, fingerprint and directory."""
+    """A recipe bound to a workspace: resolves each stage's inputs, fingerprint and directory.
+
+    hub: what its branches stand for is asked, or is as the last `graft run` here recorded it, so that a branch that moved does not
+    part ranks and servers from that run, or is left open, which is enough to validate a recipe without a network.
+    """
 
     path: Path
     overrides: tuple[str, ...] = ()
     root: Path = Path(".")
+    hub: Literal["ask", "recorded", "open"] = "ask"
 
     def __post_init__(self) -> None:
         self.path, self.root = Path(self.path).resolve(), Path(self.root).resolve()
         self.recipe = load(self.path, self.overrides)
         self.stages = {s.name: s for s in stages(self.recipe)}
+        self._commits = self._recorded() if self.hub == "recorded" else {}
 
     # ---- places -------------------------------------------------------------------------------------------------
     def beside(self, relative: str) -> Path:
@@ -242,9 +250,42 @@ class Plan:
         return *self.base_model("sft"), {self.recipe.name: sft}
 
     def external_base(self) -> tuple[str, str | None]:
-        folder = self.beside(self.recipe.model.base)
-        return (str(folder), None) if folder.is_dir() else (self.recipe.model.base, self.recipe.model.revision)
+        """(folder, None) or (hub id, commit); ConfigError where the recipe's base is neither."""
+        base, folder = self.recipe.model.base, self.beside(self.recipe.model.base)
+        if folder.is_dir():
+            return str(folder), None
+        if base.startswith((".", "/", "~")) or base.count("/") != 1:
+            raise ConfigError(f"model.base = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
+        return base, self._commit("model", base, self.recipe.model.revision)
 
+    # ---- the hub ------------------------------------------------------------------------------------------------
+    def dataset_commit(self, path: str) -> str:
+        """The commit that a corpus such as `hub:owner/name` is read at."""
+        dataset = dataset_of(path)
+        return self._commit("dataset", dataset.name, dataset.revision)
+
+    def _commit(self, kind: Kind, name: str, revision: str | None) -> str:
+        """What a revision stands for, asked once: a run reads one commit, whatever is pushed meanwhile."""
+        if self.hub == "open":
+            return revision or "main"
+        key = f"{kind} {name}@{revision or 'main'}"
+        if key not in self._commits:
+            self._commits[key] = commit_of(kind, name, revision)
+        return self._commits[key]
+
+    def record_commits(self) -> None:
+        """Keep the commits that this run reads for those who share its artifacts."""
+        if self._commits:
+            write_text_atomic(self._commits_file, json.dumps(self._recorded() | self._commits, indent=1))
+
+    def _recorded(self) -> dict[str, str]:
+        return json.loads(self._commits_file.read_text()) if self._commits_file.is_file() else {}
+
+    @property
+    def _commits_file(self) -> Path:
+        return self.home(DATA) / ".commits.json"
+
+    # ---- external inputs ----------------------------------------------------------------------------------------
     def external_input(self, name: str) -> Any:
         """What a fingerprint records of an input that is no artifact; ConfigError where it is not there."""
         if name == "seeds":
@@ -257,7 +298,9 @@ class Plan:
             return self._digest(self.beside(self.recipe.deepspeed), "deepspeed")
         if name == "corpora":
             return {
-                c: s.path if s.path.startswith("hub:") else self._content(self._corpus_files(c)) for c, s in self.recipe.corpora.items() if s.path
+                c: f"{HUB}{dataset_of(s.path).name}@{self.dataset_commit(s.path)}" if s.path.startswith(HUB) else self._content(self._corpus_files(c))
+                for c, s in self.recipe.corpora.items()
+                if s.path
             }
         if name == "evaluation":
             return [self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets]
@@ -270,12 +313,10 @@ class Plan:
         if name == "endpoint":
             url = self.endpoint
             return f"embedded {sha256_file(GRAMMAR)[:12]}" if url is None else urlsplit(url).netloc.rsplit("@", 1)[-1]
-        base, revision = self.external_base()
+        base, commit = self.external_base()
+        if commit:
+            return f"{HUB}{base}@{commit}"
         folder = Path(base)
-        if not folder.is_dir():
-            if base.startswith((".", "/", "~")) or base.count("/") != 1:
-                raise ConfigError(f"model.base = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
-            return f"hub:{base}@{revision or 'main'}"
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.base = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
         return {p.name: self._digest(p, "model.base") for p in sorted(folder.iterdir()) if p.is_file()}

@@ -109,8 +109,8 @@ def _base(artifact: Artifact, model: dict[str, Any]) -> tuple[str, str | None]:
     """(folder or hub id, revision) of the model whose tokenizer made the shards."""
     if "init" in artifact.manifest["parents"]:
         return str(next(a.path for _, a in lineage(artifact.path) if a.manifest["kind"] == "init")), None
-    if isinstance(artifact.manifest["inputs"].get("model"), str):  # "hub:owner/name@revision"
-        return model["base"], model["revision"]
+    if isinstance(named := artifact.manifest["inputs"].get("model"), str):  # "hub:owner/name@commit"
+        return model["base"], named.rpartition("@")[2]
     workspace = next((p.parent for p in artifact.path.parents if p.name == DATA), Path.cwd())
     # a folder is named relative to the recipe, of which the manifest does not say where it lies
     places = [workspace, workspace / "configs" / "recipes", Path.cwd()]

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from graft.core.errors import ConfigError
+from graft.core.hub import HUB
 from graft.core.recipe import Corpus
 from graft.core.stages import Plan
 from graft.data.parts import Spec
 from graft.data.readers.files import Piece, find, format_of, pieces, sample
+from graft.data.readers.hub import hub_files
 from graft.data.readers.layouts import layout_of
 
 SMALL = 1 << 20  # bytes; files below share parts
@@ -54,7 +56,8 @@ def _source(plan: Plan, name: str, corpus: Corpus) -> Source:
     keys = corpus.model_dump(mode="json", exclude={"format", "layout"})
     if corpus.kind != "files":
         return Source(name, "text", [{"corpus": keys, "layout": "text", "pieces": [], "digest": plan.external_input("machine")}], 0)
-    files = find(corpus, plan.beside)
+    path = corpus.path or ""
+    files = hub_files(path, plan.dataset_commit(path)) if path.startswith(HUB) else find(corpus, plan.beside)
     digests = plan.digests(files)
     cut = [piece for path in files for piece in pieces(path, format_of(path, corpus.format), plan.recipe.shard.part_mib << 20)]
     try:

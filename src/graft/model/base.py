@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers may import DeepSpeed, which else warns on stdout
 
 from graft.core.errors import ConfigError
+from graft.core.hub import model_folder
 from graft.core.recipe import EmbeddedBase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "nf4": torch.bfloat16}
@@ -30,8 +31,9 @@ def load_base(base: str, revision: str | None, precision: str, device: str | tor
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
         kwargs["device_map"] = {"": device}
+    folder = model_folder(base, revision, weights=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, revision=revision, **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
     return (model if precision == "nf4" else model.to(device)).eval()
@@ -42,7 +44,7 @@ def read_config(base: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(model_folder(base, revision), trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from graft.core.artifact import digest_of
 from graft.core.errors import ConfigError, DataError
+from graft.core.hub import model_folder
 from graft.core.rows import wrong_roles
 
 Messages = list[dict[str, str]]
@@ -72,8 +73,9 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str = 
     """The base's fast tokenizer with the recipe's template, whose date is pinned; ConfigError where it has none or lacks the template's tokens."""
     from transformers import AutoTokenizer
 
+    folder = model_folder(base, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise ConfigError(
             f"model.base = {base!r}: no tokenizer can be loaded ({_first_line(e)}); name a Hugging Face model folder or hub id"

@@ -6,15 +6,14 @@ its 8.6 GB (the embedding and the head stay in bf16), not 16.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
+from graft.core.hub import model_folder, weight_files
 from graft.core.recipe import Lora
 from graft.model.base import read_config
 from graft.model.frozen import Kind
@@ -65,17 +64,8 @@ def weights(base: str, revision: str | None, device: torch.device | str) -> Iter
     """(name, tensor on `device`) of all safetensors files of a model folder or hub id; ConfigError where there are none."""
     from safetensors import SafetensorError, safe_open
 
-    folder = Path(base)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(base, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-        except Exception as e:  # noqa: BLE001  the hub has many ways to fail, offline among them
-            raise ConfigError(f"model.base = {base!r} is no folder and cannot be had from the hub: {str(e).strip().splitlines()[0][:160]}") from None
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    for name in names:
+    folder = model_folder(base, revision, weights=True)
+    for name in weight_files(folder):
         try:
             with safe_open(folder / name, "pt", device=str(device)) as file:
                 for key in file.keys():  # noqa: SIM118  it is no dict

@@ -87,7 +87,7 @@ def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Ten
 
 
 CHUNK = 1024  # rows
-_BACKWARD_TILE = 32, 128, 1, 4  # rows, columns, loads ahead, warps
+_BACKWARD_TILE = 32, 128, 3, 4  # rows, columns, loads ahead, warps
 _TILE = 16, 128
 
 

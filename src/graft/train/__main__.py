@@ -21,7 +21,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        job = Plan(args.recipe, tuple(args.overrides), args.workspace).resolve(args.stage)
+        job = Plan(args.recipe, tuple(args.overrides), args.workspace, hub="recorded").resolve(args.stage)
         if job.artifact:
             if os.environ.get("RANK", "0") == "0":
                 print(f"train {args.stage}: complete at {job.directory}")

@@ -10,13 +10,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from graft.core.errors import ConfigError, TrainError
+from graft.core.hub import model_folder
 from graft.core.recipe import Train
 from graft.core.stages import Job
 from graft.model.frozen import fp8_works
@@ -114,13 +114,5 @@ def room_gib(device: torch.device) -> float:
 
 
 def config_of(base: str, revision: str | None) -> dict[str, Any]:
-    """A model's config.json, as it lies in the folder, or as transformers fetches it."""
-    file = Path(base) / "config.json"
-    if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    from transformers import AutoConfig
-
-    try:
-        return dict(AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False).to_dict())
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
+    """A model's config.json."""
+    return dict(json.loads((model_folder(base, revision) / "config.json").read_text(encoding="utf-8")))

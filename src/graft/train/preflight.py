@@ -10,9 +10,9 @@ import os
 import shutil
 import subprocess
 from contextlib import suppress
-from pathlib import Path
 
 from graft.core.errors import ArtifactError, ConfigError
+from graft.core.hub import model_folder
 from graft.core.recipe import Train
 from graft.core.stages import Plan
 from graft.train.choice import AUTO, choose, described, mend, smallest
@@ -75,10 +75,7 @@ def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[
 def _shape(plan: Plan) -> Shape:
     if plan.recipe.base:
         return Shape.embedded(plan.recipe.base)
-    base, _ = plan.external_base()
-    config = Path(base) / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"model.base = {plan.recipe.model.base!r} is no folder with a config.json here: what it needs cannot be told")
+    config = model_folder(*plan.external_base()) / "config.json"
     return Shape.of(json.loads(config.read_text(encoding="utf-8")))
 
 

@@ -1,8 +1,7 @@
-"""Which files a corpus has, what format their names tell, and datasets as folders and on the hub."""
+"""Which files a corpus has, what format their names tell, and datasets as folders."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,23 +95,3 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(DataError, match=r"data-00000-of-00001\.arrow is missing"):
         names(tmp_path, "one")
-
-
-def test_the_hub_gives_files_and_says_in_one_line_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the hub switched off; a folder below the current one has the name of a dataset, which `datasets` takes for one."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own" / "tiny").mkdir(parents=True)
-    for split in ("train", "test"):
-        (tmp_path / "own" / "tiny" / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n")
-    assert [v["text"] for v in read(tmp_path, "hub:own/tiny")] == ["test", "train"]
-    assert [v["text"] for v in read(tmp_path, "hub:own/tiny:train")] == ["train"]
-    for path, says in (
-        ("hub:own/tiny:none", "Unknown split"),
-        ("hub:nobody/has-this", "cannot be loaded from the hub.*Offline"),
-        ("hub:one:two:three", "names no dataset of the hub"),
-    ):
-        with pytest.raises(ConfigError, match=says) as e:
-            read(tmp_path, path)
-        assert "\n" not in str(e.value)

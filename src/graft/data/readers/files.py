@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from graft.core.errors import ConfigError, DataError
 from graft.core.recipe import Corpus
 from graft.data.readers import csv_rows, jsonl, tables, text
-from graft.data.readers.hub import hub_files
 from graft.data.readers.streams import CODECS, MAX_RECORD_BYTES, BrokenFile, Outcome, Piece, codec_of
 
 __all__ = ["MAX_RECORD_BYTES", "Piece", "Record", "find", "format_of", "pieces", "records", "sample"]
@@ -71,14 +70,12 @@ class Record(NamedTuple):
 
 
 def find(corpus: Corpus, beside: Callable[[str], Path]) -> list[Path]:
-    """The files of `corpus.path`, sorted: a file, a folder with all below it, a pattern, or `hub:owner/name`.
+    """The files of `corpus.path`, sorted: a file, a folder with all below it, or a pattern.
 
     Of what `Dataset.save_to_disk` wrote, the Arrow files; hidden files and folders are left out. Raises ConfigError in one
     line where nothing is found or a name tells no known format, DataError where a `datasets` folder lacks its files.
     """
     assert corpus.path is not None  # the recipe demands it of files
-    if corpus.path.startswith("hub:"):
-        return sorted(hub_files(corpus.path))
     path = beside(corpus.path)
     places = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
     found = sorted({file for place in places for file in (_below(place) if place.is_dir() else [place])})

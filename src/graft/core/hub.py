@@ -1,0 +1,112 @@
+"""Names on the Hugging Face hub, and the commits that they stand for.
+
+A branch moves. What a run reads is the commit that its branch names when the run begins: every stage and rank loads that one,
+the fingerprint tells it from the next, the manifest says which it was. Asking costs a request or two, and 1 s for importing
+`huggingface_hub`; where the hub cannot be reached, the commit is the one that its cache holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from graft.core.errors import ConfigError
+
+Kind = Literal["model", "dataset"]
+HUB = "hub:"  # begins the path of a corpus that lies there, and what a manifest says of such an input
+
+_DATASET = re.compile(HUB + r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, tokenizer, chat templates, the index of the weights
+_FIRST = {"model": "config.json", "dataset": "README.md"}  # what is read of a repository before all else
+
+
+class HubDataset(NamedTuple):
+    """A dataset as a corpus names it."""
+
+    name: str
+    revision: str | None
+    config: str | None
+    split: str | None
+
+
+def dataset_of(path: str) -> HubDataset:
+    """The dataset that `hub:owner/name[@revision][/configuration][:split]` names; ConfigError where that is no such name."""
+    named = _DATASET.fullmatch(path)
+    if not named:
+        raise ConfigError(
+            f"{path!r} names no dataset of the hub: write hub:owner/name, hub:owner/name:split or hub:owner/name@revision/configuration:split"
+        )
+    return HubDataset(**named.groupdict())
+
+
+def commit_of(kind: Kind, name: str, revision: str | None) -> str:
+    """The commit that a branch or tag (main where None) stands for; ConfigError where it is not to be had.
+
+    One file is fetched, so that a repository that is closed to this user says so now, not when the run gets there.
+    """
+    try:
+        from huggingface_hub import hf_hub_download, resolve_revision
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError:
+        raise ConfigError(f"{name} is on the hub, which needs the package huggingface_hub: pip install 'graft[all]', or name local files") from None
+    try:
+        commit = resolve_revision(name, repo_type=kind, revision=revision).resolved
+        try:
+            hf_hub_download(name, _FIRST[kind], repo_type=kind, revision=commit)
+        except EntryNotFoundError:
+            if kind == "model":  # a dataset needs no README
+                raise
+    except Exception as e:  # noqa: BLE001  the hub has many ways to fail, offline among them
+        raise ConfigError(f"model.base = {name!r} {why_not(e)}" if kind == "model" else f"{HUB}{name} {why_not(e)}") from None
+    return commit
+
+
+def model_folder(base: str, revision: str | None, weights: bool = False) -> Path:
+    """A base as a folder: itself, or the hub's cache once config, tokenizer and, where asked, weights are there; ConfigError where it cannot be had.
+
+    Of the weights the safetensors that the model is made of, not the copies that some repositories hold in other forms. With a
+    revision, `base` is never a folder that happens to have the name.
+    """
+    if revision is None and Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_SMALL))
+        if weights:
+            snapshot_download(base, revision=revision, allow_patterns=[*_SMALL, *weight_files(folder)])
+    except Exception as e:  # noqa: BLE001  as above
+        raise ConfigError(f"model.base = {base!r} {why_not(e)}") from None
+    return folder
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model's safetensors files, in order."""
+    index = folder / "model.safetensors.index.json"
+    return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+
+
+def why_not(error: Exception) -> str:
+    """What goes on a line behind a repository's name: why it cannot be had, and the mend."""
+    from huggingface_hub import errors
+
+    login = "set HF_TOKEN or run `hf auth login`"
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__:
+        chain.append(cause)
+    for link in chain:
+        match link:
+            case errors.GatedRepoError():
+                return f"is gated: ask for access on its page, then {login}"
+            case errors.RepositoryNotFoundError():
+                return f"is not on the hub, or is private: mend the name, or {login}"
+            case errors.RevisionNotFoundError():
+                return "has no such branch, tag or commit on the hub: mend the revision"
+            case errors.RemoteEntryNotFoundError():
+                return f"lacks {Path(link.response.url.path).name} on the hub: mend the name"
+            case errors.HfHubHTTPError() if link.response.status_code in (401, 403):
+                return f"is refused by the hub: {login} with a token that may read it"
+    said = ": ".join(dict.fromkeys(" ".join(str(link).split())[:200] or type(link).__name__ for link in (error, chain[-1])))
+    return f"cannot be had from the hub ({said}): mend the name, the network or HF_HUB_OFFLINE, {login}, or name local files"
