@@ -164,6 +164,7 @@ def run_peft(base: Path, folder: Path, data: Path, scale: Scale, seed: int) -> C
     from graft.model.attention import block_causal_mask
     from graft.train.batches import collate
     from graft.train.order import BinOrder, learning_rate
+    from graft.train.split import total_steps
 
     device = where()
     train = plan_of(folder / f"peft-{seed}", "sft", base, data / "sft", scale, seed, "nf4").recipe.train_stage("sft")

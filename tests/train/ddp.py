@@ -21,6 +21,7 @@ from graft.core.shards import ShardSet
 from graft.core.stages import Plan
 from graft.train.build import build
 from graft.train.order import BinOrder, learning_rate
+from graft.train.split import total_steps
 
 
 class ByDocument(nn.Module):
