@@ -72,15 +72,14 @@ def write_shards(folder, count, digest, seq_len=32, seed=0):
     write_index(folder, seq_len=seq_len, pad_id=3, tokenizer=digest, shards=[write_shard(folder / "part-000-000.arrow", bins, ["t"])])
 
 
-def small_plan(root: Path, *overrides: str) -> Plan:
-    """A plan in `root` whose sft stage is ready to run."""
+def small_plan(root: Path, *overrides: str, hidden_size=64) -> Plan:
+    """A plan in `root` whose sft stage is ready to run, the base of four heads."""
     from graft.model.base import random_llama
 
     if not (root / "small.toml").exists():
         (root / "small.toml").write_text(RECIPE.format(configs=CONFIGS))
-        shape = EmbeddedBase(
-            vocab_size=300, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2, train=Train(corpora=("a",), lora=None)
-        )
+        sizes = {"vocab_size": 300, "hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "layers": 2, "heads": 4, "kv_heads": 2}
+        shape = EmbeddedBase(**sizes, train=Train(corpora=("a",), lora=None))
         random_llama(shape, 264, 64, 0).save_pretrained(root / "base")
         tokenizer().save_pretrained(root / "base")
     plan = Plan(root / "small.toml", overrides, root)
@@ -114,16 +113,17 @@ def _shards(folder, plan):
     write_shards(folder / "validation", 3, digest, seed=9)
 
 
-def start(plan, processes, *options):
-    """The launcher of the sft stage, started; what it says is one stream."""
+def start(plan, processes, *options, **variables):
+    """The launcher of the sft stage, started; what it says is one stream. variables: of its environment."""
     sets = [word for o in plan.overrides for word in ("--set", o)]
     command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *sets, *options]
-    return subprocess.Popen(command, env=environment(processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    env = environment(processes) | variables
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def train(plan, processes=2, *options):
+def train(plan, processes=2, *options, **variables):
     """The artifact of a run of the sft stage that ends well."""
-    process = start(plan, processes, *options)
+    process = start(plan, processes, *options, **variables)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]
     return plan.resolve("sft").artifact
