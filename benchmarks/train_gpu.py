@@ -1,10 +1,15 @@
-"""Training speed on GPUs through the ordinary path: `accelerate launch -m graft.train`, on a random base of a real shape.
+"""Training speed on GPUs through the ordinary path, `accelerate launch -m graft.train`, beside peers, on a random base of a real shape.
 
-    python benchmarks/train_gpu.py --like llama-3.1-8b --rows bf16-whole bf16-short fp8-whole fp8-short   (about a minute a row)
+    python benchmarks/train_gpu.py --like llama-3.1-8b --rows bf16-whole fp8-whole --peers unsloth trl-liger --repeat 3
+    python benchmarks/train_gpu.py --rows nf4-whole-ckpt --peers unsloth "trl-liger --attention flash_attention_4" --append a.json --out b.json
+    python benchmarks/train_gpu.py --table a.json b.json                 (about a minute a run; --append and --table join calls)
 
-A row is a precision and a workload of 16,384 tokens a step: `whole`, 4 documents of 4,096 tokens, or `short`, documents of
-log-normal length (mean 330) packed into 4 bins of 4,096. LoRA r = 16 on all seven projections, every token a target.
-Prints a Markdown table and writes JSON: tokens/s is the median over the steps after the first five.
+A row is PRECISION-WORKLOAD[-ckpt], 16,384 tokens a step and GPU: bf16, fp8 or nf4 base under LoRA r = 16 on all seven projections,
+or full; `whole`, 4 documents of 4,096 tokens, or `short`, documents of log-normal length (mean 330) packed into 4 bins
+of 4,096 (for peers 16 rows of 1,024, or the same bins with --packed); ckpt: full activation checkpointing, the peer's own. Every token
+is a target. A peer is words for train_gpu_peers.py; beside fp8 it trains in bf16, once a repeat. Runs are interleaved: in each
+repeat graft, then each peer, row by row. Prints a Markdown table; JSON keeps every run and is written after each.
+tokens/s is the median over the steps after the first five, of a row the median over repeats.
 """
 
 from __future__ import annotations
@@ -13,20 +18,30 @@ import argparse
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from train_gpu_table import alike, of_peers, report
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "accelerate", "bitsandbytes", "flash-attn-4", "nvidia-cudnn-frontend")
+PACKAGES = (
+    *("torch", "triton", "transformers", "deepspeed", "accelerate", "bitsandbytes", "flash-attn-4", "nvidia-cudnn-frontend"),
+    *("peft", "datasets", "trl", "liger-kernel", "unsloth", "unsloth-zoo", "xformers"),
+)
 SEQ_LEN, BINS = 4096, 4
+SETTLE = 5  # first steps that no median counts
+GRACE_S = 20  # that a run which is ended has for its ranks
 RECIPE = """
 name = "{name}"
 deepspeed = "{root}/configs/deepspeed/zero2.json"
@@ -46,7 +61,15 @@ global_batch = {batch}
 micro_batch = {bins}
 max_steps = {steps}
 save_every = 1000
+activation_checkpointing = "{checkpointing}"
 """
+
+
+def parsed(row: str) -> tuple[str, str, str]:
+    """(precision or full, workload, checkpointing) of a row's name; ValueError where it is none."""
+    if not (found := re.fullmatch("(bf16|fp8|nf4|full)-(whole|short)(-ckpt)?", row)):
+        raise ValueError(f"{row!r} is no row")
+    return found[1], found[2], "full" if found[3] else "none"
 
 
 def lengths_of(workload: str, bins: int, rng: np.random.Generator) -> list[list[int]]:
@@ -63,7 +86,7 @@ def lengths_of(workload: str, bins: int, rng: np.random.Generator) -> list[list[
     return found
 
 
-def write_workspace(folder: Path, base: Path, vocabulary: int, precision: str, workload: str, args: argparse.Namespace) -> Any:
+def write_workspace(folder: Path, base: Path, row: str, args: argparse.Namespace) -> Any:
     """A plan whose sft stage is ready to train, its parents made by hand."""
     from graft.core.shards import Columns, write_index, write_shard
     from graft.core.stages import Plan
@@ -71,11 +94,21 @@ def write_workspace(folder: Path, base: Path, vocabulary: int, precision: str, w
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "random.jsonl").write_text('{"messages": []}\n')
+    precision, workload, checkpointing = parsed(row)
+    vocabulary = json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     batch = BINS * args.gpus
     text = RECIPE.format(
-        name=f"{precision}-{workload}", root=ROOT, base=base, precision=precision, seq_len=SEQ_LEN, bins=args.micro, batch=batch, steps=args.steps
+        name=row,
+        root=ROOT,
+        base=base,
+        precision="bf16" if precision == "full" else precision,
+        seq_len=SEQ_LEN,
+        batch=batch,
+        bins=args.micro,
+        steps=args.steps,
+        checkpointing=checkpointing,
     )
-    (folder / "recipe.toml").write_text(text)
+    (folder / "recipe.toml").write_text(text + ("lora = false\n" if precision == "full" else ""))
     plan = Plan(folder / "recipe.toml", tuple(args.set), folder)
     job = plan.resolve("prepare")
     if job.artifact is None:
@@ -97,18 +130,44 @@ def write_workspace(folder: Path, base: Path, vocabulary: int, precision: str, w
     return plan
 
 
-def run(plan: Any, args: argparse.Namespace) -> dict[str, Any]:
+def finished(command: list[str], limit_s: float, environment: dict[str, str] | None = None) -> str:
+    """What a command printed; RuntimeError with its last line where it fails, or where it outlasts the limit and is ended."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+        try:
+            process.wait(limit_s)
+        except BaseException as stop:
+            os.killpg(process.pid, signal.SIGTERM)  # a launcher ends its ranks, which are in groups of their own
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if isinstance(stop, subprocess.TimeoutExpired):
+                raise RuntimeError(f"not done after {limit_s:.0f} s") from None
+            raise
+        log.seek(0)
+        said = log.read()
+    if process.returncode:
+        print(said[-4000:], file=sys.stderr, flush=True)
+        raise RuntimeError(next((line.strip() for line in reversed(said.splitlines()) if line.strip()), f"exit code {process.returncode}"))
+    return said
+
+
+def run_graft(row: str, folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The steps' figures and what the launch took."""
+    plan = write_workspace(folder, base, row, args)
     overrides = [word for o in plan.overrides for word in ("--set", o)]
     command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *overrides]
     command += ["--profile"] if args.profile else []
     began_s = time.time()
-    done = subprocess.run(command, env={**os.environ, "GRAFT_PROCESSES": str(args.gpus)}, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{plan.recipe.name}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    said = finished(command, args.limit, {"GRAFT_PROCESSES": str(args.gpus)})
+    wall_s = time.time() - began_s
     artifact = plan.artifact("sft")
     steps = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
-    settled = steps[5:]
+    settled = steps[SETTLE:]
+    if args.profile:
+        print((plan.resolve("sft").run_directory / "profile.txt").read_text())
     return {
         "tokens_per_s": median(s["tokens_per_s"] for s in settled),
         "step_time_s": median(s["step_time_s"] for s in settled),
@@ -119,63 +178,112 @@ def run(plan: Any, args: argparse.Namespace) -> dict[str, Any]:
         "setting": f"{steps[-1]['micro_batch']} {steps[-1]['activation_checkpointing']}",
         "compilations": steps[-1]["compilations"],
         "first_step_s": steps[0]["step_time_s"],
-        "launch_s": time.time() - began_s - sum(s["step_time_s"] for s in steps),
+        "launch_s": wall_s - sum(s["step_time_s"] for s in steps),
         "loss": steps[-1]["loss"],
-        "said": done.stdout[-600:],
+        "said": said[-600:],
     }
+
+
+def run_peer(peer: str, row: str, folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What train_gpu_peers.py measured, and what the launch took."""
+    precision, workload, checkpointing = parsed(row)
+    out = folder / "peer.json"
+    several = ["-m", "torch.distributed.run", f"--nproc-per-node={args.gpus}"] if args.gpus > 1 else []
+    command = [sys.executable, *several, str(Path(__file__).with_name("train_gpu_peers.py")), "--peer", *peer.split(), "--workload", workload]
+    command += ["--precision", "bf16", "--full"] if precision == "full" else ["--precision", precision]
+    command += ["--deepspeed", str(ROOT / "configs/deepspeed/zero2.json")] if several else []
+    command += ["--checkpointing", checkpointing, "--base", str(base), "--micro", str(args.micro), "--steps", str(args.steps), "--out", str(out)]
+    began_s = time.time()
+    finished(command, args.limit, {"UNSLOTH_COMPILE_LOCATION": str(args.folder / "unsloth_compiled")})  # kept between runs
+    found = json.loads(out.read_text(encoding="utf-8"))
+    return {**found, "launch_s": time.time() - began_s - found["steps_s"]}
+
+
+def attempt(measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """The figures, or why there are none: a run that fails does not stop the others."""
+    try:
+        return measure(*given)
+    except Exception as failure:  # noqa: BLE001 - whatever it is, its line stands in the table
+        return {"failed": str(failure)}
+
+
+def installed() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def gpus() -> tuple[str, str]:
+    """(what they are, their driver)."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "no GPU", "none"
+    first, *others = done.stdout.strip().splitlines()
+    name, driver = first.split(", ")
+    return f"{1 + len(others)} x {name}", driver
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", default="llama-3.1-8b")
+    parser.add_argument("--base", type=Path, help="a model folder instead of --like's")
     parser.add_argument("--rows", nargs="+", default=["bf16-whole", "bf16-short", "fp8-whole", "fp8-short", "nf4-whole", "nf4-short"])
+    parser.add_argument("--peers", nargs="*", default=[], help="words for train_gpu_peers.py --peer, a string each")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--micro", type=int, default=BINS, help="bins a forward")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one run may take")
     parser.add_argument("--profile", action="store_true", help="print where three steps of each row go; slower")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/graft-train-gpu"))
     parser.add_argument("--out", type=Path, default=Path("train_gpu.json"))
+    parser.add_argument("--append", type=Path, nargs="+", default=[], help="files of earlier calls, whose runs join this one's in --out")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these files and run nothing")
     args = parser.parse_args()
-    from graft.data.like import write_like
-    from graft.model.shapes import SHAPES
+    for row in args.rows:
+        parsed(row)
+    if args.steps <= SETTLE:
+        parser.error(f"--steps is more than {SETTLE}")
+    calls = [call for path in args.table or args.append for call in json.loads(path.read_text(encoding="utf-8"))]
+    if args.table:
+        alike(calls)
+        print(report(calls))
+        return
+    args.folder = args.folder.absolute()
 
-    base = args.folder / "bases" / args.like
+    base = args.base.absolute() if args.base else args.folder / "bases" / args.like
     if not (base / "tokenizer.json").exists():
+        from graft.data.like import write_like
+
         write_like(args.like, base)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for n in range(args.repeat):
-        for row in args.rows:
-            precision, workload = row.split("-")
-            plan = write_workspace(args.folder / f"{row}-{n}", base, SHAPES[args.like]["vocab_size"], precision, workload, args)
-            found.setdefault(row, []).append(run(plan, args))
-            print(row, json.dumps(found[row][-1]), flush=True)
-            if args.profile:
-                print((plan.resolve("sft").run_directory / "profile.txt").read_text())
-    print(
-        "| row | tokens/s | step | MFU | peak GiB | predicted | bins a forward, kept | compilations | first step | start |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
-    for row, runs in found.items():
-        m = {key: median(r[key] for r in runs) for key in runs[0] if key not in ("said", "setting")}
-        print(
-            f"| {row} | {m['tokens_per_s']:,.0f} | {m['step_time_s'] * 1e3:.0f} ms | {m['mfu_nominal']:.1%} | {m['peak_mem_gib']:.1f} "
-            f"| {m['predicted_mem_gib']:.1f} | {runs[0]['setting']} | {m['compilations']:.0f} | {m['first_step_s']:.1f} s | {m['launch_s']:.0f} s |"
-        )
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    versions = {
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_")) or _there(name)},
-    }
-    args.out.write_text(json.dumps({"commit": commit, "versions": versions, "like": args.like, "rows": found}, indent=1))
-    print(", ".join(f"{k} {v}" for k, v in versions.items()), f"; commit {commit}")
+    runs: list[dict[str, Any]] = []
+    name, driver = gpus()
+    about = {"device": name, "driver": driver, "like": str(args.base or args.like), "versions": installed(), "commit": commit}
+    calls.append({**about, "command": " ".join(sys.argv), "runs": runs})
+    alike(calls)
 
+    def keep(of: str, row: str, figures: dict[str, Any]) -> None:
+        runs.append({"row": row, "of": of, **figures})
+        print(f"{row}, {of}:", figures.get("failed") or f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['peak_mem_gib']:.1f} GiB", flush=True)
+        args.out.write_text(json.dumps(calls, indent=1), encoding="utf-8")  # after each: the call may be cut off
 
-def _there(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except ModuleNotFoundError:
-        return False
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as workspaces:
+        for n in range(args.repeat):
+            met: set[tuple[str, str]] = set()
+            for row in args.rows:
+                folder = Path(workspaces) / f"{row}-{n}"
+                keep("graft", row, attempt(run_graft, row, folder, base, args))
+                for peer in args.peers:
+                    if (peer, of_peers(row)) not in met:
+                        met.add((peer, of_peers(row)))
+                        keep(peer, of_peers(row), attempt(run_peer, peer, of_peers(row), folder, base, args))
+    print(report(calls))
 
 
 if __name__ == "__main__":
