@@ -80,7 +80,7 @@ def test_a_template_needs_its_tokens(tmp_path):
         load_tokenizer(str(tmp_path), None, "llama-3")
     with pytest.raises(ConfigError, match="no chat template"):
         render(load_tokenizer(str(tmp_path)), CHAT)
-    with pytest.raises(ConfigError, match="no tokenizer"):
+    with pytest.raises(ConfigError, match="is no folder"):
         load_tokenizer(str(tmp_path / "gone"))
 
 

@@ -89,5 +89,5 @@ def test_a_tensor_too_few_or_too_many_is_named(small, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
         load_fused(str(tmp_path), None, "bf16", None, CPU, 0)
-    with pytest.raises(ConfigError, match="cannot be had"):
+    with pytest.raises(ConfigError, match="is no folder"):
         load_fused(str(tmp_path / "none"), None, "bf16", None, CPU, 0)

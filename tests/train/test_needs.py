@@ -31,20 +31,18 @@ def work(shape=LLAMA_8B, precision="bf16", train=BENCH, **others):
 @pytest.mark.parametrize(
     ("shape", "precision", "peak_gib", "step_time_s", "mean_length"),
     [
-        (LLAMA_8B, "bf16", 87.19, 1.016, 4096),
-        (LLAMA_8B, "fp8", 80.70, 0.724, 4096),
-        (LLAMA_8B, "bf16", 87.19, 0.936, 888),
-        (LLAMA_8B, "fp8", 80.70, 0.640, 888),
-        (TINY, "fp8", 22.62, None, 888),
-        (TINY, "nf4", 22.00, None, 888),
+        (LLAMA_8B, "bf16", 72.21, 0.995, 4096),
+        (LLAMA_8B, "fp8", 65.72, 0.701, 4096),
+        (LLAMA_8B, "bf16", 72.21, 0.913, 888),
+        (LLAMA_8B, "fp8", 65.72, 0.621, 888),
+        (LLAMA_8B, "nf4", 62.57, 0.931, 888),
     ],
 )
 def test_it_tells_what_was_measured_within_a_third_of_its_stated_error(shape, precision, peak_gib, step_time_s, mean_length):
     found = need(work(shape, precision, mean_length=mean_length), Setting(4, "none"), H200)
     assert found.peak_gib == pytest.approx(peak_gib, rel=ERROR["peak_gib"] / 3) and found.moment == "loss"
-    if step_time_s:
-        assert found.step_time_s == pytest.approx(step_time_s, rel=ERROR["step_time_s"])
-        assert found.tokens_per_s == pytest.approx(16384 / found.step_time_s)
+    assert found.step_time_s == pytest.approx(step_time_s, rel=ERROR["step_time_s"])
+    assert found.tokens_per_s == pytest.approx(16384 / found.step_time_s)
 
 
 def test_what_saves_memory_costs_time():
@@ -65,7 +63,7 @@ def test_zero_shares_masters_moments_and_gradients():
     alone, eight = of(1), of(8)
     assert alone.moment == "step" and alone.peak_gib * GIB == pytest.approx(22 * weights), "2 held, 12 fp32, 8 of gradients"
     assert eight.weights_gib == alone.weights_gib and eight.moment != "step"
-    assert 12 / 8 * weights < eight.optimizer_gib * GIB < 20 / 8 * weights
+    assert eight.optimizer_gib * GIB == pytest.approx((12 / 8 + 2) * weights, rel=0.01), "gradients of several forwards wait whole"
     assert of(64).peak_gib < eight.peak_gib and of(8).step_time_s == pytest.approx(alone.step_time_s / 8)
 
 

@@ -71,6 +71,8 @@ def model_folder(base: str, revision: str | None, weights: bool = False) -> Path
     """
     if revision is None and Path(base).is_dir():
         return Path(base)
+    if base.startswith((".", "/", "~")):
+        raise ConfigError(f"model.base = {base!r} is no folder: mend the path, or name a hub id like 'owner/name'")
     from huggingface_hub import snapshot_download
 
     try:

@@ -43,8 +43,9 @@ def read_config(base: str, revision: str | None) -> Any:
     """The model's config; ConfigError where `base` is no model."""
     from transformers import AutoConfig
 
+    folder = model_folder(base, revision)
     try:
-        return AutoConfig.from_pretrained(model_folder(base, revision), trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
 
