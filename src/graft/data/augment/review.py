@@ -127,6 +127,8 @@ def _leave(number: int, _: object) -> None:
 def _read_key(fd: int) -> str:
     """One key, byte by byte, so that keys typed ahead are kept; "q" where the terminal is gone."""
     try:
+        while not select.select([fd], [], [], 0.2)[0]:
+            pass  # a signal between the interpreter's last look and the call is seen at the next turn, not at the next key
         first = os.read(fd, 1)
         if first in (b"", b"\x04"):
             return "q"
