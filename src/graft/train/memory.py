@@ -6,7 +6,6 @@ of the run it resumes, unless the recipe names others. On the CPU "auto" is one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from graft.core.errors import ConfigError, TrainError
-from graft.core.hub import model_folder
 from graft.core.recipe import Train
 from graft.core.stages import Job
 from graft.model.frozen import fp8_works
@@ -75,7 +73,7 @@ def agreed(job: Job, device: torch.device, before: dict[str, Any]) -> MemoryPlan
 def _on_gpu(job: Job, train: Train, gpu: Gpu, plain: Setting) -> MemoryPlan:
     stage = job.stage.name
     try:
-        shape = Shape.of(config_of(*job.plan.base_model(stage)))
+        shape = Shape.at(*job.plan.base_model(stage))
     except ConfigError as e:  # such a model may train nonetheless
         return MemoryPlan(plain, line=f"{e}; micro_batch {plain.micro_batch}, activation_checkpointing {plain.activation_checkpointing}")
     zero = Zero.of(strategy_of(job.plan))
@@ -111,8 +109,3 @@ def room_gib(device: torch.device) -> float:
     """What torch can allocate here: the free memory, CUDA's context and other processes taken off, and what torch has already."""
     free, _ = torch.cuda.mem_get_info(device)
     return (free + torch.cuda.memory_reserved(device)) / GIB
-
-
-def config_of(base: str, revision: str | None) -> dict[str, Any]:
-    """A model's config.json."""
-    return dict(json.loads((model_folder(base, revision) / "config.json").read_text(encoding="utf-8")))

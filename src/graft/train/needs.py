@@ -9,10 +9,12 @@ ERROR how far off.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from graft.core.errors import ConfigError
+from graft.core.hub import model_folder
 from graft.core.recipe import EmbeddedBase, Kept, Train
 from graft.train.flops import PEAK_BF16_FLOPS, Flops
 from graft.train.strategy import DEFAULT, Zero
@@ -65,6 +67,11 @@ class Shape(NamedTuple):
             )
         except KeyError as e:
             raise ConfigError(f"the base's config.json has no {e}: its needs cannot be told") from None
+
+    @classmethod
+    def at(cls, base: str, revision: str | None) -> Shape:
+        """Of a model's folder or hub name, by its config.json."""
+        return cls.of(json.loads((model_folder(base, revision) / "config.json").read_text(encoding="utf-8")))
 
     @classmethod
     def embedded(cls, base: EmbeddedBase) -> Shape:

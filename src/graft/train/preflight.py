@@ -5,14 +5,12 @@ Without --gpus it is the GPUs of this machine, as nvidia-smi lists them, that ar
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 from contextlib import suppress
 
 from graft.core.errors import ArtifactError, ConfigError
-from graft.core.hub import model_folder
 from graft.core.recipe import Train
 from graft.core.stages import Plan
 from graft.train.choice import AUTO, choose, described, mend, smallest
@@ -46,7 +44,8 @@ def report_here(plan: Plan, price_usd: float | None) -> list[str]:
 
 
 def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[list[str], bool]:
-    shape, zero = _shape(plan), Zero.of(strategy_of(plan))
+    shape = Shape.embedded(plan.recipe.base) if plan.recipe.base else Shape.at(*plan.external_base())
+    zero = Zero.of(strategy_of(plan))
     lines, fits = [], True
     for stage in plan.recipe.train_stages():
         train = plan.recipe.train_stage(stage)
@@ -70,13 +69,6 @@ def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[
         fits = fits and choice is not None
     lines.append(f"error: {ERROR['peak_gib']:.0%} of memory, {ERROR['step_time_s']:.0%} of time at most where {MEASURED}; elsewhere not measured")
     return lines, fits
-
-
-def _shape(plan: Plan) -> Shape:
-    if plan.recipe.base:
-        return Shape.embedded(plan.recipe.base)
-    config = model_folder(*plan.external_base()) / "config.json"
-    return Shape.of(json.loads(config.read_text(encoding="utf-8")))
 
 
 def _gpus(text: str) -> tuple[int, str]:
