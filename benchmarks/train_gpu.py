@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -161,6 +162,9 @@ def run_graft(row: str, folder: Path, base: Path, args: argparse.Namespace) -> d
     command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *overrides]
     command += ["--profile"] if args.profile else []
     began_s = time.time()
+    first: list[float] = []
+    watch = threading.Thread(target=_wait_for, args=(plan.resolve("sft").run_directory / "metrics.jsonl", began_s, first), daemon=True)
+    watch.start()
     said = finished(command, args.limit, {"GRAFT_PROCESSES": str(args.gpus)})
     wall_s = time.time() - began_s
     artifact = plan.artifact("sft")
@@ -178,10 +182,17 @@ def run_graft(row: str, folder: Path, base: Path, args: argparse.Namespace) -> d
         "setting": f"{steps[-1]['micro_batch']} {steps[-1]['activation_checkpointing']}",
         "compilations": steps[-1]["compilations"],
         "first_step_s": steps[0]["step_time_s"],
+        "to_first_step_s": first[0] if first else None,  # from the command to the end of the first step
         "launch_s": wall_s - sum(s["step_time_s"] for s in steps),
         "loss": steps[-1]["loss"],
         "said": said[-600:],
     }
+
+
+def _wait_for(file: Path, began_s: float, found: list[float]) -> None:
+    while not (file.exists() and file.stat().st_size):
+        time.sleep(0.05)
+    found.append(time.time() - began_s)
 
 
 def run_peer(peer: str, row: str, folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:

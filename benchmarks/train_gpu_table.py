@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-HEAD = ("row", "of", "tokens/s", "min–max", "runs", "to best peer", "step", "MFU", "peak GiB", "first step", "start")
+HEAD = ("row", "of", "tokens/s", "min–max", "runs", "to best peer", "step", "MFU", "peak GiB", "first step", "start", "to first step")
 
 
 def of_peers(row: str) -> str:
@@ -40,7 +40,10 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _figures(runs: list[dict[str, Any]], ratio: float | None) -> list[str]:
-    m = {key: median(r.get(key) or 0 for r in runs) for key in ("step_time_s", "mfu_nominal", "peak_mem_gib", "first_step_s", "launch_s")}
+    m = {
+        key: median(r.get(key) or 0 for r in runs)
+        for key in ("step_time_s", "mfu_nominal", "peak_mem_gib", "first_step_s", "launch_s", "to_first_step_s")
+    }
     paces = [r["tokens_per_s"] for r in runs]
     return [
         f"{median(paces):,.0f}",
@@ -52,6 +55,7 @@ def _figures(runs: list[dict[str, Any]], ratio: float | None) -> list[str]:
         f"{m['peak_mem_gib']:.1f}",
         f"{m['first_step_s']:.1f} s",
         f"{m['launch_s']:.0f} s",
+        f"{m['to_first_step_s']:.0f} s" if m["to_first_step_s"] else "",
     ]
 
 

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from torch import library
 from torch.nn import functional as F
 
 from graft.core.errors import ConfigError
 from graft.core.recipe import Lora
-from graft.model import attention, blocks
+from graft.model import attention
 from graft.model.attention import Documents
 from graft.model.base import load_base
-from graft.model.blocks import FusedAttention, FusedMlp, adapt_and_rotate_, fuse_blocks, rotate_, swiglu, swiglu_backward
+from graft.model.blocks import fuse_blocks
+from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, rotate_, swiglu, swiglu_backward
+from graft.model.frozen import quantize_rows
 from graft.model.fused import FusedLinear
 from graft.model.lora import LoraLinear, adapter_tensors, adapters, inject
 from graft.model.packed import PackedBatch, PackedLM
@@ -69,18 +70,17 @@ def loss_and_gradients(model):
     return loss.item(), gradients
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kept", ["none", "selective", "full"])
 @pytest.mark.parametrize("targets", [Lora().targets, ("q_proj", "v_proj"), ("gate_proj",), ("up_proj", "gate_proj")])
-def test_loss_and_gradients_are_those_of_plain_layers(base, targets, recompute):
+def test_loss_and_gradients_are_those_of_plain_layers(base, targets, kept):
     name, folder = base
     lora = Lora(r=4, alpha=8, targets=targets)
     plain = load_base(str(folder), None, "fp32", "cpu")
     inject(plain, lora, torch.float32, 3)
     fused = load_fused(str(folder), None, "fp32", lora, torch.device("cpu"), 3)
-    fuse_blocks(fused, recompute)
-    layer = fused.model.layers[0]
-    assert isinstance(layer.self_attn, FusedAttention) == (name != "qwen3")
-    assert isinstance(layer.mlp, FusedMlp) == (("gate_proj" in targets) == ("up_proj" in targets))
+    fuse_blocks(fused, kept)
+    attend, mlp = fused.model.layers[0].halves
+    assert (attend is not None) == (name != "qwen3") and (mlp is not None) == (("gate_proj" in targets) == ("up_proj" in targets))
     wanted = loss_and_gradients(PackedLM(with_adapters(plain)))
     found = loss_and_gradients(PackedLM(with_adapters(fused), "reference"))
     assert found[0] == pytest.approx(wanted[0], rel=1e-5) and found[1].keys() == wanted[1].keys() and found[1]
@@ -111,6 +111,58 @@ def test_a_quantised_base_is_near_the_plain_one(base, precision):
     fuse_blocks(fused)
     found = PackedLM(fused, "reference")(batch()).item()
     assert found != plain and found == pytest.approx(plain, rel=0.01)
+
+
+def test_adapters_wider_than_the_kernels_hold_run_through_plain_groups(base):
+    _, folder = base
+    fused = load_fused(str(folder), None, "fp32", Lora(r=65), torch.device("cpu"), 3)
+    fuse_blocks(fused)
+    assert fused.model.layers[0].halves == (None, None) and torch.isfinite(PackedLM(fused, "reference")(batch()))
+
+
+def test_what_is_fused_by_half_compiles_around_it(base):
+    name, folder = base
+    lora = Lora(r=4) if name == "qwen3" else Lora(r=4, targets=("q_proj", "gate_proj"))
+    fused = with_adapters(load_fused(str(folder), None, "fp32", lora, torch.device("cpu"), 3))
+    fuse_blocks(fused)
+    assert fused.model.layers[0].halves.count(None) == 1
+    model = PackedLM(fused, "reference")
+    wanted = loss_and_gradients(model)
+    fused.adapters.flat.grad = None
+    for layer in fused.model.layers:
+        layer.forward = torch.compile(layer.forward, backend="aot_eager", dynamic=False)
+    found = loss_and_gradients(model)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    assert all(torch.allclose(x, y, atol=1e-6) for key, pair in wanted[1].items() for x, y in zip(found[1][key], pair, strict=True))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_norm_and_its_gradient(adapted):
+    draw = torch.Generator().manual_seed(0)
+    x, dout, dn, du = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in [(9, 12), (9, 12), (9, 12), (9, 4)])
+    weight, a = torch.randn(12, generator=draw, dtype=torch.float64), torch.randn(4, 12, generator=draw, dtype=torch.float64) if adapted else None
+    x.requires_grad_()
+    normed = F.rms_norm(x, (12,), weight, 1e-2)
+    n, rstd, u = norm(x, weight, 1e-2, a, 0.5, False)
+    assert torch.allclose(n, normed, atol=1e-5) and (torch.allclose(u, 0.5 * normed @ a.t(), atol=1e-5) if adapted else u.shape == (9, 0))
+    (wanted,) = torch.autograd.grad(normed, x, dn + du @ a if adapted else dn)
+    assert torch.allclose(norm_backward(dout, dn, du, a, u, 0.5, x, rstd, weight), dout + wanted, atol=1e-4)
+    assert torch.allclose(norm_backward(None, dn, du, a, u, 0.5, x, rstd, weight), wanted, atol=1e-4)
+
+
+def test_a_norm_hands_on_fp8_as_it_would_be_quantised():
+    x, weight = torch.randn(9, 32).bfloat16(), torch.randn(32).bfloat16()
+    (x8, scales), *_ = norm(x, weight, 1e-5, None, 1.0, True)
+    wanted8, wanted_scales = quantize_rows(norm(x, weight, 1e-5, None, 1.0, False)[0])
+    assert torch.equal(x8.float(), wanted8.float()) and torch.equal(scales, wanted_scales)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_residual_with_its_adapter(adapted):
+    y, x, u, b = torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 3), torch.randn(8, 3) if adapted else None
+    wanted = y + x + (u @ b.t() if adapted else 0)
+    add_(y, x, u, b)
+    assert torch.allclose(y, wanted, atol=1e-6)
 
 
 def test_swiglu_and_its_gradient():
@@ -172,17 +224,3 @@ def test_a_backend_that_is_named_must_be_one(monkeypatch):
         attention.fastest(4, 2, 16, torch.device("cpu"))
     monkeypatch.delenv("GRAFT_ATTENTION")
     assert attention.fastest(4, 2, 16, torch.device("cpu")) == "reference"
-
-
-def test_the_operators_are_as_they_say():
-    t, h, n, r = 6, 8, 12, 2
-    x, wide, narrow = (torch.randn(shape, requires_grad=True) for shape in [(t, h), (2 * r * (h + n),), (r * (n + h),)])
-    weights = "dense", [torch.randn(2 * n, h)], [torch.randn(h, n)]
-    for keep in (True, False):
-        library.opcheck(blocks.mlp_forward, (x, *weights, wide, narrow, r, n, 2.0, keep))
-    library.opcheck(blocks.mlp_forward, (x, *weights, None, None, 0, n, 1.0, True))
-    cu, longest = torch.tensor([0, 4, 6], dtype=torch.int32), torch.tensor(4, dtype=torch.int32)
-    angles = torch.rand(t, 4).cos(), torch.rand(t, 4).sin()
-    adapter = torch.randn(3 * r * h + 16 * r, requires_grad=True)
-    given = (x, "dense", [torch.randn(16, h)], torch.randn(16), adapter, r, [0, 8, 12], [8, 4, 4], 2.0, *angles, cu, longest, 2, 1, 0.5, "reference")
-    library.opcheck(blocks.attend_forward, given)

@@ -8,19 +8,22 @@ import os
 import pytest
 import torch
 
-from graft.model import blocks, frozen
+from graft.model import elementwise, frozen
+from graft.model import loss as head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs a GPU, or Triton's interpreter", allow_module_level=True)
-kernels = pytest.importorskip("graft.model.triton_kernels")
+pytest.importorskip("triton")
+from graft.model.kernels import fp8, loss, norm, rotary, swiglu  # noqa: E402  they import triton
+
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 def drawn(*shape, scale=1.0, seed=0):
     """(on the device, the same numbers on the CPU)."""
     on_cpu = (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DTYPE)
-    return on_cpu.to(DEVICE), on_cpu
+    return on_cpu.to(DEVICE, copy=True), on_cpu
 
 
 def near(found, wanted, tolerance=1e-2):
@@ -34,15 +37,13 @@ def test_swiglu_and_its_gradient(t, n, r, r_down):
     (u, u_), (du, du_) = drawn(t, 2 * r, seed=3), drawn(t, r_down, seed=4)
     b, b_ = map(list, zip(*(drawn(n, r, scale=0.2, seed=5 + i) for i in range(2)), strict=True)) if r else ([], [])
     a, a_ = drawn(r_down, n, scale=0.2, seed=7) if r_down else (None, None)
-    near(kernels.swiglu(y, u, b), blocks.swiglu(y_, u_, b_))
-    found, wanted = kernels.swiglu_backward(dact, y, u, b, du, a), blocks.swiglu_backward(dact_, y_, u_, b_, du_, a_)
+    near(swiglu.swiglu(y, u, b), elementwise.swiglu(y_, u_, b_))
+    found, wanted = swiglu.swiglu_backward(dact, y, u, b, du, a), elementwise.swiglu_backward(dact_, y_, u_, b_, du_, a_)
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             near(one, other)
-    assert all(torch.equal(x, z) for x, z in zip(found, kernels.swiglu_backward(dact, y, u, b, du, a), strict=True) if x is not None), (
-        "twice the same"
-    )
+    assert all(torch.equal(x, z) for x, z in zip(found, swiglu.swiglu_backward(dact, y, u, b, du, a), strict=True) if x is not None), "twice the same"
 
 
 @pytest.mark.parametrize("adapted", ["qkv", "qv", "k", "v"])
@@ -55,21 +56,22 @@ def test_adapters_and_rotary_embedding(adapted, heads, kv_heads, width, r):
         drawn(h * width, r, scale=0.2, seed=3 + h) if name in adapted else (None, None)
         for name, h in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
     ]
-    kernels.adapt_and_rotate_(y, u, [m for m, _ in b], heads, kv_heads, cos.to(DEVICE), sin.to(DEVICE))
-    blocks.adapt_and_rotate_(y_, u_, [m for _, m in b], heads, kv_heads, cos, sin)
+    rotary.adapt_and_rotate_(y, u, [m for m, _ in b], heads, kv_heads, cos.to(DEVICE), sin.to(DEVICE))
+    elementwise.adapt_and_rotate_(y_, u_, [m for _, m in b], heads, kv_heads, cos, sin)
     near(y, y_)
-    kernels.rotate_(y, heads + kv_heads, cos.to(DEVICE), sin.to(DEVICE), -1.0)
-    blocks.rotate_(y_, heads + kv_heads, cos, sin, -1.0)
+    rotary.rotate_(y, heads + kv_heads, cos.to(DEVICE), sin.to(DEVICE), -1.0)
+    elementwise.rotate_(y_, heads + kv_heads, cos, sin, -1.0)
     near(y, y_)
 
 
+@pytest.mark.parametrize("columns", [4096, 28_672])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_rows_to_fp8(scaled):
+def test_rows_to_fp8(scaled, columns):
     if DEVICE == "cpu":
         pytest.skip("the interpreter rounds to FP8 in another way")
-    x, x_ = drawn(300, 4096, scale=3.0)
-    factors = torch.rand(4096, generator=torch.Generator().manual_seed(1)) if scaled else None
-    found, scales = kernels.quantize_rows(x, None if factors is None else factors.to(DEVICE))
+    x, x_ = drawn(300, columns, scale=3.0)
+    factors = torch.rand(columns, generator=torch.Generator().manual_seed(1)) if scaled else None
+    found, scales = fp8.quantize_rows(x, None if factors is None else factors.to(DEVICE))
     wanted, scales_ = frozen.quantize_rows(x_, factors)
     assert torch.allclose(scales.cpu(), scales_, rtol=1e-6)
     assert (found.cpu().float() != wanted.float()).float().mean() < 0.005, "a rounding here and there"
@@ -77,4 +79,44 @@ def test_rows_to_fp8(scaled):
 
 def test_transpose():
     x = torch.randint(0, 255, (300, 450), dtype=torch.uint8)
-    assert torch.equal(kernels.transposed(x.to(DEVICE)).cpu(), x.t())
+    assert torch.equal(fp8.transposed(x.to(DEVICE)).cpu(), x.t())
+
+
+@pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 48), (70, 130, 0), (33, 3584, 16), (64, 64, 192)])
+def test_norm_and_its_gradient(t, h, r):
+    (x, x_), (weight, weight_) = drawn(t, h), drawn(h, seed=1)
+    a, a_ = drawn(r, h, scale=0.1, seed=2) if r else (None, None)
+    found, wanted = norm.norm(x, weight, 1e-5, a, 2.0, False), elementwise.norm(x_, weight_, 1e-5, a_, 2.0, False)
+    for one, other in zip(found, wanted, strict=True):
+        near(one, other)
+    (dout, dout_), (dn, dn_), (du, du_) = drawn(t, h, seed=3), drawn(t, h, seed=4), drawn(t, r, seed=5)
+    for past, past_ in ((dout, dout_), (None, None)):
+        dx = norm.norm_backward(past, dn, du, a, found[2], 2.0, x, found[1], weight)
+        near(dx, elementwise.norm_backward(past_, dn_, du_, a_, wanted[2], 2.0, x_, wanted[1], weight_))
+
+
+def test_a_norm_hands_on_fp8():
+    if DEVICE == "cpu":
+        pytest.skip("the interpreter rounds to FP8 in another way")
+    (x, x_), (weight, weight_), (a, a_) = drawn(300, 4096, scale=3.0), drawn(4096, seed=1), drawn(48, 4096, scale=0.1, seed=2)
+    (found, scales), rstd, u = norm.norm(x, weight, 1e-5, a, 2.0, True)
+    (wanted, scales_), rstd_, u_ = elementwise.norm(x_, weight_, 1e-5, a_, 2.0, True)
+    near(scales, scales_), near(rstd, rstd_), near(u, u_)
+    near(found.float() * scales, wanted.float() * scales_)
+
+
+@pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 16), (70, 130, 0), (33, 96, 64)])
+def test_a_residual_with_its_adapter(t, h, r):
+    (y, y_), (x, x_), (u, u_) = drawn(t, h), drawn(t, h, seed=1), drawn(t, r, seed=2)
+    b, b_ = drawn(h, r, scale=0.2, seed=3) if r else (None, None)
+    norm.add_(y, x, u, b)
+    elementwise.add_(y_, x_, u_, b_)
+    near(y, y_)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 8192, 20_000])
+def test_the_loss_and_its_gradient_in_the_logits_place(vocabulary):
+    logits, logits_ = drawn(30, vocabulary, scale=3.0)
+    targets = torch.randint(0, vocabulary, (30,), generator=torch.Generator().manual_seed(1))
+    near(loss.cross_entropy_(logits, targets.to(DEVICE)), head.cross_entropy_(logits_, targets), 1e-4)
+    near(logits, logits_)

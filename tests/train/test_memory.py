@@ -18,16 +18,16 @@ def of(room_gib):
 
 
 def test_auto_says_what_it_chose_and_records_it():
-    plan = planned("sft", WORK, of(68.6))
-    assert plan.line == f"micro_batch 2 (auto), activation_checkpointing none (auto): predicted peak {plan.predicted_gib:.1f} of 68.6 GiB"
+    plan = planned("sft", WORK, of(58.6))
+    assert plan.line == f"micro_batch 2 (auto), activation_checkpointing none (auto): predicted peak {plan.predicted_gib:.1f} of 58.6 GiB"
     assert plan.numbers == {"micro_batch": 2, "activation_checkpointing": "none", "predicted_mem_gib": plan.predicted_gib}
 
 
 def test_too_little_memory_is_refused_with_numbers_and_the_mend():
     fixed = Work(WORK.shape, "bf16", Train(global_batch=4, micro_batch=4, activation_checkpointing="none"), 4096)
     with pytest.raises(TrainError) as e:
-        planned("sft", fixed, of(68.6))
-    assert "sft does not fit: it needs 7" in str(e.value) and "has 68.6 of 79.2 GiB free: set micro_batch = 2" in str(e.value)
+        planned("sft", fixed, of(58.6))
+    assert "sft does not fit: it needs 6" in str(e.value) and "has 58.6 of 79.2 GiB free: set micro_batch = 2" in str(e.value)
     with pytest.raises(TrainError, match=r'model\.precision = "fp8"'):
         planned("sft", WORK, of(15))
 

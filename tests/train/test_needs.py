@@ -18,7 +18,7 @@ from graft.train.strategy import Zero
 
 from .small import CONFIGS, small_plan
 
-LLAMA_8B, TINY = Shape.of(SHAPES["llama-3.1-8b"]), Shape.of(SHAPES["tinyllama"])
+LLAMA_8B, TAIGI_13B, TINY = (Shape.of(SHAPES[name]) for name in ("llama-3.1-8b", "taigi-llama-2-13b", "tinyllama"))
 BENCH = Train(global_batch=4)  # of 4,096 tokens
 H200 = Gpu.named("H200")
 BUCKET = Zero(50_000_000)
@@ -29,18 +29,21 @@ def work(shape=LLAMA_8B, precision="bf16", train=BENCH, **others):
 
 
 @pytest.mark.parametrize(
-    ("shape", "precision", "peak_gib", "step_time_s", "mean_length"),
+    ("shape", "precision", "setting", "peak_gib", "step_time_s", "mean_length"),
     [
-        (LLAMA_8B, "bf16", 72.21, 0.995, 4096),
-        (LLAMA_8B, "fp8", 65.72, 0.701, 4096),
-        (LLAMA_8B, "bf16", 72.21, 0.913, 888),
-        (LLAMA_8B, "fp8", 65.72, 0.621, 888),
-        (LLAMA_8B, "nf4", 62.57, 0.931, 888),
+        (LLAMA_8B, "bf16", Setting(4, "none"), 63.24, 0.988, 4096),
+        (LLAMA_8B, "fp8", Setting(4, "none"), 56.94, 0.680, 4096),
+        (LLAMA_8B, "bf16", Setting(4, "none"), 63.24, 0.904, 888),
+        (LLAMA_8B, "fp8", Setting(4, "none"), 56.94, 0.602, 888),
+        (LLAMA_8B, "nf4", Setting(4, "none"), 53.60, 0.922, 888),
+        (LLAMA_8B, "bf16", Setting(2, "full"), 20.90, 1.150, 888),
+        (LLAMA_8B, "fp8", Setting(4, "full"), 19.67, 0.736, 888),
+        (TAIGI_13B, "fp8", Setting(4, "none"), 87.13, 1.013, 888),
     ],
 )
-def test_it_tells_what_was_measured_within_a_third_of_its_stated_error(shape, precision, peak_gib, step_time_s, mean_length):
-    found = need(work(shape, precision, mean_length=mean_length), Setting(4, "none"), H200)
-    assert found.peak_gib == pytest.approx(peak_gib, rel=ERROR["peak_gib"] / 3) and found.moment == "loss"
+def test_it_tells_what_was_measured_within_a_third_of_its_stated_error(shape, precision, setting, peak_gib, step_time_s, mean_length):
+    found = need(work(shape, precision, mean_length=mean_length), setting, H200)
+    assert found.peak_gib == pytest.approx(peak_gib, rel=ERROR["peak_gib"] / 3)
     assert found.step_time_s == pytest.approx(step_time_s, rel=ERROR["step_time_s"])
     assert found.tokens_per_s == pytest.approx(16384 / found.step_time_s)
 
@@ -48,7 +51,8 @@ def test_it_tells_what_was_measured_within_a_third_of_its_stated_error(shape, pr
 def test_what_saves_memory_costs_time():
     none, selective, full = (need(work(), Setting(4, kept), H200) for kept in ("none", "selective", "full"))
     assert none.peak_gib > selective.peak_gib > full.peak_gib and none.step_time_s < selective.step_time_s < full.step_time_s
-    assert full.step_time_s == pytest.approx(1.5 * none.step_time_s)
+    dropped = [need(work(train=Train(global_batch=4, lora=Lora(dropout=0.1))), Setting(4, kept), H200).step_time_s for kept in ("none", "full")]
+    assert full.step_time_s / none.step_time_s < dropped[1] / dropped[0] < 1.5, "a layer that is no operator is made again whole"
     small, whole = (need(work(), Setting(m, "none"), H200) for m in (1, 4))
     assert small.peak_gib < whole.peak_gib and whole.step_time_s < small.step_time_s < 1.1 * whole.step_time_s
     twice = need(work(train=Train(global_batch=8)), Setting(8, "none"), H200)

@@ -36,7 +36,7 @@ def test_the_command_says_it_without_torch(tmp_path, like):
     assert "sft: micro_batch 4, activation_checkpointing none (auto): " in fits.stdout and "2.5" not in fits.stdout
     assert re.search(r"activation_checkpointing (selective|full) \(auto\)", check("--gpus", "1xL40S").stdout)
     tight = check("--gpus", "1xL40S", "--set", "sft.activation_checkpointing=none")
-    assert tight.returncode == 2 and "does not fit: set micro_batch = 1" in tight.stdout
+    assert tight.returncode == 2 and "does not fit: set micro_batch = 2" in tight.stdout
     own = check()
     assert own.returncode == 0 and own.stdout.count("\n") >= 2, "what auto is on this machine"
     wrong = check("--gpus", "8xB300")

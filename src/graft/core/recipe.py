@@ -217,6 +217,7 @@ class Lora(Section):
 
 
 Kept = Literal["none", "selective", "full"]
+FUSED_RANK = 64  # of the widest adapter that a GPU runs inside a layer's kernels (model/blocks.py)
 
 
 class Train(Section):
@@ -236,7 +237,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     activation_checkpointing: Kept | Literal["auto"] = "auto"  # what is computed again to save memory: nothing, wide activations, layers
-    compile: bool = True  # the decoder layers, on a GPU
+    compile: bool = True  # on a GPU, decoder layers that graft has no kernels for
     validate_every: Count | None = None  # steps
     keep: Literal["last", "best"] = "last"  # the weights that become the artifact; best: of the lowest validation loss
     patience: Count | None = None  # validations without a lower loss after which training stops
@@ -253,14 +254,21 @@ class Train(Section):
     def _selective_has_something_to_select(self) -> Train:
         if self.activation_checkpointing == "selective" and not self.fused_mlp:
             raise ValueError(
-                "activation_checkpointing = 'selective' is of the fused MLP, which needs LoRA, and no dropout on its projections: use 'full'"
+                f"activation_checkpointing = 'selective' is of the fused MLP, which needs LoRA of rank {FUSED_RANK} at most, and no dropout on its "
+                "projections: use 'full'"
             )
         return self
 
     @property
     def fused_mlp(self) -> bool:
         """Whether a GPU runs the MLP as one operator, which alone can make its wide activations again."""
-        return self.lora is not None and not (self.lora.dropout and {"gate_proj", "up_proj", "down_proj"} & set(self.lora.targets))
+        dropped = self.lora is not None and self.lora.dropout and {"gate_proj", "up_proj", "down_proj"} & set(self.lora.targets)
+        return self.lora is not None and self.lora.r <= FUSED_RANK and not dropped
+
+    @property
+    def fused_layers(self) -> bool:
+        """Whether a GPU runs whole decoder layers that way, of models that model/blocks.py knows."""
+        return self.fused_mlp and not (self.lora and self.lora.dropout)
 
     @model_validator(mode="before")
     @classmethod

@@ -298,6 +298,8 @@ def fastest(heads: int, kv_heads: int, width: int, device: torch.device) -> str:
         return "reference"
     _newest_flash()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "graft" / "attention.json"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what fa4 compiles stays on the machine; read as it is imported
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache.with_name("flash_attn_4")))
     have = [name for name, module in BACKENDS.items() if _installed(module)]
     key = " ".join(map(str, (torch.cuda.get_device_name(device), torch.__version__, *have, heads, kv_heads, width)))
     try:

@@ -1,345 +1,249 @@
-"""The two halves of a decoder layer as one operator each: q, k, v, rotary embedding and attention; and the gated MLP.
+"""The two halves of a decoder layer, x + attention(norm(x)) and x + MLP(norm(x)), each one step for autograd.
 
-What a chain of operators would write and read again stays in place: the adapters of gate and up are added inside the
-activation, that of down inside its gradient, and q, k and v are turned and attended to where the matmul left them. Used
-for Llama, Mistral and Qwen2 layers (layouts of https://arxiv.org/abs/2307.09288); any other runs through fused.py alone.
+What a chain of operators would write and read again stays in place: a norm hands its rows to the matmul in the matmul's own
+format and their product with the adapters' A beside it; adapters are added inside the activation, the rotary embedding and
+the residual; q, k and v are turned and attended to where the matmul left them. Of a norm its input is kept, not its output.
+Nothing here is compiled. Used for layers as Llama's (https://arxiv.org/abs/2307.09288); others run through fused.py alone.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor
 
+from graft.core.recipe import FUSED_RANK
 from graft.model import attention
-from graft.model.frozen import matmul, matmul_back
-from graft.model.fused import FusedLinear, Layout, adapted, adapter_gradient, down, down_backward
+from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, rotate_, swiglu, swiglu_backward
+from graft.model.frozen import Operand, matmul, matmul_back
+from graft.model.fused import FusedLinear, Group, adapted_backward, down, down_backward
 
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen2_5_VLDecoderLayer")
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
-# ---- what has a kernel on the GPU -----------------------------------------------------------------------------------------
-def swiglu(y: Tensor, u: Tensor, b: list[Tensor]) -> Tensor:
-    """silu(gate) · up of gate | up = y [t, 2 n] + u Bᵀ; b: [] or [n, r] of gate and up, u [t, 2 r]."""
-    if y.is_cuda:
-        from graft.model.triton_kernels import swiglu as on_gpu
+class Half:
+    """A norm and the layers that read it, one group."""
 
-        return on_gpu(y, u, b)
-    gate, up = _gate_and_up(y, u, b)
-    return (torch.nn.functional.silu(gate) * up).to(y.dtype)
+    def __init__(self, norm: Any, group: Group):
+        self.weight, self.eps, self.group = norm.weight, norm.variance_epsilon, group
 
+    def read(self, x: Tensor, adapter: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """(the group's output without its adapters, their B, u [t, layers · r], rstd [t] of the norm) of x [t, h]."""
+        group, frozen = self.group, self.group.frozen
+        a, b = (None, []) if adapter is None else group.layout.split(adapter, frozen.ins)
+        n: Operand
+        n, rstd, u = norm(x, self.weight, self.eps, a, group.scale, frozen.kind == "fp8")
+        return matmul(n, frozen.kind, frozen.tensors, frozen.bias), b, u, rstd
 
-def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What flows back where the gradient of the output act is d = dact [t, n] + du a; a [r, n] or None, du [t, r].
-
-    Returns the gradient dy [t, 2 n] of y; that of b, dyᵀ u of each half [2, n, r], None where b is []; and duᵀ act [r, n], None
-    where a is.
-    """
-    if y.is_cuda:
-        from graft.model.triton_kernels import swiglu_backward as on_gpu
-
-        return on_gpu(dact, y, u, b, du, a)
-    gate, up = _gate_and_up(y, u, b)
-    d = dact.float() if a is None else dact.float() + du.float() @ a.float()
-    s = gate.sigmoid()
-    dy = torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=1).to(y.dtype)
-    of_b = torch.stack([half.t() @ part for half, part in zip(dy.chunk(2, dim=1), u.chunk(2, dim=1), strict=True)]) if b else None
-    return dy, of_b, None if a is None else du.t() @ (gate * s * up).to(y.dtype)
-
-
-def _gate_and_up(y: Tensor, u: Tensor, b: list[Tensor]) -> list[Tensor]:
-    halves = [half.float() for half in y.chunk(2, dim=1)]
-    return [half + part.float() @ up.float().t() for half, part, up in zip(halves, u.chunk(2, dim=1), b, strict=True)] if b else halves
-
-
-def adapt_and_rotate_(y: Tensor, u: Tensor, b: list[Tensor | None], heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> None:
-    """Add u Bᵀ to the columns of q, k and v in y [t, (heads + 2 kv_heads) · width], then turn q and k; b: their B or None, u [t, r] of each that is."""
-    if y.is_cuda and any(m is not None for m in b):
-        from graft.model.triton_kernels import adapt_and_rotate_ as on_gpu
-
-        return on_gpu(y, u, b, heads, kv_heads, cos, sin)
-    columns = y.split([h * cos.shape[1] for h in (heads, kv_heads, kv_heads)], dim=1)
-    adapted = [(own, up) for own, up in zip(columns, b, strict=True) if up is not None]
-    for (own, up), part in zip(adapted, u.chunk(max(1, len(adapted)), dim=1), strict=bool(adapted)):
-        own.addmm_(part, up.t())
-    return rotate_(y, heads + kv_heads, cos, sin, 1.0)
+    def back(
+        self, dout: Tensor, dy: Tensor, of_b: Tensor | None, x: Tensor, u: Tensor, rstd: Tensor, adapter: Tensor | None, wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dx where it is wanted, the adapter's gradient) of the gradient dy of read()'s output, and dout that flows past; of_b: dyᵀ u, if known."""
+        group, frozen, a, gradient = self.group, self.group.frozen, None, None
+        du = down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale)
+        if adapter is not None:
+            a, _ = group.layout.split(adapter, frozen.ins)
+            gradient = torch.empty_like(adapter)
+            of_a, of_bs = group.layout.split(gradient, frozen.ins)
+            torch.mm((du * rstd[:, None]).to(x.dtype).t(), x, out=of_a)  # duᵀ (x · rstd · weight), without the product
+            of_a.mul_(self.weight)
+            if of_b is not None:
+                gradient[of_a.numel() :] = of_b.flatten()
+            else:
+                for (own, part), one in zip(group.layout.columns(dy, u), of_bs, strict=True):
+                    torch.mm(own.t(), part, out=one)
+        if not wanted:
+            return None, gradient
+        return norm_backward(dout, matmul_back(dy, frozen.kind, frozen.tensors), du, a, u, group.scale, x, rstd, self.weight), gradient
 
 
-def rotate_(y: Tensor, heads: int, cos: Tensor, sin: Tensor, sign: float) -> None:
-    """Turn the first `heads` heads of y [t, heads · width …] in place; cos and sin [t, width]; sign -1 turns back.
-
-    Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) in the layout of halves that Hugging Face models use.
-    """
-    if y.is_cuda:
-        from graft.model.triton_kernels import rotate_ as on_gpu
-
-        return on_gpu(y, heads, cos, sin, sign)
-    t, width = cos.shape
-    x = y[:, : heads * width].view(t, heads, width)
-    a, b = x.float().chunk(2, dim=-1)
-    c, s = cos[:, None, : width // 2].float(), sin[:, None, : width // 2].float() * sign
-    x.copy_(torch.cat([a * c - b * s, b * c + a * s], dim=-1))
-    return None
-
-
-# ---- MLP ----------------------------------------------------------------------------------------------------------------
-def _wide(rank: int, inner: int) -> Layout:
-    return Layout(rank, [0, inner], [inner, inner])
-
-
-@library.custom_op("graft::mlp_forward", mutates_args=())
-def mlp_forward(
-    x: Tensor,
-    kind: str,
-    wide: list[Tensor],
-    narrow: list[Tensor],
-    adapter: Tensor | None,
-    adapter_down: Tensor | None,
-    rank: int,
-    inner: int,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output [t, h], gate | up without adapters, their u, the activation's u) of x [t, h]; wide: frozen gate and up; narrow: down.
-
-    Without `keep`, gate | up come back empty, and the backward makes them again.
-    """
-    layout = _wide(rank, inner)
-    y, u = matmul(x, kind, wide, None), down(x, adapter, layout, scale)
-    act = swiglu(y, u, [] if adapter is None else layout.split(adapter, x.shape[1])[1])
-    out, u_down = adapted(act, kind, narrow, None, adapter_down, Layout(rank, [0], [x.shape[1]]), scale)
-    return out, y if keep else x.new_empty(0, 2 * inner), u, u_down
-
-
-@mlp_forward.register_fake
-def _(x, kind, wide, narrow, adapter, adapter_down, rank, inner, scale, keep):  # type: ignore[no-untyped-def]
-    t = x.shape[0]
-    us = [x.new_empty(t, 0 if m is None else layers * rank) for m, layers in ((adapter, 2), (adapter_down, 1))]
-    return torch.empty_like(x), x.new_empty(t if keep else 0, 2 * inner), *us
-
-
-@library.custom_op("graft::mlp_backward", mutates_args=())
-def mlp_backward(
-    dout: Tensor,
-    x: Tensor,
-    y: Tensor,
-    u: Tensor,
-    u_down: Tensor,
-    kind: str,
-    wide: list[Tensor],
-    narrow: list[Tensor],
-    adapter: Tensor | None,
-    adapter_down: Tensor | None,
-    rank: int,
-    inner: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, the gradients of both adapters)."""
-    layout, of_down = _wide(rank, inner), Layout(rank, [0], [x.shape[1]])
-    a, b = (None, []) if adapter is None else layout.split(adapter, x.shape[1])
-    a_down = None if adapter_down is None else of_down.split(adapter_down, inner)[0]
-    if len(y) < len(x):
-        y = matmul(x, kind, wide, None)
-    du_down = down_backward(dout, u_down, adapter_down, of_down, inner, scale)
-    dy, of_b, of_a_down = swiglu_backward(matmul_back(dout, kind, narrow), y, u, b, du_down, a_down)
-    dx = matmul_back(dy, kind, wide)
-    du = down_backward(dy, u, adapter, layout, x.shape[1], scale)
-    gradients = [x.new_empty(0) if m is None else torch.empty_like(m) for m in (adapter, adapter_down)]
-    if adapter is not None and a is not None and of_b is not None:
-        of_a, _ = layout.split(gradients[0], x.shape[1])
-        torch.mm(du.t(), x, out=of_a)
-        gradients[0][of_a.numel() :] = of_b.flatten()
-        dx.addmm_(du, a)
-    if adapter_down is not None and of_a_down is not None:
-        of_a, (of_b_down,) = of_down.split(gradients[1], inner)
-        of_a.copy_(of_a_down)
-        torch.mm(dout.t(), u_down, out=of_b_down)
-    return dx, gradients[0], gradients[1]
-
-
-@mlp_backward.register_fake
-def _(dout, x, y, u, u_down, kind, wide, narrow, adapter, adapter_down, rank, inner, scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), *(x.new_empty(0) if m is None else torch.empty_like(m) for m in (adapter, adapter_down))
-
-
-def _keep_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ctx.kind, wide, narrow, adapter, adapter_down, *ctx.rest, _ = inputs
-    ctx.counts, ctx.has = (len(wide), len(narrow)), (adapter is not None, adapter_down is not None)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:], *wide, *narrow, *(m for m in (adapter, adapter_down) if m is not None))
-
-
-def _mlp_backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, y, u, u_down, *rest = ctx.saved_tensors
-    wide, narrow, own = rest[: ctx.counts[0]], rest[ctx.counts[0] : sum(ctx.counts)], iter(rest[sum(ctx.counts) :])
-    adapters = [next(own) if has else None for has in ctx.has]
-    dx, *gradients = mlp_backward(dout.contiguous(), x, y, u, u_down, ctx.kind, wide, narrow, *adapters, *ctx.rest)
-    none: list[list[None]] = [[None] * n for n in ctx.counts]
-    return dx, None, *none, *(g if has else None for g, has in zip(gradients, ctx.has, strict=True)), None, None, None, None
-
-
-mlp_forward.register_autograd(_mlp_backward, setup_context=_keep_mlp)
-
-
-class FusedMlp(nn.Module):
-    """down(silu(gate(x)) · up(x)), no bias, no dropout."""
-
-    def __init__(self, mlp: Any, recompute: bool):
-        super().__init__()
-        self.keep = not recompute
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide, narrow = self.gate_proj.group, self.down_proj.group
-        frozen, flat, rank = wide.frozen, x.reshape(-1, x.shape[-1]), max(wide.layout.rank, narrow.layout.rank)
-        out, *_rest = mlp_forward(
-            flat, frozen.kind, frozen.tensors, narrow.frozen.tensors, wide.adapter, narrow.adapter, rank, frozen.outs[0], wide.scale, self.keep
-        )
-        return out.view_as(x)
+def _write(x: Tensor, inner: Tensor, group: Group, adapter: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(x + the layer's output of inner, u): the end of a half; group is of one layer."""
+    frozen = group.frozen
+    out, u = matmul(inner, frozen.kind, frozen.tensors, frozen.bias), down(inner, adapter, group.layout, group.scale)
+    add_(out, x, u, None if adapter is None else group.layout.split(adapter, frozen.ins)[1][0])
+    return out, u
 
 
 # ---- attention --------------------------------------------------------------------------------------------------------
-@library.custom_op("graft::attend_forward", mutates_args=())
-def attend_forward(
-    x: Tensor,
-    kind: str,
-    frozen: list[Tensor],
-    bias: Tensor | None,
-    adapter: Tensor | None,
-    rank: int,
-    starts: list[int],
-    sizes: list[int],
-    scale: float,
-    cos: Tensor,
-    sin: Tensor,
-    cu: Tensor,
-    longest: Tensor,
-    heads: int,
-    kv_heads: int,
-    softmax_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(attention's output [t, heads · width], q | k | v turned, u, the log of each softmax's sum) of x [t, h]; cos, sin [t, width]."""
-    layout = Layout(rank, starts, sizes)
-    y, u = matmul(x, kind, frozen, bias), down(x, adapter, layout, scale)
-    own = {} if adapter is None else dict(zip(starts, layout.split(adapter, x.shape[1])[1], strict=True))
-    width = cos.shape[1]
-    adapt_and_rotate_(y, u, [own.get(first * width) for first in (0, heads, heads + kv_heads)], heads, kv_heads, cos, sin)
-    out, lse = attention.forward(*_split(y, heads, kv_heads), cu, longest, softmax_scale, backend)
-    return out.view(len(x), -1), y, u, lse
+class Where(NamedTuple):
+    """What attention needs to know of the tokens of a micro-batch."""
+
+    cos: Tensor  # [t, width], as sin
+    sin: Tensor
+    cu: Tensor  # as attention.Documents has them
+    longest: Tensor
+    backend: str
 
 
-def _split(y: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as [t, heads, width], views."""
-    q, k, v = y.view(len(y), heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=1)
-    return q, k, v
+class AttentionHalf(Half):
+    """x + o(attention(q, k, v of norm(x))) over packed documents. again: the backward makes all but its input again."""
 
-
-@attend_forward.register_fake
-def _(x, kind, frozen, bias, adapter, rank, starts, sizes, scale, cos, sin, cu, longest, heads, kv_heads, softmax_scale, backend):  # type: ignore[no-untyped-def]
-    t, width = cos.shape
-    wide = x.new_empty(t, (heads + 2 * kv_heads) * width)
-    lse = x.new_empty(attention.lse_shape(t, heads, backend), dtype=torch.float32)
-    return x.new_empty(t, heads * width), wide, x.new_empty(t, 0 if adapter is None else rank * len(sizes)), lse
-
-
-@library.custom_op("graft::attend_backward", mutates_args=())
-def attend_backward(
-    dout: Tensor,
-    x: Tensor,
-    out: Tensor,
-    y: Tensor,
-    u: Tensor,
-    lse: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu: Tensor,
-    longest: Tensor,
-    kind: str,
-    frozen: list[Tensor],
-    adapter: Tensor | None,
-    rank: int,
-    starts: list[int],
-    sizes: list[int],
-    scale: float,
-    heads: int,
-    kv_heads: int,
-    softmax_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(dx, the gradient of the adapter)."""
-    dy, shape, layout = torch.empty_like(y), (len(x), heads, -1), Layout(rank, starts, sizes)
-    grads = _split(dy, heads, kv_heads)
-    attention.backward(grads, dout.view(shape), *_split(y, heads, kv_heads), out.view(shape), lse, cu, longest, softmax_scale, backend)
-    rotate_(dy, heads + kv_heads, cos, sin, -1.0)
-    dx = matmul_back(dy, kind, frozen)
-    du, gradient = adapter_gradient(dy, x, u, adapter, layout, scale)
-    if adapter is not None:
-        dx.addmm_(du, layout.split(adapter, x.shape[1])[0])
-    return dx, gradient
-
-
-@attend_backward.register_fake
-def _(dout, x, out, y, u, lse, cos, sin, cu, longest, kind, frozen, adapter, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty(0) if adapter is None else torch.empty_like(adapter)
-
-
-def _keep_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ctx.kind, frozen, _, adapter, *ctx.layout_and_scale, cos, sin, cu, longest, heads, kv_heads, softmax_scale, backend = inputs
-    ctx.rest = heads, kv_heads, softmax_scale, backend
-    ctx.count = len(frozen)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output, cos, sin, cu, longest, *frozen, *([] if adapter is None else [adapter]))
-
-
-def _attend_backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, out, y, u, lse, cos, sin, cu, longest, *rest = ctx.saved_tensors
-    frozen, adapter = rest[: ctx.count], rest[ctx.count] if len(rest) > ctx.count else None
-    given = x, out, y, u, lse, cos, sin, cu, longest
-    dx, gradient = attend_backward(dout.contiguous(), *given, ctx.kind, frozen, adapter, *ctx.layout_and_scale, *ctx.rest)
-    return dx, None, [None] * ctx.count, None, None if adapter is None else gradient, *[None] * 12
-
-
-attend_forward.register_autograd(_attend_backward, setup_context=_keep_attend)
-
-
-class FusedAttention(nn.Module):
-    """q, k, v, rotary embedding, attention over packed documents, o."""
-
-    def __init__(self, attn: Any):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
-        self.width, self.softmax_scale = attn.head_dim, attn.scaling
+    def __init__(self, norm: Any, attn: Any, again: bool):
+        super().__init__(norm, attn.q_proj.group)
+        self.o, self.softmax_scale, self.again = attn.o_proj.group, attn.scaling, again
         self.heads, self.kv_heads = (m.out_features // attn.head_dim for m in (attn.q_proj, attn.k_proj))
 
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], cu: Tensor, longest: Tensor, backend: str, **_: Any
-    ) -> tuple[Tensor, None]:
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        group = self.q_proj.group
-        frozen = group.frozen
-        cos, sin = (angles.reshape(len(x), -1) for angles in position_embeddings)
-        given = cos, sin, cu, longest, self.heads, self.kv_heads, self.softmax_scale, backend
-        out, *_rest = attend_forward(x, frozen.kind, frozen.tensors, frozen.bias, group.adapter, *group.layout, group.scale, *given)
-        return self.o_proj(out.view(*hidden_states.shape[:-1], -1)), None
+    def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], cu: Tensor, longest: Tensor, backend: str, **_: Any) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        cos, sin = (angles.reshape(len(flat), -1) for angles in position_embeddings)
+        out: Tensor = _Attend.apply(flat, self.group.adapter, self.o.adapter, self, Where(cos, sin, cu, longest, backend))
+        return out.view_as(x)
+
+    def attend(self, x: Tensor, adapter: Tensor | None, where: Where) -> tuple[Tensor, ...]:
+        """(attention's output [t, heads · width], the log of each softmax's sum, q | k | v turned, u, rstd)."""
+        y, b, u, rstd = self.read(x, adapter)
+        own = dict(zip(self.group.adapted, b, strict=True))  # by place: q, k, v
+        adapt_and_rotate_(y, u, [own.get(place) for place in range(3)], self.heads, self.kv_heads, where.cos, where.sin)
+        out, lse = attention.forward(*self.split(y), where.cu, where.longest, self.softmax_scale, where.backend)
+        return out.view(len(x), -1), lse, y, u, rstd
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as [t, heads, width], views."""
+        q, k, v = y.view(len(y), self.heads + 2 * self.kv_heads, -1).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return q, k, v
 
 
-def fuse_blocks(model: nn.Module, recompute: bool = False) -> None:
-    """Put the operators in place of every layer's halves where they compute the same; the adapters keep their names.
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_o: Tensor | None, half: AttentionHalf, where: Where) -> Tensor:
+        inner = half.attend(x, adapter, where)
+        out, u_o = _write(x, inner[0], half.o, adapter_o)
+        ctx.half, ctx.where = half, where
+        ctx.save_for_backward(x, adapter, adapter_o, u_o, *(() if half.again else inner))
+        return out
 
-    recompute: the MLP's wide activations, two thirds of a layer's, are made again in the backward: a quarter more work.
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        half, where = ctx.half, ctx.where
+        x, adapter, adapter_o, u_o, *kept = ctx.saved_tensors
+        out, lse, y, u, rstd = kept or half.attend(x, adapter, where)
+        dout, o = dout.contiguous(), half.o
+        d, of_o = adapted_backward(dout, out, u_o, o.frozen.kind, o.frozen.tensors, adapter_o, o.layout, o.scale)
+        dy, shape = torch.empty_like(y), (len(x), half.heads, -1)
+        given = d.view(shape), *half.split(y), out.view(shape), lse, where.cu, where.longest, half.softmax_scale, where.backend
+        attention.backward(half.split(dy), *given)
+        rotate_(dy, half.heads + half.kv_heads, where.cos, where.sin, -1.0)
+        dx, gradient = half.back(dout, dy, None, x, u, rstd, adapter, ctx.needs_input_grad[0])
+        return dx, gradient, None if adapter_o is None else of_o, None, None
+
+
+# ---- MLP ----------------------------------------------------------------------------------------------------------------
+class MlpHalf(Half):
+    """x + down(silu(gate(norm(x))) · up(norm(x))), no bias, no dropout. again: the backward makes gate | up again."""
+
+    def __init__(self, norm: Any, mlp: Any, again: bool):
+        super().__init__(norm, mlp.gate_proj.group)
+        self.down, self.again = mlp.down_proj.group, again
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = _Mlp.apply(x.reshape(-1, x.shape[-1]), self.group.adapter, self.down.adapter, self)
+        return out.view_as(x)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_down: Tensor | None, half: MlpHalf) -> Tensor:
+        y, b, u, rstd = half.read(x, adapter)
+        out, u_down = _write(x, swiglu(y, u, b), half.down, adapter_down)
+        ctx.half = half
+        ctx.save_for_backward(x, adapter, adapter_down, u_down, *(() if half.again else (y, u, rstd)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        half, narrow = ctx.half, ctx.half.down
+        x, adapter, adapter_down, u_down, *kept = ctx.saved_tensors
+        b = [] if adapter is None else half.group.layout.split(adapter, half.group.frozen.ins)[1]
+        y, u, rstd = kept or [one for n, one in enumerate(half.read(x, adapter)) if n != 1]
+        dout, frozen, a, gradient_down = dout.contiguous(), narrow.frozen, None, None
+        du_down = down_backward(dout, u_down, adapter_down, narrow.layout, frozen.ins, narrow.scale)
+        if adapter_down is not None:
+            a, _ = narrow.layout.split(adapter_down, frozen.ins)
+        dy, of_b, of_a = swiglu_backward(matmul_back(dout, frozen.kind, frozen.tensors), y, u, b, du_down, a)
+        if adapter_down is not None and of_a is not None:
+            gradient_down = torch.cat([of_a.flatten(), torch.mm(dout.t(), u_down).flatten()])
+        dx, gradient = half.back(dout, dy, of_b, x, u, rstd, adapter, ctx.needs_input_grad[0])
+        return dx, gradient, gradient_down, None
+
+
+# ---- the last norm ----------------------------------------------------------------------------------------------------
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        n, rstd, _ = norm(x, weight, eps, None, 1.0, False)
+        ctx.save_for_backward(x, rstd, weight)
+        assert isinstance(n, Tensor)
+        return n
+
+    @staticmethod
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd, weight = ctx.saved_tensors
+        none = dn.new_empty(len(x), 0)
+        return norm_backward(None, dn.contiguous(), none, None, none, 1.0, x, rstd, weight), None, None
+
+
+def _normed(last: Any, hidden_states: Tensor) -> Tensor:
+    out: Tensor = _Norm.apply(hidden_states.reshape(-1, hidden_states.shape[-1]), last.weight, last.variance_epsilon)
+    return out.view_as(hidden_states)
+
+
+# ---- the layers -------------------------------------------------------------------------------------------------------
+def fuse_blocks(model: Any, kept: str = "none") -> None:
+    """Run every layer by its halves, and the last norm, where they compute the same: layer.halves, None for one that the layer's own modules compute.
+
+    kept "selective": the MLP's wide activations, two thirds of a layer's, are made again in the backward, for a quarter more work;
+    "full": all but the input of each half, where both are fused.
     """
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            layers = [m for m in child.children() if isinstance(m, FusedLinear)]
-            if not layers or any(layer.beside for layer in layers):
-                continue
-            if type(child).__name__ in ATTENTIONS:
-                setattr(module, name, FusedAttention(child))
-            elif type(child).__name__ in MLPS and _is_plain(child):
-                setattr(module, name, FusedMlp(child, recompute))
+    for layer in model.modules():
+        if type(layer).__name__ not in LAYERS:
+            continue
+        attn, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
+        fits = [_fits(child, norm) for child, norm in zip((attn, mlp), norms, strict=True)]
+        fits[0] = fits[0] and type(attn).__name__ in ATTENTIONS
+        fits[1] = fits[1] and type(mlp).__name__ in MLPS and _is_plain(mlp)
+        whole = all(fits)
+        attend = AttentionHalf(norms[0], attn, whole and kept == "full") if fits[0] else None
+        gated = MlpHalf(norms[1], mlp, kept == "selective" or (whole and kept == "full")) if fits[1] else None
+        layer.halves = attend, gated
+        if whole:
+            layer.forward = partial(_whole, attend, gated)
+        elif attend:
+            layer.forward = partial(_by_attention, layer, torch.compiler.disable(attend))
+        elif gated:
+            layer.forward = partial(_by_mlp, layer, torch.compiler.disable(gated))
+
+    last: Any = getattr(model.base_model, "norm", None)
+    if type(last).__name__ in NORMS:
+        last.forward = partial(_normed, last)
+
+
+# one function each: torch.compile, which takes the rest of a layer, guards no argument that is a disabled function
+def _whole(attend: Any, mlp: Any, hidden_states: Tensor, **given: Any) -> Tensor:
+    out: Tensor = mlp(attend(hidden_states, **given))
+    return out
+
+
+def _by_attention(layer: Any, attend: Any, hidden_states: Tensor, **given: Any) -> Tensor:
+    x: Tensor = attend(hidden_states, **given)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _by_mlp(layer: Any, mlp: Any, hidden_states: Tensor, **given: Any) -> Tensor:
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **given)
+    out: Tensor = mlp(hidden_states + attended)
+    return out
+
+
+def _fits(module: Any, norm: Any) -> bool:
+    linears = [m for m in module.children() if isinstance(m, FusedLinear)]
+    narrow = all(not m.beside and m.group.layout.rank <= FUSED_RANK for m in linears)
+    return bool(linears) and narrow and type(norm).__name__ in NORMS
 
 
 def _is_plain(mlp: Any) -> bool:

@@ -20,6 +20,7 @@ FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 NF4_BLOCK, NF4_STATE_BLOCK = 64, 256  # weights a scale, scales a scale of scales: bitsandbytes' defaults
 _OF_NF4 = 5  # tensors a layer
+Operand = Tensor | tuple[Tensor, Tensor]  # [t, n], or quantize_rows() of it
 
 
 class Frozen(nn.Module):
@@ -74,11 +75,12 @@ class Frozen(nn.Module):
                 held.copy_(found)
 
 
-def matmul(x: Tensor, kind: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias: [t, in] -> [t, out], in x's dtype."""
+def matmul(x: Operand, kind: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias: [t, in] -> [t, out], in x's dtype, or in bf16 where x is in FP8 already."""
     if kind == "fp8":
-        x8, scales = quantize_rows(x)
-        return _fp8_matmul(x8, scales, tensors[0], tensors[1].t(), x.dtype, bias)
+        (x8, scales), dtype = (quantize_rows(x), x.dtype) if isinstance(x, Tensor) else (x, torch.bfloat16)
+        return _fp8_matmul(x8, scales, tensors[0], tensors[1].t(), dtype, bias)
+    assert isinstance(x, Tensor)
     w = tensors[0] if kind == "dense" else _opened(tensors, x.shape[1], x.dtype)
     return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
 
@@ -105,7 +107,7 @@ def fp8_works(device: torch.device | str) -> bool:
 def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(e4m3 [t, n], scales [t, 1] fp32) of x [t, n], each column first multiplied by its factor ([n] or [n, 1] fp32)."""
     if x.is_cuda:
-        from graft.model.triton_kernels import quantize_rows as on_gpu
+        from graft.model.kernels.fp8 import quantize_rows as on_gpu
 
         return on_gpu(x, factors)
     wide = x.float() if factors is None else x.float() * factors.reshape(1, -1)
@@ -123,7 +125,7 @@ def _fp8_matmul(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, dtyp
 
 def _transposed(w8: Tensor) -> Tensor:
     if w8.is_cuda:
-        from graft.model.triton_kernels import transposed
+        from graft.model.kernels.fp8 import transposed
 
         return transposed(w8)
     return w8.view(torch.uint8).t().contiguous().view(FP8)

@@ -68,17 +68,21 @@ def down_backward(dy: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout,
     return du.mul_(scale)
 
 
-def adapter_gradient(dy: Tensor, x: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-    """(du = s dy B, the gradient of the adapter); dx still lacks du A."""
-    du = down_backward(dy, u, adapter, layout, x.shape[1], scale)
+def adapted_backward(
+    dy: Tensor, x: Tensor, u: Tensor, kind: str, frozen: list[Tensor], adapter: Tensor | None, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(dx, the gradient of the adapter, empty without one) of the gradient dy of adapted()."""
+    dx = matmul_back(dy, kind, frozen)
     if adapter is None:
-        return du, x.new_empty(0)
+        return dx, x.new_empty(0)
+    du = down_backward(dy, u, adapter, layout, x.shape[1], scale)
     gradient = torch.empty_like(adapter)
     da, db = layout.split(gradient, x.shape[1])
     for (own, part), of_up in zip(layout.columns(dy, u), db, strict=True):
         torch.mm(own.t(), part, out=of_up)
     torch.mm(du.t(), x, out=da)
-    return du, gradient
+    dx.addmm_(du, layout.split(adapter, x.shape[1])[0])
+    return dx, gradient
 
 
 # ---- the operators ----------------------------------------------------------------------------------------------------
@@ -117,13 +121,8 @@ def lora_backward(
     sizes: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, the gradient of the adapter)."""
-    layout = Layout(rank, starts, sizes)
-    dx = matmul_back(dy, kind, frozen)
-    du, gradient = adapter_gradient(dy, x, u, adapter, layout, scale)
-    if adapter is not None:
-        dx.addmm_(du, layout.split(adapter, x.shape[1])[0])
-    return dx, gradient
+    """adapted_backward(), for the compiler."""
+    return adapted_backward(dy, x, u, kind, frozen, adapter, Layout(rank, starts, sizes), scale)
 
 
 @lora_backward.register_fake

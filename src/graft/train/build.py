@@ -30,21 +30,22 @@ def build(base: str, revision: str | None, precision: str, config: Train, seed: 
         raise ConfigError(f"model.precision = 'fp8' needs a GPU of compute capability 8.9 (Ada, Hopper or later), here {have}: use bf16 or nf4")
     if config.lora and on_gpu:
         lm = load_fused(base, revision, precision, config.lora, device, seed)
-        fuse_blocks(lm, recompute=config.activation_checkpointing == "selective")
+        fuse_blocks(lm, config.activation_checkpointing)
     else:
         lm = load_base(base, revision, precision, device)
         if config.lora:
             inject(lm, config.lora, DTYPES[precision], seed)
     c = lm.config.get_text_config()
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    packed = on_gpu and DTYPES[precision] == torch.bfloat16
-    backend = attention.fastest(c.num_attention_heads, c.num_key_value_heads, width, device) if packed else None
+    backend = "reference" if on_gpu and config.lora else None  # in fp32, which the fast kernels do not take
+    if on_gpu and DTYPES[precision] == torch.bfloat16:
+        backend = attention.fastest(c.num_attention_heads, c.num_key_value_heads, width, device)
     _wrap_layers(lm, on_gpu and config.compile, config.activation_checkpointing == "full")
     return PackedLM(lm, backend).train()
 
 
 def _wrap_layers(lm: Any, compiled: bool, checkpointed: bool) -> None:
-    """Compile each decoder layer, and have its backward compute it again."""
+    """Compile each decoder layer that is not fused as a whole, and have its backward compute it again."""
     if not (compiled or checkpointed):
         return
     layers = getattr(lm.base_model, "layers", None)
@@ -53,6 +54,8 @@ def _wrap_layers(lm: Any, compiled: bool, checkpointed: bool) -> None:
             f"a {lm.config.model_type} model has no list of decoder layers that graft knows: set compile = false and activation_checkpointing = 'none'"
         )
     for layer in layers:
+        if all(getattr(layer, "halves", [None])):
+            continue
         forward: Callable[..., Any] = layer.forward
         if compiled:
             forward = torch.compile(forward, dynamic=False)

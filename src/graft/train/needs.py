@@ -25,10 +25,11 @@ CONTEXT_GIB = 0.6  # of it, what CUDA and its libraries take for themselves, abo
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a weight of a linear layer; nf4 with its scales
 CHUNK = 4096  # rows of logits at once (model/loss.py)
 # Share of the nominal bf16 peak that a step reaches on one H200, Llama-3.1-8B, LoRA, 16,384 tokens (benchmarks/RESULTS.md)
-EFFICIENCY = {"bf16": 0.56, "fp8": 0.81, "nf4": 0.55}
+EFFICIENCY = {"bf16": 0.565, "fp8": 0.835, "nf4": 0.556}
+AGAIN = {"bf16": 0.66, "fp8": 1.13, "nf4": 0.64}  # and what is computed again, matmuls most of all; nf4's is an assumption
 FULL_TOKENS = 16_384  # a forward of more gains nothing
-FIXED_TOKENS = 512  # what a forward costs whatever its size, in tokens: an assumption, not measured
-MEASURED = "measured on one H200: LoRA of 8B in bf16, fp8 and nf4, 16,384 tokens a forward, nothing computed again"
+FIXED_TOKENS = 384  # what a forward costs whatever its size, in tokens: of one row, two forwards a step
+MEASURED = "measured on one H200: LoRA of 8B in bf16, fp8 and nf4, of 13B in fp8, 16,384 tokens a step, layers kept or computed again"
 ERROR = {"peak_gib": 0.03, "step_time_s": 0.05}  # no difference on those is larger
 
 
@@ -226,14 +227,17 @@ def need(work: Work, setting: Setting, gpu: Gpu) -> Need:
 
 def _activations(work: Work, setting: Setting, tokens: int) -> tuple[float, float]:
     """(bytes kept for the backward, bytes of the one layer that is computed again)."""
-    s, lora, width = work.shape, work.train.lora, work.width
-    # input, its norm, the sum after attention, its norm; q, k and v as turned; attention's output; s x Aᵀ of each adapter
-    narrow = (4 * s.hidden + s.qkv + s.q + (lora.r * len(lora.targets) if lora else 0)) * width + 4 * s.heads
+    s, train, lora, width = work.shape, work.train, work.train.lora, work.width
+    products = (lora.r * len(lora.targets) if lora else 0) * width  # s x Aᵀ of each adapter
+    whole = train.fused_layers
+    # input and the sum after attention, and their norms where each is an operator; q, k and v as turned; attention's output
+    narrow = ((2 if whole else 4) * s.hidden + s.qkv + s.q) * width + products + 4 * (s.heads + 2)
     if lora and lora.dropout:  # each adapter drops for itself: its input and a mask; q and k are then turned into copies
         narrow += sum(s.projections[t][0] for t in lora.targets if t in s.projections) * (width + 1) + (s.q + s.kv) * width
-    wide = (2 if work.train.fused_mlp else 3) * s.inter * width  # gate and up; the activation too where no operator makes it again
-    kept, live = {"none": (wide + narrow, 0.0), "selective": (narrow, wide), "full": (s.hidden * width, wide + narrow)}[
-        setting.activation_checkpointing if work.train.fused_mlp or setting.activation_checkpointing == "full" else "none"
+    wide = (2 if train.fused_mlp else 3) * s.inter * width  # gate and up; the activation too where no operator makes it again
+    full = (2 * s.hidden * width + products, wide) if whole else (s.hidden * width, wide + narrow)
+    kept, live = {"none": (wide + narrow, 0.0), "selective": (narrow, wide), "full": full}[
+        setting.activation_checkpointing if train.fused_mlp or setting.activation_checkpointing == "full" else "none"
     ]
     return tokens * s.layers * kept, tokens * live
 
@@ -249,7 +253,7 @@ def _layer_workspace(work: Work, tokens: int) -> float:
 def _head(work: Work, tokens: int) -> float:
     """Bytes of the loss (model/loss.py) beside what the layers keep: logits by the chunk and hidden states, or, after that, gradients."""
     s, width = work.shape, work.width
-    logits = 2 * min(tokens, CHUNK) * s.vocab * width  # and their gradient
+    logits = min(tokens, CHUNK) * s.vocab * width  # their gradient takes their place
     hidden = tokens * s.hidden
     forward, backward = logits + hidden * (4 + 3 * width), hidden * (4 + width + 8)  # 4: the last norm's fp32 input
     if not work.train.lora:
@@ -278,11 +282,12 @@ def _passing(work: Work) -> tuple[float, float]:
 def _step_time_s(work: Work, setting: Setting, gpu: Gpu, tokens: int, forwards: int) -> float:
     s, train = work.shape, work.train
     flops = Flops(s.layer_weights + s.vocab * s.hidden, work.trained if train.lora else 0, s.layers * s.q)
-    passes = 4 if train.lora else 6  # FLOPs a weight and token
-    again = {"none": 0.0, "selective": s.layers * s.hidden * 2 * s.inter / s.layer_weights if train.fused_mlp else 0.0, "full": 1.0}
-    per_forward = flops.per_step(tokens, work.mean_length or work.seq_len) * (1 + 2 * again[setting.activation_checkpointing] / passes)
-    efficiency = EFFICIENCY["bf16" if work.precision == "fp32" else work.precision] * _filled(tokens) / _filled(FULL_TOKENS)
-    return forwards * per_forward / ((gpu.peak_flops or 1e12) * efficiency)
+    share = s.layers * s.hidden / s.layer_weights  # of a layer's matmuls, an output column's; what ends a half is not made again
+    full = (s.qkv + 2 * s.inter) * share if train.fused_layers else 1.0
+    again = {"none": 0.0, "selective": 2 * s.inter * share if train.fused_mlp else 0.0, "full": full}[setting.activation_checkpointing]
+    precision, peak = "bf16" if work.precision == "fp32" else work.precision, gpu.peak_flops or 1e12
+    once = flops.per_step(tokens, work.mean_length or work.seq_len) / EFFICIENCY[precision]
+    return forwards * (once + 2 * again * s.layer_weights * tokens / AGAIN[precision]) * _filled(FULL_TOKENS) / _filled(tokens) / peak
 
 
 def _filled(tokens: int) -> float:

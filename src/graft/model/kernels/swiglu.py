@@ -1,0 +1,117 @@
+"""The gated activation with its adapters, and its gradient with theirs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def swiglu(y: Tensor, u: Tensor | None, b: list[Tensor]) -> Tensor:
+    """elementwise.swiglu(): silu(gate) · up of y [t, 2 n] = gate | up, to which u Bᵀ is added on the way; returns [t, n]."""
+    t, n = y.shape[0], y.shape[1] // 2
+    out = torch.empty(t, n, dtype=y.dtype, device=y.device)
+    r = b[0].shape[1] if b else 0
+    given = (u, *b) if b else (y, y, y)
+    rows, columns, ahead, warps = _TILE
+    widest = max(16, triton.next_power_of_2(r))
+    _swiglu[(triton.cdiv(t, CHUNK), triton.cdiv(n, columns))](y, *given, out, t, n, r, bool(b), widest, CHUNK, rows, columns, ahead, num_warps=warps)
+    return out
+
+
+def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """elementwise.swiglu_backward(): (the gradient [t, 2 n] of y, those of b [2, n, r] and of a [r, n]).
+
+    A program goes down CHUNK rows of a strip of columns, so that the sums over rows stay in registers; the chunks' sums are
+    added up afterwards, always in the same order.
+    """
+    t, n = dact.shape
+    dy, chunks = torch.empty_like(y), triton.cdiv(t, CHUNK)
+    r, r_down = b[0].shape[1] if b else 0, 0 if a is None else a.shape[0]
+    of_b = torch.empty(chunks, 2, n, r, dtype=torch.float32, device=y.device) if b else None
+    of_a = None if a is None else torch.empty(chunks, n, r_down, dtype=torch.float32, device=y.device)
+    given = (u, *b) if b else (y, y, y)
+    down = (y, y) if a is None else (du, a)
+    widths = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(r_down))
+    rows, columns, ahead, warps = _BACKWARD_TILE
+    _swiglu_backward[(chunks, triton.cdiv(n, columns))](
+        dact, y, *given, *down, dy, of_b, of_a, t, n, r, r_down, bool(b), a is not None, *widths, CHUNK, rows, columns, ahead, num_warps=warps
+    )
+    return dy, None if of_b is None else of_b.sum(0).to(y.dtype), None if of_a is None else of_a.sum(0).t().to(y.dtype)
+
+
+CHUNK = 1024  # rows
+_BACKWARD_TILE = 32, 128, 3, 4  # rows, columns, loads ahead, warps
+_TILE = 32, 128, 3, 8
+
+
+@triton.jit
+def _swiglu(
+    y, u, b_gate, b_up, out, t, n, r,
+    adapted: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
+):  # fmt: skip
+    columns, k = tl.program_id(1) * of_n + tl.arange(0, of_n), tl.arange(0, width)
+    if adapted:
+        holds = (columns[None, :] < n) & (k[:, None] < r)
+        gate_b = tl.load(b_gate + columns[None, :] * r + k[:, None], mask=holds, other=0.0)
+        up_b = tl.load(b_up + columns[None, :] * r + k[:, None], mask=holds, other=0.0)
+    for start in tl.range(0, chunk, of_t, num_stages=ahead):
+        rows = (tl.program_id(0) * chunk + start + tl.arange(0, of_t)).to(tl.int64)
+        inside = (rows[:, None] < t) & (columns[None, :] < n)
+        at = rows[:, None] * (2 * n) + columns[None, :]
+        gate = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(y + at + n, mask=inside, other=0.0).to(tl.float32)
+        if adapted:
+            of_u, fits = u + rows[:, None] * (2 * r) + k[None, :], (rows[:, None] < t) & (k[None, :] < r)
+            gate = tl.dot(tl.load(of_u, mask=fits, other=0.0), gate_b, gate)
+            up = tl.dot(tl.load(of_u + r, mask=fits, other=0.0), up_b, up)
+        tl.store(out + rows[:, None] * n + columns[None, :], (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(
+    dact, y, u, b_gate, b_up, du, a, dy, of_b, of_a, t, n, r, r_down, adapted: tl.constexpr, down: tl.constexpr,
+    width: tl.constexpr, width_down: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * of_n + tl.arange(0, of_n)
+    k, k_down = tl.arange(0, width), tl.arange(0, width_down)
+    if adapted:
+        holds = (columns[None, :] < n) & (k[:, None] < r)
+        gate_b = tl.load(b_gate + columns[None, :] * r + k[:, None], mask=holds, other=0.0)
+        up_b = tl.load(b_up + columns[None, :] * r + k[:, None], mask=holds, other=0.0)
+        sum_gate, sum_up = tl.zeros((of_n, width), tl.float32), tl.zeros((of_n, width), tl.float32)
+    if down:
+        of_down = (columns[None, :] < n) & (k_down[:, None] < r_down)
+        a_down = tl.load(a + k_down[:, None] * n + columns[None, :], mask=of_down, other=0.0)
+        sum_a = tl.zeros((of_n, width_down), tl.float32)
+    for start in tl.range(0, chunk, of_t, num_stages=ahead):
+        rows = (tl.program_id(0) * chunk + start + tl.arange(0, of_t)).to(tl.int64)
+        inside = (rows[:, None] < t) & (columns[None, :] < n)
+        at = rows[:, None] * (2 * n) + columns[None, :]
+        gate = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(y + at + n, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(dact + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if adapted:
+            of_u, fits = u + rows[:, None] * (2 * r) + k[None, :], (rows[:, None] < t) & (k[None, :] < r)
+            gate_u, up_u = tl.load(of_u, mask=fits, other=0.0), tl.load(of_u + r, mask=fits, other=0.0)
+            gate, up = tl.dot(gate_u, gate_b, gate), tl.dot(up_u, up_b, up)
+        if down:
+            of_du = tl.load(du + rows[:, None] * r_down + k_down[None, :], mask=(rows[:, None] < t) & (k_down[None, :] < r_down), other=0.0)
+            d = tl.dot(of_du, a_down, d)
+        s = tl.sigmoid(gate)
+        d_gate, d_up = (d * up * s * (1 + gate * (1 - s))).to(dy.dtype.element_ty), (d * gate * s).to(dy.dtype.element_ty)
+        tl.store(dy + at, d_gate, mask=inside)
+        tl.store(dy + at + n, d_up, mask=inside)
+        if adapted:
+            sum_gate, sum_up = tl.dot(tl.trans(d_gate), gate_u, sum_gate), tl.dot(tl.trans(d_up), up_u, sum_up)
+        if down:
+            sum_a = tl.dot(tl.trans((gate * s * up).to(dy.dtype.element_ty)), of_du, sum_a)
+    if adapted:
+        to = of_b + tl.program_id(0).to(tl.int64) * (2 * n * r) + columns[:, None] * r + k[None, :]
+        held = (columns[:, None] < n) & (k[None, :] < r)
+        tl.store(to, sum_gate, mask=held)
+        tl.store(to + n * r, sum_up, mask=held)
+    if down:
+        to = of_a + tl.program_id(0).to(tl.int64) * (n * r_down) + columns[:, None] * r_down + k_down[None, :]
+        tl.store(to, sum_a, mask=(columns[:, None] < n) & (k_down[None, :] < r_down))
