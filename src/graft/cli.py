@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
     serve.add_argument("--port", type=int)
     verb("lineage", _lineage, "print an artifact's chain of manifests").add_argument("path")
+    kept = verb(
+        "checkpoints", _checkpoints, "list a training run's checkpoints: step, size, whether every file holds; `verify` fails where one does not"
+    )
+    kept.add_argument("words", nargs="+", metavar="[verify] RUN", help="a run's directory, for example checkpoints/NAME/runs/sft-0123456789ab")
     look = verb("inspect", _inspect, "show what prepared rows or shards hold: counts, lengths, sources, rejects, a bin with its loss mask")
     look.add_argument(
         "path", help="an artifact of prepare or of a shard stage, for example data_shards/NAME/shard-sft/current, or a folder of shards"
@@ -193,6 +197,18 @@ def _inspect(args: argparse.Namespace) -> int:
 
     inspect(Path(args.path), args.bin, Path(args.html) if args.html else None, get_console())
     return 0
+
+
+def _checkpoints(args: argparse.Namespace) -> int:
+    from graft.train.checkpoint import described
+
+    verify = args.words[0] == "verify" and len(args.words) > 1
+    held = True
+    for run in map(Path, args.words[verify:]):
+        for line, holds in described(run):
+            print(line)
+            held = held and holds
+    return 0 if held or not verify else 2
 
 
 def _lineage(args: argparse.Namespace) -> int:

@@ -1,21 +1,27 @@
 """Discovery takes the newest checkpoint whose files all hold, and says why it passed over the others."""
 
 import json
+import pickle
+import random
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from graft.cli import main
 from graft.core.artifact import sha256_file
 from graft.core.metrics import MetricsWriter, read_metrics
-from graft.train.checkpoint import CURSOR, SUMS, fault, newest
+from graft.train.checkpoint import CURSOR, FORMAT, SUMS, _canonical, fault, newest
+
+RANK = "rank-00000.safetensors"
 
 
-def make(run, step):
+def make(run, step, form=FORMAT):
     folder = run / f"step-{step:08d}"
-    (folder / "payload").mkdir(parents=True)
-    (folder / "payload" / "shard.pt").write_bytes(bytes(range(256)) * step)
-    (folder / CURSOR).write_text(json.dumps({"step": step}))
-    sums = {p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
-    (folder / SUMS).write_text(json.dumps(sums))
+    folder.mkdir(parents=True)
+    save_file({"a:fp32": torch.arange(100.0) * step}, folder / RANK, metadata={"starts": '{"a": 0}'})
+    (folder / CURSOR).write_text(json.dumps({"step": step, "format": form, "processes": 1}, indent=1))
+    (folder / SUMS).write_text(_canonical({p.name: sha256_file(p) for p in folder.iterdir()}))
     return folder
 
 
@@ -27,23 +33,69 @@ def test_the_newest_whole_one_is_taken(tmp_path):
     assert newest(tmp_path) == (tmp_path / "step-00000015", [])
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "sums"])
+@pytest.mark.parametrize("damage", ["gone", "sums", "format"])
 def test_a_damaged_one_is_passed_over_by_name(tmp_path, damage):
     make(tmp_path, 5)
-    shard = make(tmp_path, 10) / "payload" / "shard.pt"
-    if damage == "bit":
-        data = bytearray(shard.read_bytes())
-        data[100] ^= 4
-        shard.write_bytes(data)
-    elif damage == "cut":
-        shard.write_bytes(shard.read_bytes()[:-1])
-    elif damage == "gone":
-        shard.unlink()
-    else:
-        (shard.parents[1] / SUMS).unlink()
-    folder, passed = newest(tmp_path)
-    assert folder == tmp_path / "step-00000005" and fault(folder) is None
-    assert len(passed) == 1 and "step-00000010" in passed[0] and (SUMS if damage == "sums" else "shard.pt") in passed[0]
+    folder = make(tmp_path, 10, 1 if damage == "format" else FORMAT)
+    if damage != "format":
+        (folder / (RANK if damage == "gone" else SUMS)).unlink()
+    taken, passed = newest(tmp_path)
+    assert taken == tmp_path / "step-00000005" and fault(taken) is None
+    said = {"gone": f"{RANK} is missing", "sums": SUMS, "format": "format 1"}[damage]
+    assert len(passed) == 1 and "step-00000010" in passed[0] and said in passed[0]
+
+
+def test_a_thousand_flipped_bits_and_cuts_are_each_refused_by_the_files_name(tmp_path):
+    make(tmp_path, 5)
+    files, draw, refused = sorted(make(tmp_path, 10).iterdir()), random.Random(0), 0
+    for n in range(1000):
+        file = draw.choice(files)
+        held = file.read_bytes()
+        at = draw.randrange(len(held))
+        changed = bytearray(held)
+        changed[at] ^= 1 << draw.randrange(8)
+        file.write_bytes(held[:at] if n % 4 == 0 else bytes(changed))
+        taken, passed = newest(tmp_path)
+        refused += taken == tmp_path / "step-00000005" and (file.name in passed[0] or file.name == SUMS)
+        file.write_bytes(held)
+    print(f"refused {refused} of 1000 flips and cuts")
+    assert refused == 1000 and newest(tmp_path)[0] == tmp_path / "step-00000010"
+
+
+class Trap:
+    """A pickle that runs code as it is read."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("slot", [RANK, CURSOR, SUMS])
+def test_a_planted_pickle_runs_nothing(tmp_path, slot):
+    folder, ran = make(tmp_path, 5), tmp_path / "ran"
+    pickle.loads(pickle.dumps(Trap(ran))).close()
+    assert ran.exists()
+    ran.unlink()
+    (folder / slot).write_bytes(pickle.dumps(Trap(ran)))
+    for recorded in (False, True):
+        if recorded and slot != SUMS:
+            (folder / SUMS).write_text(_canonical({p.name: sha256_file(p) for p in folder.iterdir() if p.name != SUMS}))
+        assert fault(folder) and not ran.exists()
+
+
+def test_the_command_lists_and_verifies(tmp_path, capsys):
+    for step in (5, 10):
+        make(tmp_path, step)
+    assert main(["checkpoints", "verify", str(tmp_path)]) == 0 and capsys.readouterr().out.count("verified") == 2
+    shard = tmp_path / "step-00000010" / RANK
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "verified" in lines[0] and lines[1].endswith(f"{RANK} was altered")
+    assert main(["checkpoints", "verify", str(tmp_path)]) == 2
+    assert main(["checkpoints", str(tmp_path / "none")]) == 2 and "holds no checkpoint" in capsys.readouterr().err
 
 
 def test_metrics_of_repeated_steps_are_dropped_and_a_cut_line_is_passed_over(tmp_path):

@@ -147,20 +147,6 @@ def test_other_precisions_train_and_resume_bitwise(tmp_path, precision):
     assert sha256_file(again.path / "adapter_model.safetensors") == wanted and curve(again.path) == steps
 
 
-def test_another_number_of_processes_is_refused_in_one_line(undisturbed, tmp_path):
-    shutil.copytree(undisturbed[0], tmp_path / "copy", symlinks=True)
-    plan = small_plan(tmp_path / "copy")
-    shutil.rmtree(plan.resolve("sft").directory)
-    process = subprocess.run(
-        [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root)],
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "processes = 2" in process.stderr
-
-
 def test_whole_weights_train_on_two_ranks_and_the_model_is_evaluated_alone(tmp_path):
     from graft.evaluate import classify
 

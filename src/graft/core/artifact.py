@@ -45,13 +45,17 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def fsync_file(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
 def fsync_tree(root: Path) -> None:
     for path in [*root.rglob("*"), root]:
         if path.is_dir():
             fsync_dir(path)
         elif path.is_file():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
+            fsync_file(path)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -243,6 +243,7 @@ class Train(Section):
     patience: Count | None = None  # validations without a lower loss after which training stops
     save_every: Count = 100  # steps
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    on_save_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written: the disk is full
 
     @model_validator(mode="after")
     def _best_needs_validations(self) -> Train:

@@ -92,7 +92,7 @@ def _train(
 
     run_dir = job.run_directory
     total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
-    same = {"processes": world, "shards": job.parents[f"shard-{stage}"].digest, "fingerprint": job.fingerprint}
+    same = {"shards": job.parents[f"shard-{stage}"].digest, "fingerprint": job.fingerprint}
     cursor = checkpoint.load(engine, found, same) if found else None
     first = cursor["step"] if cursor else 0
     tokens_seen = cursor["tokens"] if cursor else 0
@@ -102,6 +102,7 @@ def _train(
     validation = [held_out.bin(i) for i in range(rank, len(held_out), world)] if held_out else None  # this rank's share, maybe nothing
     report = Reporter(job, run_dir, total, first, world, flops, plan) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
+    writer = checkpoint.Writer(run_dir, config.keep_checkpoints)
 
     for step in range(first, total):
         if best.stop:
@@ -123,14 +124,18 @@ def _train(
         waited_s = feed.waited_s
         if step + 1 < total:
             feed.look_ahead(step + 1)
-        dist.all_reduce(loss)
+        sums = torch.tensor([0.0, writer.written, bool(writer.failure)], device=device)
+        sums[0] = loss
+        dist.all_reduce(sums)
         engine.step()
-        mean_loss = loss.item() / batch.targets  # here the CPU waits for the GPU, not before: the step is in its queue
+        total_loss, written, failed = sums.tolist()  # here the CPU waits for the GPU, not before: the step is in its queue
+        mean_loss = total_loss / batch.targets
         if not math.isfinite(mean_loss):
             raise TrainError(
                 f"the loss of step {step} is {mean_loss}, bins {batch.indices.tolist()[:8]}: lower {stage}.lr; the last good checkpoint is in {run_dir}"
             )
         tokens_seen += batch.tokens
+        _report_unsaved(writer.border(int(written), int(failed)), config, stage, run_dir)
 
         done = step + 1
         ends = done == total
@@ -156,8 +161,9 @@ def _train(
         if done % config.save_every == 0 or ends:
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
             position["setting"] = plan.setting._asdict()
-            checkpoint.save(engine, run_dir, position | same, config.keep_checkpoints)
+            _report_unsaved(writer.save(engine, position | same), config, stage, run_dir)
 
+    _report_unsaved(writer.finish(), config, stage, run_dir)
     if report and save:
         counts = {**report.finish(), "steps": report.steps, "tokens": tokens_seen, "bins": len(shards), "processes": world}
         _publish(job, best, save, run_dir, counts)
@@ -199,6 +205,18 @@ def _newest_checkpoint(run_dir: Path) -> Path | None:
         choice = [str(folder) if folder else None]
     dist.broadcast_object_list(choice)
     return Path(choice[0]) if choice[0] else None
+
+
+def _report_unsaved(why: str | None, config: Train, stage: str, run_dir: Path) -> None:
+    """On all ranks: stop with the line on a checkpoint that could not be written, or print it where the recipe says to go on."""
+    if why is None:
+        return
+    kept = checkpoint.steps(run_dir)
+    line = f"{stage}: {why}; " + (f"the newest in {run_dir} is {kept[-1].name}" if kept else f"{run_dir} holds none yet")
+    if config.on_save_failure == "stop":
+        raise TrainError(f"{line}: make room and start again, or set {stage}.on_save_failure = 'continue'")
+    if dist.get_rank() == 0:
+        print(line, flush=True)
 
 
 def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
