@@ -4,13 +4,17 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from graft.core.artifact import sha256_file
-from graft.train.checkpoint import fault, newest, steps
+from graft.core.metrics import read_metrics
+from graft.train.checkpoint import cursor_of, fault, newest, steps
 from graft.train.launch import command
 
 from .small import curve, small_plan, start, train
@@ -119,3 +123,35 @@ def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_pa
         shutil.rmtree(plan.root)
     print(f"recovered bitwise {recovered} of {len(points)} kills, at one of {totals} operations of two ranks")
     assert recovered == len(points)
+
+
+def ranks_of(plan):
+    """{rank: process id} of the ranks that run the plan."""
+    found = {}
+    for pid in subprocess.run(["pgrep", "-f", f"graft.train {plan.path}"], capture_output=True, text=True).stdout.split():
+        with suppress(OSError):
+            variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0") if "=" in v)
+            if "LOCAL_RANK" in variables:
+                found[int(variables["RANK"])] = int(pid)
+    return found
+
+
+@pytest.mark.parametrize("to", ["rank 1", "launcher"])
+def test_who_is_asked_to_leave_saves_the_step_at_hand_and_exits_with_75(tmp_path, to):
+    settings = ("sft.max_steps=60", "sft.epochs=99", "sft.save_every=1000", "sft.validate_every=1000")
+    plan = small_plan(tmp_path, *settings)
+    process, run = start(plan, 2), plan.resolve("sft").run_directory
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(list(read_metrics(run / "metrics.jsonl"))) < 5:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.kill(ranks_of(plan)[1] if to == "rank 1" else process.pid, signal.SIGUSR2 if to == "rank 1" else signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and said.count("asked to leave") == 1 and "Traceback" not in said, said[-3000:]
+    assert not ranks_of(plan), "no process is left"
+    (kept,) = steps(run)
+    done = cursor_of(kept)["step"]
+    assert fault(kept) is None and done == len(list(read_metrics(run / "metrics.jsonl"))) < 60, "no step is lost"
+    artifact = train(plan)
+    print(f"asked {to}: left after step {done}, finished")
+    assert [s[0] for s in curve(artifact.path)] == list(range(60))

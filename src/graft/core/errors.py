@@ -30,5 +30,11 @@ class TrainError(GraftError, RuntimeError):
     """Training cannot start or go on."""
 
 
+class Preempted(TrainError):
+    """Training was asked to leave and saved a checkpoint: start the same command again. 75 is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+
+
 class ServeError(GraftError, RuntimeError):
     """The server cannot start or cannot answer."""

@@ -13,9 +13,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from graft.core.errors import TrainError
+from graft.core.errors import Preempted, TrainError
+from graft.train.preempt import EXIT_CODE_FILE, SIGNALS
 
 CPU_PROCESSES = 2
 PR_SET_PDEATHSIG = 1
@@ -55,6 +59,9 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     if not _gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on stdout that it found none
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torchrun passes these on to the ranks, and gives them the time to save
+    environment.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2")
+    environment.setdefault("PET_SHUTDOWN_TIMEOUT", "120")
     return [*argv, "-m", "graft.train", *arguments], environment
 
 
@@ -64,16 +71,42 @@ def launch(arguments: list[str], log: Path) -> None:
     log: file for the stderr of the launcher, the ranks and their libraries; progress goes to stdout.
     """
     argv, environment = command(arguments)
-    with log.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen(argv, env=environment, stderr=stderr, preexec_fn=_end_with_parent)
+    told = log.with_suffix(".code")
+    told.unlink(missing_ok=True)
+    with log.open("w", encoding="utf-8") as stderr, _passing_on() as processes:
+        process = subprocess.Popen(argv, env=environment | {EXIT_CODE_FILE: str(told)}, stderr=stderr, preexec_fn=_end_with_parent)
+        processes.append(process)
         try:
             code = process.wait()
         except BaseException:
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
+    left = told.read_text(encoding="utf-8") if told.exists() else ""
+    told.unlink(missing_ok=True)
     if code:
-        raise TrainError(_reason(log) or f"training left with exit code {code}: see {log}")
+        kind = Preempted if left == str(Preempted.exit_code) else TrainError
+        raise kind(_reason(log) or f"training left with exit code {code}: see {log}")
+
+
+@contextmanager
+def _passing_on() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """While it lasts, what asks this process to leave is passed on to the processes in the list; in the main thread alone, which hears signals."""
+    processes: list[subprocess.Popen[bytes]] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield processes
+        return
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield processes
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_with_parent() -> None:

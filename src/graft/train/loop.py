@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
-from graft.core.errors import ConfigError, TrainError
+from graft.core.errors import ConfigError, Preempted, TrainError
 from graft.core.recipe import Train
 from graft.core.shards import ShardSet
 from graft.core.stages import Job
@@ -38,6 +38,7 @@ from graft.train.feed import Feed
 from graft.train.fit import refuse_misfits
 from graft.train.flops import Flops
 from graft.train.order import learning_rate
+from graft.train.preempt import Asked, hold
 from graft.train.profile import Profiler
 from graft.train.report import Reporter
 from graft.train.split import deepspeed_split, micro_batch_of, total_steps
@@ -59,6 +60,7 @@ def run(job: Job, profile: bool = False) -> None:
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
     with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
         accelerator = _accelerator(job, config)
+    held = hold(job.run_directory) if accelerator.process_index == 0 else None  # until this process ends; the others wait for its choice
     found = _newest_checkpoint(job.run_directory)
     plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(found).get("setting", {}) if found else {})
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
@@ -68,12 +70,15 @@ def run(job: Job, profile: bool = False) -> None:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
         _train(job, accelerator, shards, held_out, plan, found, profile)
+    if held:
+        held.close()
 
 
 def _train(
     job: Job, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet | None, plan: memory.MemoryPlan, found: Path | None, profile: bool
 ) -> None:
     """found: the checkpoint to go on from."""
+    asked = Asked()
     recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
     config = recipe.train_stage(stage).model_copy(update=plan.setting._asdict())
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -124,11 +129,11 @@ def _train(
         waited_s = feed.waited_s
         if step + 1 < total:
             feed.look_ahead(step + 1)
-        sums = torch.tensor([0.0, writer.written, bool(writer.failure)], device=device)
+        sums = torch.tensor([0.0, writer.written, bool(writer.failure), bool(asked.by)], device=device)
         sums[0] = loss
         dist.all_reduce(sums)
         engine.step()
-        total_loss, written, failed = sums.tolist()  # here the CPU waits for the GPU, not before: the step is in its queue
+        total_loss, written, failed, leave = sums.tolist()  # here the CPU waits for the GPU, not before: the step is in its queue
         mean_loss = total_loss / batch.targets
         if not math.isfinite(mean_loss):
             raise TrainError(
@@ -158,10 +163,16 @@ def _train(
             report.step({**metrics, "step_time_s": time.perf_counter() - started})
         if profiler:
             profiler.step(done - first)
-        if done % config.save_every == 0 or ends:
+        if done % config.save_every == 0 or ends or leave:
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
             position["setting"] = plan.setting._asdict()
             _report_unsaved(writer.save(engine, position | same), config, stage, run_dir)
+        if leave and not ends:
+            _report_unsaved(writer.finish(), config, stage, run_dir)
+            told: list[str | None] = [None] * world
+            dist.all_gather_object(told, asked.by)
+            by = ", ".join(f"{name} to rank {n}" for n, name in enumerate(told) if name)
+            raise Preempted(f"{stage}: asked to leave ({by}), saved after {done} of {total} steps: the same command goes on")
 
     _report_unsaved(writer.finish(), config, stage, run_dir)
     if report and save:
