@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator
 
-from graft.core.errors import ConfigError, Preempted, TrainError
+from graft.core.errors import Preempted, TrainError
 from graft.core.recipe import Train
 from graft.core.shards import ShardSet
 from graft.core.stages import Job
@@ -38,11 +37,12 @@ from graft.train.feed import Feed
 from graft.train.fit import refuse_misfits
 from graft.train.flops import Flops
 from graft.train.order import learning_rate
-from graft.train.preempt import Asked, hold
+from graft.train.preempt import Asked
 from graft.train.profile import Profiler
+from graft.train.ranks import accelerator_of, local_leader
 from graft.train.report import Reporter
-from graft.train.split import deepspeed_split, micro_batch_of, total_steps
-from graft.train.strategy import strategy_of
+from graft.train.resume import hold, newest_of_all
+from graft.train.split import deepspeed_split, total_steps
 
 
 def run(job: Job, profile: bool = False) -> None:
@@ -53,15 +53,15 @@ def run(job: Job, profile: bool = False) -> None:
     recipe, stage = job.recipe, job.stage.name
     config = recipe.train_stage(stage)
     folder = job.parents[f"shard-{stage}"].path
-    shards = ShardSet.open(folder / "train", verify=_local_leader())
+    shards = ShardSet.open(folder / "train", verify=local_leader())
     held_out = ShardSet.open(folder / "validation", verify=False) if (folder / "validation").is_dir() else None
-    if _local_leader():
+    if local_leader():
         splits = {"train": shards, "validation": held_out}
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
     with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
-        accelerator = _accelerator(job, config)
-    held = hold(job.run_directory) if accelerator.process_index == 0 else None  # until this process ends; the others wait for its choice
-    found = _newest_checkpoint(job.run_directory)
+        accelerator = accelerator_of(job, config)
+    held = hold(job.run_directory) if accelerator.process_index == 0 else None
+    found = newest_of_all(job.run_directory)
     plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(found).get("setting", {}) if found else {})
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         deepspeed_split(config.global_batch, accelerator.num_processes, plan.setting.micro_batch)
@@ -182,42 +182,6 @@ def _train(
     dist.destroy_process_group()
 
 
-def _accelerator(job: Job, config: Train) -> Accelerator:
-    """Accelerate over DeepSpeed with the recipe's strategy file; every number the recipe knows was "auto" there."""
-    from deepspeed.ops import __compatible_ops__ as compatible_ops  # prints as it is imported
-
-    strategy = strategy_of(job.plan)
-    if (zero := strategy.get("zero_optimization", {}).get("stage")) not in (1, 2):
-        raise ConfigError(f"deepspeed = {job.recipe.deepspeed!r} has zero_optimization.stage = {zero}: graft trains with 1 or 2")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    full_fp32 = job.recipe.model.precision == "fp32"
-    # the memory plan, which the ranks have yet to agree on, sets the real split
-    strategy |= deepspeed_split(config.global_batch, world, micro_batch_of(config.global_batch, world, 1))
-    strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32}}
-    compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
-    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(
-        kwargs_handlers=handlers, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
-    )
-    if accelerator.num_processes != dist.get_world_size():
-        raise TrainError(
-            f"Accelerate sees {accelerator.num_processes} processes, the process group {dist.get_world_size()}: start by launch/train.sh"
-        )
-    return accelerator
-
-
-def _newest_checkpoint(run_dir: Path) -> Path | None:
-    """Rank 0 chooses the checkpoint, all ranks go on from that one; None for a fresh start."""
-    choice: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        folder, passed = checkpoint.newest(run_dir)
-        for line in passed:
-            print(f"resume: {line}", flush=True)
-        choice = [str(folder) if folder else None]
-    dist.broadcast_object_list(choice)
-    return Path(choice[0]) if choice[0] else None
-
-
 def _report_unsaved(why: str | None, config: Train, stage: str, run_dir: Path) -> None:
     """On all ranks: stop with the line on a checkpoint that could not be written, or print it where the recipe says to go on."""
     if why is None:
@@ -272,8 +236,3 @@ def _publish(job: Job, best: Best, save: Callable[[Path], None], run_dir: Path, 
 
 def _seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _local_leader() -> bool:
-    """One process a node reads all shards, to verify their hashes and that they fit the base."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -6,12 +6,8 @@ same step; they leave with the exit code of errors.Preempted, 75, which says: st
 
 from __future__ import annotations
 
-import fcntl
 import signal
-import time
-from pathlib import Path
 from types import FrameType
-from typing import IO
 
 EXIT_CODE_FILE = "GRAFT_EXIT_CODE_FILE"  # of the environment: where a rank that refuses or leaves writes its exit code
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL takes
@@ -27,22 +23,3 @@ class Asked:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.by = self.by or signal.Signals(number).name
-
-
-def hold(run: Path) -> IO[str]:
-    """The right to write into a run's directory, for as long as the file is open: a run that was asked to leave may still be saving there.
-
-    Waits for it; on NFS and Lustre the file system must have locks.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = (run / "lock").open("a", encoding="utf-8")
-    said = False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if not said:
-                print(f"{run}: another process is training here, waiting for it to leave", flush=True)
-            said = True
-            time.sleep(0.2)

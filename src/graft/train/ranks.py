@@ -1,0 +1,45 @@
+"""The processes of a run: their group, and Accelerate over DeepSpeed with the recipe's strategy file."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import InitProcessGroupKwargs
+
+from graft.core.errors import ConfigError, TrainError
+from graft.core.recipe import Train
+from graft.core.stages import Job
+from graft.train.split import deepspeed_split, micro_batch_of
+from graft.train.strategy import strategy_of
+
+
+def accelerator_of(job: Job, config: Train) -> Accelerator:
+    """Accelerate over DeepSpeed with the recipe's strategy file; every number the recipe knows was "auto" there."""
+    from deepspeed.ops import __compatible_ops__ as compatible_ops  # prints as it is imported
+
+    strategy = strategy_of(job.plan)
+    if (zero := strategy.get("zero_optimization", {}).get("stage")) not in (1, 2):
+        raise ConfigError(f"deepspeed = {job.recipe.deepspeed!r} has zero_optimization.stage = {zero}: graft trains with 1 or 2")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    full_fp32 = job.recipe.model.precision == "fp32"
+    # the memory plan, which the ranks have yet to agree on, sets the real split
+    strategy |= deepspeed_split(config.global_batch, world, micro_batch_of(config.global_batch, world, 1))
+    strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32}}
+    compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
+    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(
+        kwargs_handlers=handlers, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
+    )
+    if accelerator.num_processes != dist.get_world_size():
+        raise TrainError(
+            f"Accelerate sees {accelerator.num_processes} processes, the process group {dist.get_world_size()}: start by launch/train.sh"
+        )
+    return accelerator
+
+
+def local_leader() -> bool:
+    """One process a node reads all shards, to verify their hashes and that they fit the base."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
