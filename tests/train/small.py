@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from graft.core.recipe import EmbeddedBase, Train
 from graft.core.shards import Columns, write_index, write_shard
 from graft.core.stages import Plan
 from graft.model.chat import load_tokenizer, tokenizer_digest
+from graft.train.launch import command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = """
@@ -65,15 +67,21 @@ def random_bins(count, seq_len, seed):
 
 def write_shards(folder, count, digest, seq_len=32, seed=0):
     """digest: of the tokenizer."""
+    write_bins(folder, random_bins(count, seq_len, seed), digest)
+
+
+def write_bins(folder, bins, digest):
+    """bins: (ids, mask, doc_lens) of each, of two documents."""
     folder.mkdir(parents=True)
-    ids, masks, lens = (np.stack(c) for c in zip(*random_bins(count, seq_len, seed), strict=True))
+    ids, masks, lens = (np.stack(c) for c in zip(*bins, strict=True))
+    count, seq_len = ids.shape
     documents = 2 * count
     bins = Columns(ids, masks, lens.reshape(-1), np.arange(0, documents + 1, 2), np.zeros(documents, np.int32), np.arange(documents))
     write_index(folder, seq_len=seq_len, pad_id=3, tokenizer=digest, shards=[write_shard(folder / "part-000-000.arrow", bins, ["t"])])
 
 
-def small_plan(root: Path, *overrides: str, hidden_size=64) -> Plan:
-    """A plan in `root` whose sft stage is ready to run, the base of four heads."""
+def small_plan(root: Path, *overrides: str, hidden_size=64, bins=None) -> Plan:
+    """A plan in `root` whose sft stage is ready to run, the base of four heads. bins: of its training, or random ones."""
     from graft.model.base import random_llama
 
     if not (root / "small.toml").exists():
@@ -83,7 +91,7 @@ def small_plan(root: Path, *overrides: str, hidden_size=64) -> Plan:
         random_llama(shape, 264, 64, 0).save_pretrained(root / "base")
         tokenizer().save_pretrained(root / "base")
     plan = Plan(root / "small.toml", overrides, root)
-    for stage, fill in (("augment", _rows), ("prepare", _splits), ("shard-sft", _shards)):
+    for stage, fill in (("augment", _rows), ("prepare", _splits), ("shard-sft", partial(_shards, bins))):
         job = plan.resolve(stage)
         if job.artifact is None:
             with job.writing() as draft:
@@ -107,18 +115,18 @@ def _splits(folder, plan):
             f.write(json.dumps({"id": str(i), "messages": messages, "label": label, "family": f"{label}-0"}) + "\n")
 
 
-def _shards(folder, plan):
+def _shards(bins, folder, plan):
     digest = tokenizer_digest(load_tokenizer(*plan.external_base(), plan.recipe.model.chat_template))
-    write_shards(folder / "train", BINS, digest)
+    write_bins(folder / "train", bins or random_bins(BINS, 32, 0), digest)
     write_shards(folder / "validation", 3, digest, seed=9)
 
 
 def start(plan, processes, *options, **variables):
     """The launcher of the sft stage, started; what it says is one stream. variables: of its environment."""
     sets = [word for o in plan.overrides for word in ("--set", o)]
-    command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *sets, *options]
+    argv = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *sets, *options]
     env = environment(processes) | variables
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def train(plan, processes=2, *options, **variables):
@@ -127,6 +135,22 @@ def train(plan, processes=2, *options, **variables):
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]
     return plan.resolve("sft").artifact
+
+
+def start_program(plan, program, *arguments, processes=2):
+    """A program beside this file in the place of `graft.train`, started: under it the stage runs with something amiss."""
+    argv, variables = command([str(plan.path), str(plan.root), *map(str, arguments), *plan.overrides])
+    module = argv.index("graft.train") - 1
+    argv[module : module + 2] = [str(Path(__file__).with_name(program))]
+    wanted = variables | environment(processes)
+    return subprocess.Popen(argv, env=wanted, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def run_program(plan, program, *arguments, processes=2):
+    """(exit code, what it said)."""
+    process = start_program(plan, program, *arguments, processes=processes)
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, said
 
 
 def curve(path):

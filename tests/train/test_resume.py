@@ -15,9 +15,8 @@ import pytest
 from graft.core.artifact import sha256_file
 from graft.core.metrics import read_metrics
 from graft.train.checkpoint import cursor_of, fault, newest, steps
-from graft.train.launch import command
 
-from .small import curve, small_plan, start, train
+from .small import curve, run_program, small_plan, start, train
 
 CAMPAIGN = pytest.mark.campaign
 NEVER = 10**9
@@ -72,7 +71,7 @@ def test_a_full_disk_costs_one_checkpoint_and_is_one_line(tmp_path, told):
         said, _ = process.communicate(timeout=200)
         lines = {line for line in said.splitlines() if "was not written" in line}
         kept = [folder for folder in steps(run) if not fault(folder)]
-        assert kept and all("No space left" in line and "the newest in" in line for line in lines), said[-3000:]
+        assert kept and all("No space left" in line and "the newest checkpoint in" in line for line in lines), said[-3000:]
         assert len(lines) >= 1 and "Traceback" not in said
         assert process.returncode == (2 if told == "stop" else 0), said[-3000:]
     finally:
@@ -85,12 +84,8 @@ def killed(plan, rank, at):
     """Run with two processes; SIGKILL to `rank` before its file operation number `at` in saves. Returns how many it came to, None if it ended."""
     counted = plan.root / "operations.json"
     counted.unlink(missing_ok=True)
-    argv, environment = command([str(plan.path), str(plan.root), str(rank), str(at), str(counted), *plan.overrides])
-    module = argv.index("graft.train") - 1
-    script = [str(Path(__file__).with_name("killed.py"))]
-    wanted = environment | {"OMP_NUM_THREADS": "1", "GRAFT_PROCESSES": "2"}
-    done = subprocess.run([*argv[:module], *script, *argv[module + 2 :]], env=wanted, capture_output=True, text=True, timeout=200)
-    if done.returncode == 0:
+    code, _ = run_program(plan, "killed.py", rank, at, counted)
+    if code == 0:
         return json.loads(counted.read_text())
     return None
 

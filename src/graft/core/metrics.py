@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ class MetricsWriter:
             self.write(m)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+        """A number that is not finite becomes null, which JSON has."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

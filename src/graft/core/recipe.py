@@ -236,6 +236,8 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    spike_deviations: Annotated[float, Field(gt=0)] | Literal[False] = 8.0  # a loss so far above the last ones' mean leaves its step out
+    max_skipped: Count = 5  # steps left out in a row, for a spike or what is not finite, after which training stops
     activation_checkpointing: Kept | Literal["auto"] = "auto"  # what is computed again to save memory: nothing, wide activations, layers
     compile: bool = True  # on a GPU, decoder layers that graft has no kernels for
     validate_every: Count | None = None  # steps

@@ -63,6 +63,12 @@ def _state(zero: Any, master: Tensor) -> dict[str, Tensor]:
     return state
 
 
+def prepared(zero: Any) -> None:
+    """Give AdamW its moments before its first step."""
+    for master in zero.single_partition_of_fp32_groups:
+        _state(zero, master)
+
+
 # ---- writing ------------------------------------------------------------------------------------------------------------
 class Writer:
     """The checkpoints of a run, from one rank. save(), border() and finish() are called by all ranks at once."""

@@ -73,9 +73,11 @@ def launch(arguments: list[str], log: Path) -> None:
     argv, environment = command(arguments)
     told = log.with_suffix(".code")
     told.unlink(missing_ok=True)
-    with log.open("w", encoding="utf-8") as stderr, _passing_on() as processes:
+    with log.open("w", encoding="utf-8") as stderr, _passing_on() as asked:
         process = subprocess.Popen(argv, env=environment | {EXIT_CODE_FILE: str(told)}, stderr=stderr, preexec_fn=_end_with_parent)
-        processes.append(process)
+        asked.process = process
+        if asked.by:
+            process.terminate()
         try:
             code = process.wait()
         except BaseException:
@@ -84,26 +86,33 @@ def launch(arguments: list[str], log: Path) -> None:
             raise
     left = told.read_text(encoding="utf-8") if told.exists() else ""
     told.unlink(missing_ok=True)
+    if code and asked.by and not left:
+        raise Preempted(f"asked to leave ({asked.by}) before the first step: the same command starts again")
     if code:
         kind = Preempted if left == str(Preempted.exit_code) else TrainError
         raise kind(_reason(log) or f"training left with exit code {code}: see {log}")
 
 
+class _Asked:
+    by: str | None = None  # the signal
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(self, number: int, frame: object) -> None:
+        self.by = signal.Signals(number).name
+        if self.process:
+            self.process.send_signal(number)
+
+
 @contextmanager
-def _passing_on() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """While it lasts, what asks this process to leave is passed on to the processes in the list; in the main thread alone, which hears signals."""
-    processes: list[subprocess.Popen[bytes]] = []
+def _passing_on() -> Iterator[_Asked]:
+    """While it lasts, what asks this process to leave is passed on to `process`; in the main thread alone, which hears signals."""
+    asked = _Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield processes
+        yield asked
         return
-
-    def pass_on(number: int, frame: object) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, asked.pass_on) for number in SIGNALS}
     try:
-        yield processes
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,7 +7,6 @@ by (seed, step, rank) and the learning rate by the global step, so resume needs 
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -36,6 +35,7 @@ from graft.train.build import build, compilations
 from graft.train.feed import Feed
 from graft.train.fit import refuse_misfits
 from graft.train.flops import Flops
+from graft.train.guard import Guard
 from graft.train.order import learning_rate
 from graft.train.preempt import Asked
 from graft.train.profile import Profiler
@@ -50,6 +50,7 @@ def run(job: Job, profile: bool = False) -> None:
 
     profile: rank 0 also writes where some steps' time goes (profile.py).
     """
+    asked = Asked()
     recipe, stage = job.recipe, job.stage.name
     config = recipe.train_stage(stage)
     folder = job.parents[f"shard-{stage}"].path
@@ -69,16 +70,22 @@ def run(job: Job, profile: bool = False) -> None:
     if plan.line and accelerator.process_index == 0:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
-        _train(job, accelerator, shards, held_out, plan, found, profile)
+        _train(job, accelerator, shards, held_out, plan, found, asked, profile)
     if held:
         held.close()
 
 
 def _train(
-    job: Job, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet | None, plan: memory.MemoryPlan, found: Path | None, profile: bool
+    job: Job,
+    accelerator: Accelerator,
+    shards: ShardSet,
+    held_out: ShardSet | None,
+    plan: memory.MemoryPlan,
+    found: Path | None,
+    asked: Asked,
+    profile: bool,
 ) -> None:
     """found: the checkpoint to go on from."""
-    asked = Asked()
     recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
     config = recipe.train_stage(stage).model_copy(update=plan.setting._asdict())
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -100,7 +107,7 @@ def _train(
     same = {"shards": job.parents[f"shard-{stage}"].digest, "fingerprint": job.fingerprint}
     cursor = checkpoint.load(engine, found, same) if found else None
     first = cursor["step"] if cursor else 0
-    tokens_seen = cursor["tokens"] if cursor else 0
+    tokens_seen, device_s = (cursor["tokens"], cursor["device_s"]) if cursor else (0, 0.0)  # of all ranks
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
     feed = Feed(shards, recipe.seed, config.global_batch, micro, world, rank, device)
@@ -108,6 +115,7 @@ def _train(
     report = Reporter(job, run_dir, total, first, world, flops, plan) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
     writer = checkpoint.Writer(run_dir, config.keep_checkpoints)
+    guard = Guard(config, engine, cursor["guard"] if cursor else None)
 
     for step in range(first, total):
         if best.stop:
@@ -132,13 +140,11 @@ def _train(
         sums = torch.tensor([0.0, writer.written, bool(writer.failure), bool(asked.by)], device=device)
         sums[0] = loss
         dist.all_reduce(sums)
-        engine.step()
-        total_loss, written, failed, leave = sums.tolist()  # here the CPU waits for the GPU, not before: the step is in its queue
+        total_loss, written, failed, leave = sums.tolist()  # here the CPU waits for the GPU
         mean_loss = total_loss / batch.targets
-        if not math.isfinite(mean_loss):
-            raise TrainError(
-                f"the loss of step {step} is {mean_loss}, bins {batch.indices.tolist()[:8]}: lower {stage}.lr; the last good checkpoint is in {run_dir}"
-            )
+        guard.judge(mean_loss)
+        engine.step()
+        skipped = guard.verdict()
         tokens_seen += batch.tokens
         _report_unsaved(writer.border(int(written), int(failed)), config, stage, run_dir)
 
@@ -149,6 +155,7 @@ def _train(
             "loss": mean_loss,
             "lr": lr,
             "grad_norm": float(engine.get_global_grad_norm()),
+            **({"skipped": skipped, "bins": batch.indices.tolist()} if skipped else {}),
             "tokens": batch.tokens,
             "targets": batch.targets,
             "mean_document_tokens": batch.mean_document_tokens,
@@ -159,13 +166,21 @@ def _train(
             metrics["validation_loss"] = _validate(engine, validation, micro, device)
             best.validated(metrics["validation_loss"], done, save)
             ends = ends or best.stop
+        step_time_s = time.perf_counter() - started
+        device_s += step_time_s * world
         if report:
-            report.step({**metrics, "step_time_s": time.perf_counter() - started})
+            report.step({**metrics, "step_time_s": step_time_s})
         if profiler:
             profiler.step(done - first)
+        if guard.state["in_a_row"] >= config.max_skipped:
+            writer.finish()
+            raise TrainError(
+                f"{stage}: {config.max_skipped} steps in a row were left out, the last of them {step}: {skipped}, bins {batch.indices.tolist()[:8]}; "
+                f"lower {stage}.lr, or look at those bins by `graft inspect`; {_kept(run_dir)}"
+            )
         if done % config.save_every == 0 or ends or leave:
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
-            position["setting"] = plan.setting._asdict()
+            position |= {"setting": plan.setting._asdict(), "guard": guard.state, "device_s": device_s}
             _report_unsaved(writer.save(engine, position | same), config, stage, run_dir)
         if leave and not ends:
             _report_unsaved(writer.finish(), config, stage, run_dir)
@@ -177,6 +192,7 @@ def _train(
     _report_unsaved(writer.finish(), config, stage, run_dir)
     if report and save:
         counts = {**report.finish(), "steps": report.steps, "tokens": tokens_seen, "bins": len(shards), "processes": world}
+        counts |= {"skipped_steps": guard.state["skipped"], "device_hours": device_s / 3600}
         _publish(job, best, save, run_dir, counts)
     dist.barrier()
     dist.destroy_process_group()
@@ -186,12 +202,16 @@ def _report_unsaved(why: str | None, config: Train, stage: str, run_dir: Path) -
     """On all ranks: stop with the line on a checkpoint that could not be written, or print it where the recipe says to go on."""
     if why is None:
         return
-    kept = checkpoint.steps(run_dir)
-    line = f"{stage}: {why}; " + (f"the newest in {run_dir} is {kept[-1].name}" if kept else f"{run_dir} holds none yet")
+    line = f"{stage}: {why}; {_kept(run_dir)}"
     if config.on_save_failure == "stop":
         raise TrainError(f"{line}: make room and start again, or set {stage}.on_save_failure = 'continue'")
     if dist.get_rank() == 0:
         print(line, flush=True)
+
+
+def _kept(run_dir: Path) -> str:
+    kept = checkpoint.steps(run_dir)
+    return f"the newest checkpoint in {run_dir} is {kept[-1].name}" if kept else f"{run_dir} holds no checkpoint yet"
 
 
 def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:

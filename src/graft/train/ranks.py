@@ -27,7 +27,8 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
     full_fp32 = job.recipe.model.precision == "fp32"
     # the memory plan, which the ranks have yet to agree on, sets the real split
     strategy |= deepspeed_split(config.global_batch, world, micro_batch_of(config.global_batch, world, 1))
-    strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32}}
+    # what is not finite is guard.py's to find, by the norm: DeepSpeed would look into each gradient and leave the step out in silence
+    strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32, "check_grad_overflow": False}}
     compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(

@@ -47,11 +47,14 @@ class Reporter:
             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         }
         self.writer.write(metrics)
+        if "skipped" in metrics:
+            self.progress.console.print(f"train {self.stage}: step {metrics['step']} is left out: {metrics['skipped']}; bins {metrics['bins']}")
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
         self.step_times_s.append(seconds)
         self.tokens, self.steps = self.tokens + metrics["tokens"], metrics["step"] + 1
-        self.last |= {k: v for k, v in metrics.items() if v is not None}
+        if "skipped" not in metrics:
+            self.last |= {k: v for k, v in metrics.items() if v is not None}
         self.progress.update(self.bar, advance=1, numbers=f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s")
 
     def finish(self) -> dict[str, Any]:
