@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="redo_from", metavar="STAGE", help="make this stage and all later ones again")
     run.add_argument("--until", metavar="STAGE", help="stop after this stage")
     run.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    run.add_argument("--allow-data-change", action="store_true", help="go on from a training run that was cut short over other data")
     run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
     check = with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
     check.add_argument(
@@ -103,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
         for stage, action, artifact in pipeline.outlook(plan, args.redo_from, args.until):
             print(f"{stage:<12} {action}" + (f"  {artifact.path.relative_to(plan.root)}" if artifact else ""))
         return 0
-    pipeline.summary(plan, pipeline.run(plan, args.redo_from, args.until))
+    pipeline.summary(plan, pipeline.run(plan, args.redo_from, args.until, args.allow_data_change))
     if args.keep:
         from graft.serve.probe import serve_forever
 

@@ -59,11 +59,12 @@ def outlook(plan: Plan, redo_from: str | None = None, until: str | None = None) 
     return found
 
 
-def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> list[Done]:
+def run(plan: Plan, redo_from: str | None = None, until: str | None = None, allow_data_change: bool = False) -> list[Done]:
     """Make what is missing, in order; returns every stage with its artifact."""
     console = get_console()
     check(plan, until)
     redo, finished = _redo(plan, redo_from), []
+    options = ["--allow-data-change"] if allow_data_change else []
     to_make = {stage for stage, _, artifact in outlook(plan, redo_from, until) if artifact is None}
     if "augment" in to_make and plan.endpoint:
         from graft.data.api.caller import check_credentials
@@ -91,10 +92,10 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> l
                 started = time.perf_counter()
                 console.print(f"[bold]{name}[/bold]")
                 if spec.room in OWN_PROGRESS:
-                    _run_stage(job, cluster)
+                    _run_stage(job, cluster, options)
                 else:
                     with console.status(f"{name} …"):
-                        _run_stage(job, cluster)
+                        _run_stage(job, cluster, options)
                 wall_s = time.perf_counter() - started
                 artifact = job.artifact
                 if artifact is None:
@@ -104,7 +105,7 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None) -> l
     return finished
 
 
-def _run_stage(job: Job, cluster: ExitStack) -> None:
+def _run_stage(job: Job, cluster: ExitStack, train_options: list[str]) -> None:
     room = job.stage.room
     if room == "launch":
         from graft.train.launch import launch, processes_per_node
@@ -112,7 +113,8 @@ def _run_stage(job: Job, cluster: ExitStack) -> None:
         get_console().print(f"train {job.stage.name}: starting {processes_per_node()} processes under accelerate launch, about 10 s")
         job.run_directory.mkdir(parents=True, exist_ok=True)
         overrides = [a for item in job.plan.overrides for a in ("--set", item)]
-        launch([str(job.plan.path), "--stage", job.stage.name, "--workspace", str(job.plan.root), *overrides], log=job.run_directory / "launch.log")
+        arguments = [str(job.plan.path), "--stage", job.stage.name, "--workspace", str(job.plan.root), *overrides, *train_options]
+        launch(arguments, log=job.run_directory / "launch.log")
         return
     if room.startswith("graft.data"):
         from graft.data.cluster import ray_cluster

@@ -16,7 +16,7 @@ from graft.core.artifact import sha256_file
 from graft.core.metrics import read_metrics
 from graft.train.checkpoint import cursor_of, fault, newest, steps
 
-from .small import curve, run_program, small_plan, start, train
+from .small import curve, random_bins, run_program, small_plan, start, train
 
 CAMPAIGN = pytest.mark.campaign
 NEVER = 10**9
@@ -150,3 +150,34 @@ def test_who_is_asked_to_leave_saves_the_step_at_hand_and_exits_with_75(tmp_path
     artifact = train(plan)
     print(f"asked {to}: left after step {done}, finished")
     assert [s[0] for s in curve(artifact.path)] == list(range(60))
+
+
+def test_changed_data_is_refused_while_a_run_is_unfinished_and_goes_on_where_that_is_allowed(tmp_path):
+    settings = ("sft.save_every=2", "sft.max_steps=9", "sft.epochs=99")
+    plan = small_plan(tmp_path, *settings)
+    first = train(plan)
+    before = curve(first.path)
+    run = plan.resolve("sft").run_directory
+    shutil.rmtree(first.path)  # an unfinished run: what is left of one that was killed after step 6
+    for folder in steps(run)[:-1] if cursor_of(steps(run)[-1])["step"] <= 6 else steps(run)[1:]:
+        shutil.rmtree(folder)
+    (left,) = steps(run)
+    at = cursor_of(left)["step"]
+
+    other = small_plan(tmp_path, *settings, "shard.bins_per_shard=7", bins=list(random_bins(20, 32, 5)))
+    assert other.resolve("sft").run_directory != run
+    process = start(other, 2)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 2 and "Traceback" not in said, said[-3000:]
+    (line,) = {line for line in said.splitlines() if line.startswith("graft: ")}
+    assert "the data changed" in line and str(left) in line and "--allow-data-change" in line
+    assert fault(left) is None and not steps(other.resolve("sft").run_directory)
+
+    artifact = train(other, 1, "--allow-data-change")  # with another number of processes, too
+    (change,) = artifact.counts["data_changes"]
+    assert change["step"] == at and {change["from"], change["to"]} == {p.artifact("shard-sft").digest for p in (plan, other)}
+    now = curve(artifact.path)
+    assert [s[0] for s in now] == list(range(9)) and now[:at] == before[:at] and now[at][1] != before[at][1]
+    assert [s[3] for s in now] == [s[3] for s in before], "the learning rate goes by the global step"
+    unrelated = small_plan(tmp_path, *settings, "shard.bins_per_shard=7", "sft.lr=1e-3")
+    assert curve(train(unrelated).path)[0][0] == 0, "another recipe is another run"

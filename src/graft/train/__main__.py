@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument(
         "--profile", action="store_true", help="write a trace of three steps, and a table of where their time goes, beside metrics.jsonl"
     )
+    parser.add_argument("--allow-data-change", action="store_true", help="go on from an unfinished run of this stage over other data")
     args = parser.parse_args()
     try:
         job = Plan(args.recipe, tuple(args.overrides), args.workspace, hub="recorded").resolve(args.stage)
@@ -30,7 +31,7 @@ def main() -> int:
             return 0
         from graft.train.loop import run
 
-        run(job, args.profile)
+        run(job, args.profile, args.allow_data_change)
     except GraftError as e:
         # from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once
         print(f"graft: {e}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from graft.core.artifact import fsync_dir, fsync_file, sha256_file
 from graft.core.errors import TrainError
 
-FORMAT = 2
+FORMAT = 3
 CURSOR, SUMS = "cursor.json", "sha256.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -41,14 +41,14 @@ from graft.train.preempt import Asked
 from graft.train.profile import Profiler
 from graft.train.ranks import accelerator_of, local_leader
 from graft.train.report import Reporter
-from graft.train.resume import hold, newest_of_all
+from graft.train.resume import Start, hold, start_of
 from graft.train.split import deepspeed_split, total_steps
 
 
-def run(job: Job, profile: bool = False) -> None:
+def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> None:
     """Train one stage and publish its artifact; resumes from the newest verified checkpoint of the same fingerprint.
 
-    profile: rank 0 also writes where some steps' time goes (profile.py).
+    profile: rank 0 also writes where some steps' time goes (profile.py). allow_data_change: go on from an unfinished run over other data.
     """
     asked = Asked()
     recipe, stage = job.recipe, job.stage.name
@@ -62,15 +62,15 @@ def run(job: Job, profile: bool = False) -> None:
     with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
         accelerator = accelerator_of(job, config)
     held = hold(job.run_directory) if accelerator.process_index == 0 else None
-    found = newest_of_all(job.run_directory)
-    plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(found).get("setting", {}) if found else {})
+    begin = start_of(job, allow_data_change)
+    plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint)["setting"] if begin.checkpoint else {})
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         deepspeed_split(config.global_batch, accelerator.num_processes, plan.setting.micro_batch)
     )
     if plan.line and accelerator.process_index == 0:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
-        _train(job, accelerator, shards, held_out, plan, found, asked, profile)
+        _train(job, accelerator, shards, held_out, plan, begin, asked, profile)
     if held:
         held.close()
 
@@ -81,11 +81,10 @@ def _train(
     shards: ShardSet,
     held_out: ShardSet | None,
     plan: memory.MemoryPlan,
-    found: Path | None,
+    begin: Start,
     asked: Asked,
     profile: bool,
 ) -> None:
-    """found: the checkpoint to go on from."""
     recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
     config = recipe.train_stage(stage).model_copy(update=plan.setting._asdict())
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -104,8 +103,7 @@ def _train(
 
     run_dir = job.run_directory
     total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
-    same = {"shards": job.parents[f"shard-{stage}"].digest, "fingerprint": job.fingerprint}
-    cursor = checkpoint.load(engine, found, same) if found else None
+    cursor = checkpoint.load(engine, begin.checkpoint, begin.expected) if begin.checkpoint else None
     first = cursor["step"] if cursor else 0
     tokens_seen, device_s = (cursor["tokens"], cursor["device_s"]) if cursor else (0, 0.0)  # of all ranks
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
@@ -180,8 +178,8 @@ def _train(
             )
         if done % config.save_every == 0 or ends or leave:
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
-            position |= {"setting": plan.setting._asdict(), "guard": guard.state, "device_s": device_s}
-            _report_unsaved(writer.save(engine, position | same), config, stage, run_dir)
+            position |= {"setting": plan.setting._asdict(), "guard": guard.state, "device_s": device_s, "data_changes": begin.changes}
+            _report_unsaved(writer.save(engine, position | begin.same), config, stage, run_dir)
         if leave and not ends:
             _report_unsaved(writer.finish(), config, stage, run_dir)
             told: list[str | None] = [None] * world
@@ -193,6 +191,7 @@ def _train(
     if report and save:
         counts = {**report.finish(), "steps": report.steps, "tokens": tokens_seen, "bins": len(shards), "processes": world}
         counts |= {"skipped_steps": guard.state["skipped"], "device_hours": device_s / 3600}
+        counts |= {"data_changes": begin.changes} if begin.changes else {}
         _publish(job, best, save, run_dir, counts)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,15 +1,24 @@
-"""Where a run goes on: the newest checkpoint that holds, chosen by rank 0, and one writer a run directory."""
+"""Where a run goes on: the newest checkpoint that holds, chosen by rank 0, and one writer a run directory.
+
+A run's directory is named after its fingerprint, which the data are part of: over changed data a run begins anew, in another
+directory. While one of the same recipe over other data is unfinished, that is asked about first.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import torch.distributed as dist
 
+from graft.core.artifact import MANIFEST, digest_of
+from graft.core.errors import TrainError
+from graft.core.stages import Job
 from graft.train import checkpoint
+from graft.train.best import FOLDER
 
 
 def hold(run: Path) -> IO[str]:
@@ -31,13 +40,68 @@ def hold(run: Path) -> IO[str]:
             time.sleep(0.2)
 
 
-def newest_of_all(run_dir: Path) -> Path | None:
-    """Rank 0 chooses the checkpoint, all ranks go on from that one; None for a fresh start."""
-    choice: list[str | None] = [None]
+class Start(NamedTuple):
+    """Where a run goes on, on all ranks the same."""
+
+    checkpoint: Path | None  # None: from the beginning
+    same: dict[str, str]  # what a checkpoint of this run says of it
+    changes: list[dict[str, Any]]  # of the data so far: {step, from, to}, the shards' digests
+
+    @property
+    def expected(self) -> dict[str, str]:
+        """Cursor entries that must hold; a checkpoint over other data was asked for."""
+        return {"but_data": self.same["but_data"]} if self.changes and self.changes[-1]["to"] == self.same["shards"] else self.same
+
+
+def start_of(job: Job, allow_data_change: bool) -> Start:
+    """Rank 0 chooses, all ranks go on from its choice. TrainError where an unfinished run of this stage is of other data, unless that is allowed."""
+    choice: list[Any] = [None]
     if dist.get_rank() == 0:
-        folder, passed = checkpoint.newest(run_dir)
-        for line in passed:
-            print(f"resume: {line}", flush=True)
-        choice = [str(folder) if folder else None]
+        try:
+            choice = [_chosen(job, allow_data_change)]
+        except TrainError as e:
+            choice = [e]
     dist.broadcast_object_list(choice)
-    return Path(choice[0]) if choice[0] else None
+    if isinstance(choice[0], TrainError):
+        raise choice[0]
+    return Start(*choice[0])
+
+
+def _chosen(job: Job, allow_data_change: bool) -> Start:
+    shards = f"shard-{job.stage.name}"
+    parents = {name: parent["digest"] for name, parent in job.head["parents"].items() if name != shards}
+    but_data = digest_of({**{key: job.head[key] for key in ("stage_version", "keys", "inputs")}, "parents": parents})
+    same = {"shards": job.parents[shards].digest, "fingerprint": job.fingerprint, "but_data": but_data}
+    run = job.run_directory
+    folder, passed = checkpoint.newest(run)
+    for line in passed:
+        print(f"resume: {line}", flush=True)
+    if folder:
+        return Start(folder, same, checkpoint.cursor_of(folder)["data_changes"])
+    other = _of_other_data(job, same)
+    if other is None:
+        return Start(None, same, [])
+    cursor = checkpoint.cursor_of(other)
+    if not allow_data_change:
+        raise TrainError(
+            f"{job.stage.name}: the data changed since {other} (shards {cursor['shards'][:12]}, now {same['shards'][:12]}): go on from it over "
+            f"the new data by --allow-data-change, or delete {other.parent} to start over"
+        )
+    for kept in ("metrics.jsonl", FOLDER):  # the run's history, and its best weights so far
+        if (other.parent / kept).is_dir():
+            shutil.copytree(other.parent / kept, run / kept, dirs_exist_ok=True)
+        elif (other.parent / kept).is_file():
+            shutil.copyfile(other.parent / kept, run / kept)
+    print(f"resume: the data changed since {other}, which this run goes on from", flush=True)
+    return Start(other, same, [*cursor["data_changes"], {"step": cursor["step"], "from": cursor["shards"], "to": same["shards"]}])
+
+
+def _of_other_data(job: Job, same: dict[str, str]) -> Path | None:
+    """The newest checkpoint of a run that was to make the same of other data, and has not ended."""
+    stage, found = job.stage.name, []
+    for run in job.run_directory.parent.glob(f"{stage}-*"):
+        finished = (job.directory.parent / run.name.removeprefix(f"{stage}-") / MANIFEST).exists()
+        folder = None if finished or run == job.run_directory else checkpoint.newest(run)[0]
+        if folder and checkpoint.cursor_of(folder).get("but_data") == same["but_data"]:
+            found.append(folder)
+    return max(found, key=lambda folder: (folder / checkpoint.CURSOR).stat().st_mtime, default=None)
