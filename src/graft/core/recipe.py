@@ -239,6 +239,7 @@ class Train(Section):
     spike_deviations: Annotated[float, Field(gt=0)] | Literal[False] = 8.0  # a loss so far above the last ones' mean leaves its step out
     max_skipped: Count = 5  # steps left out in a row, for a spike or what is not finite, after which training stops
     activation_checkpointing: Kept | Literal["auto"] = "auto"  # what is computed again to save memory: nothing, wide activations, layers
+    deterministic: bool = False  # on a GPU: the same bits in every run, by slower kernels
     compile: bool = True  # on a GPU, decoder layers that graft has no kernels for
     validate_every: Count | None = None  # steps
     keep: Literal["last", "best"] = "last"  # the weights that become the artifact; best: of the lowest validation loss

@@ -3,7 +3,8 @@
 On an H200, forward and backward of four documents of 4,096 tokens, 32 heads of 128: `fa4`, FlashAttention-4
 (`pip install --pre flash-attn-4`), 3.5 ms; `cudnn`, NVIDIA's through its frontend (`pip install nvidia-cudnn-frontend`),
 4.8 ms; `flash`, what PyTorch carries (FlashAttention-2, or 3 where that is installed), 6.7 ms. `reference` runs anywhere
-with a mask of seq_len² bytes a bin. fastest() tries those that are there and remembers the answer on the machine.
+with a mask of seq_len² bytes a bin. fastest() tries those that are there and remembers the answer on the machine. Where
+torch.use_deterministic_algorithms is on, each sums its gradients in one order.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def backward(
         from flash_attn.cute.interface import _flash_attn_bwd
 
         dq, dk, dv = grads
-        _flash_attn_bwd(q, k, v, out, dout, lse, **_fa4(cu, int(longest), scale), dq=dq, dk=dk, dv=dv)
+        borders = _fa4(cu, int(longest), scale)
+        _flash_attn_bwd(q, k, v, out, dout, lse, **borders, deterministic=torch.are_deterministic_algorithms_enabled(), dq=dq, dk=dk, dv=dv)
         return None
     if backend == "reference":
         found = _reference_backward(dout, q, k, v, Documents(cu, longest), scale)
@@ -246,6 +248,7 @@ class _Cudnn:
             out, dout = given("out", "out"), given("dout", "out")
             lse = graph.tensor(name="lse", **of_lse, data_type=of.FLOAT).set_ragged_offset(node["of_lse"])
             total = {"max_total_seq_len_q": self.tokens, "max_total_seq_len_kv": self.tokens}
+            total |= {"use_deterministic_algorithm": True} if torch.are_deterministic_algorithms_enabled() else {}
             grads = graph.sdpa_backward(name="back", q=q, k=k, v=v, o=out, dO=dout, stats=lse, **total, **common)
             for name, grad in zip("qkv", grads, strict=True):
                 made(f"d{name}", grad, name)
@@ -301,7 +304,8 @@ def fastest(heads: int, kv_heads: int, width: int, device: torch.device) -> str:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what fa4 compiles stays on the machine; read as it is imported
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache.with_name("flash_attn_4")))
     have = [name for name, module in BACKENDS.items() if _installed(module)]
-    key = " ".join(map(str, (torch.cuda.get_device_name(device), torch.__version__, *have, heads, kv_heads, width)))
+    shape = ("deterministic", heads, kv_heads, width) if torch.are_deterministic_algorithms_enabled() else (heads, kv_heads, width)
+    key = " ".join(map(str, (torch.cuda.get_device_name(device), torch.__version__, *have, *shape)))
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -333,7 +337,7 @@ def _newest_flash() -> None:
 
 
 def _time_s(backend: str, heads: int, kv_heads: int, width: int, device: torch.device) -> float | None:
-    """Seconds of a forward and backward of four documents of 2,048 tokens; None where the backend does not work or is wrong."""
+    """Seconds of a forward and backward of four documents of 2,048 tokens; None where the backend does not work, is wrong, or varies and may not."""
     try:
         draw = torch.Generator(device).manual_seed(0)
         q, k, v = (
@@ -342,14 +346,15 @@ def _time_s(backend: str, heads: int, kv_heads: int, width: int, device: torch.d
         documents = Documents(torch.arange(0, 8193, 2048, dtype=torch.int32, device=device), torch.tensor(2048, dtype=torch.int32))
         given = torch.randn(8192, heads, width, generator=draw, device=device, dtype=torch.bfloat16)
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, ...]:
             out = attention(q, k, v, documents, width**-0.5, backend)
-            torch.autograd.grad(out, (q, k, v), given)
-            return out
+            return out, *torch.autograd.grad(out, (q, k, v), given)
 
-        out = run()
+        out, *_ = first = run()
         wanted = reference(q[:2048], k[:2048], v[:2048], Documents(documents.cu[:2], documents.longest), width**-0.5)
         if not torch.allclose(out[:2048], wanted, atol=2e-2, rtol=2e-2):
+            return None
+        if torch.are_deterministic_algorithms_enabled() and not all(map(torch.equal, first, run())):
             return None
         times_s = []
         for _ in range(4):

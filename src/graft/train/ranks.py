@@ -18,6 +18,8 @@ from graft.train.strategy import strategy_of
 
 def accelerator_of(job: Job, config: Train) -> Accelerator:
     """Accelerate over DeepSpeed with the recipe's strategy file; every number the recipe knows was "auto" there."""
+    if config.deterministic:
+        _be_deterministic()
     from deepspeed.ops import __compatible_ops__ as compatible_ops  # prints as it is imported
 
     strategy = strategy_of(job.plan)
@@ -39,6 +41,13 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
             f"Accelerate sees {accelerator.num_processes} processes, the process group {dist.get_world_size()}: start by launch/train.sh"
         )
     return accelerator
+
+
+def _be_deterministic() -> None:
+    """The same bits in every run on the same GPUs; attention.py has its kernels follow. Before the first matmul, which reads the variable."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def local_leader() -> bool:
