@@ -73,22 +73,22 @@ def parsed(row: str) -> tuple[str, str, str]:
     return found[1], found[2], "full" if found[3] else "none"
 
 
-def lengths_of(workload: str, bins: int, rng: np.random.Generator) -> list[list[int]]:
+def lengths_of(workload: str, bins: int, rng: np.random.Generator, seq_len: int = SEQ_LEN) -> list[list[int]]:
     """Document lengths by bin; each bin is full."""
     found = []
     for _ in range(bins):
         if workload == "whole":
-            found.append([SEQ_LEN])
+            found.append([seq_len])
             continue
         lens: list[int] = []
-        while (room := SEQ_LEN - sum(lens)) > 0:
+        while (room := seq_len - sum(lens)) > 0:
             lens.append(min(room, max(16, int(rng.lognormal(5.3, 1.0)))))
         found.append(lens)
     return found
 
 
-def write_workspace(folder: Path, base: Path, row: str, args: argparse.Namespace) -> Any:
-    """A plan whose sft stage is ready to train, its parents made by hand."""
+def write_workspace(folder: Path, base: Path, row: str, args: argparse.Namespace, seq_len: int = SEQ_LEN, bins: int = BINS) -> Any:
+    """A plan whose sft stage is ready to train, its parents made by hand. bins: of a step, on each GPU."""
     from graft.core.shards import Columns, write_index, write_shard
     from graft.core.stages import Plan
     from graft.model.chat import load_tokenizer, tokenizer_digest
@@ -97,13 +97,13 @@ def write_workspace(folder: Path, base: Path, row: str, args: argparse.Namespace
     (folder / "random.jsonl").write_text('{"messages": []}\n')
     precision, workload, checkpointing = parsed(row)
     vocabulary = json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    batch = BINS * args.gpus
+    batch = bins * args.gpus
     text = RECIPE.format(
         name=row,
         root=ROOT,
         base=base,
         precision="bf16" if precision == "full" else precision,
-        seq_len=SEQ_LEN,
+        seq_len=seq_len,
         batch=batch,
         bins=args.micro,
         steps=args.steps,
@@ -121,13 +121,13 @@ def write_workspace(folder: Path, base: Path, row: str, args: argparse.Namespace
     if job.artifact is None:
         with job.writing() as draft:
             rng = np.random.default_rng(0)
-            lens = lengths_of(workload, batch * 8, rng)
+            lens = lengths_of(workload, batch * 8, rng, seq_len)
             (draft.path / "train").mkdir()
-            ids = rng.integers(0, vocabulary, (len(lens), SEQ_LEN), dtype=np.int32)
+            ids = rng.integers(0, vocabulary, (len(lens), seq_len), dtype=np.int32)
             flat, ends = np.concatenate(lens).astype(np.int32), np.cumsum([0, *map(len, lens)])
             columns = Columns(ids, np.ones_like(ids, np.uint8), flat, ends, np.zeros(len(flat), np.int32), np.arange(len(flat)))
             entry = write_shard(draft.path / "train/000.arrow", columns, ["random"])
-            write_index(draft.path / "train", seq_len=SEQ_LEN, pad_id=0, tokenizer=tokenizer_digest(load_tokenizer(str(base))), shards=[entry])
+            write_index(draft.path / "train", seq_len=seq_len, pad_id=0, tokenizer=tokenizer_digest(load_tokenizer(str(base))), shards=[entry])
     return plan
 
 

@@ -9,11 +9,14 @@ from graft.data.corpora import made
 from graft.data.tokenizer import train_tokenizer
 
 
-def write_like(like: str, folder: Path) -> int:
-    """Write the folder, tokenizer last; returns the number of weights. ConfigError where there is no such shape."""
+def write_like(like: str, folder: Path, layers: int | None = None) -> int:
+    """Write the folder, tokenizer last; returns the number of weights. ConfigError where there is no such shape.
+
+    layers: fewer than the shape has.
+    """
     from graft.model.shapes import write_random_base
 
-    weights = write_random_base(like, folder)
+    weights = write_random_base(like, folder, layers=layers)
     train_tokenizer((text for _, text in zip(range(200), made(Corpus(kind="docstrings")), strict=False)), 3000).save_pretrained(
         folder, save_jinja_files=False
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +46,7 @@ class Reporter:
             "tflops_per_process": flop_rate / 1e12,
             "mfu_nominal": flop_rate / self.peak if self.peak else None,
             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+            "ended_unix_s": time.time(),  # from one step's to the next is all that passed, saves too
         }
         self.writer.write(metrics)
         if "skipped" in metrics:
