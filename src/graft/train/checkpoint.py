@@ -2,9 +2,9 @@
 
 `step-N/` holds one safetensors file a rank, with the fp32 weights and moments of what that rank's ZeRO partition trains, by the
 parameters' names and where in them a fragment starts; the cursor; and the SHA-256 of each file. Never the frozen base, and
-nothing that would be unpickled. A rank copies its tensors to host memory between two steps, a thread writes them into a
-temporary directory, and when all ranks have written, rank 0 renames it, at the border of a later step. Only then the oldest
-goes. Discovery takes the newest checkpoint whose every hash holds and says which it passed over and why.
+nothing that would be unpickled. A rank copies its tensors to host memory while the next step's gradients are computed, a thread
+writes them into a temporary directory, and when all ranks have written, rank 0 renames it, at the border of a later step. Only then
+the oldest goes. Discovery takes the newest checkpoint whose every hash holds and says which it passed over and why.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,41 +72,53 @@ def prepared(zero: Any) -> None:
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
 class Writer:
-    """The checkpoints of a run, from one rank. save(), border() and finish() are called by all ranks at once."""
+    """The checkpoints of a run, from one rank. save(), border() and finish() are called by all ranks at once.
 
-    def __init__(self, run: Path, keep: int):
+    Host memory: 12 bytes for each weight that this rank's partition trains, for the whole run; on a GPU pinned, which takes a second
+    for some gigabytes, so it is done before the first step.
+    """
+
+    def __init__(self, engine: Any, run: Path, keep: int):
         self.run, self.keep, self.rank, self.world = run, keep, dist.get_rank(), dist.get_world_size()
         self.failure: str | None = None  # why the last one was not written
         self._thread: threading.Thread | None = None
         self._step: int | None = None  # of the one that is being written
-        self._host: dict[str, Tensor] = {}  # kept from one to the next: pinned memory is slow to allocate
+        self._engine = engine
+        self._copies = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+        prepared(engine.optimizer)
+        try:
+            self._host = {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for key, t in self._tensors()}
+        except RuntimeError as e:
+            gib = sum(t.nbytes for _, t in self._tensors()) / 2**30
+            raise TrainError(f"a checkpoint passes through {gib:.1f} GiB of host memory of each process, which cannot be had: {e}") from None
+        if self._copies:
+            engine.optimizer.optimizer.register_step_pre_hook(partial(_wait_for, self._copies))
 
-    def save(self, engine: Any, cursor: dict[str, Any]) -> str | None:
-        """Begin `run/step-N`, N = cursor["step"]; when it returns, the tensors may change. Returns why the one before could not be written."""
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, _, states in fragments(self._engine):
+            for key, tensor in states.items():
+                yield f"{name}:{key}", tensor
+
+    def save(self, cursor: dict[str, Any]) -> str | None:
+        """Begin `run/step-N`, N = cursor["step"]. Returns why the one before could not be written."""
         before = self.finish()
         self._step = cursor["step"]
-        zero = engine.optimizer
+        zero = self._engine.optimizer
         taken = _state(zero, zero.single_partition_of_fp32_groups[0])["step"].item()
         cursor = {"format": FORMAT, "processes": self.world, **cursor, "optimizer_step": taken}
-        tensors, starts, device = {}, {}, engine.device
-        for name, start, states in fragments(engine):
-            starts[name] = start
-            for key, tensor in states.items():
-                tensors[f"{name}:{key}"] = self._copied(f"{name}:{key}", tensor)
-        copied = torch.cuda.Event() if device.type == "cuda" else None
-        if copied:
-            copied.record()
+        starts = {name: start for name, start, _ in fragments(self._engine)}
+        if self._copies:
+            self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):  # of None: as it is
+            for key, tensor in self._tensors():
+                self._host[key].copy_(tensor, non_blocking=True)
+        copied = self._copies.record_event() if self._copies else None
         if self.rank == 0:
             self._attempt(self._make_room)
         dist.barrier()
-        self._thread = threading.Thread(target=self._attempt, args=(self._write, tensors, starts, cursor, copied), daemon=True)
+        self._thread = threading.Thread(target=self._attempt, args=(self._write, starts, cursor, copied), daemon=True)
         self._thread.start()
         return before
-
-    def _copied(self, key: str, tensor: Tensor) -> Tensor:
-        if (held := self._host.get(key)) is None:
-            held = self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return held.copy_(tensor, non_blocking=True)
 
     def _attempt(self, act: Any, *given: Any) -> None:
         try:
@@ -121,12 +134,12 @@ class Writer:
         shutil.rmtree(self._draft, ignore_errors=True)
         self._draft.mkdir(parents=True)
 
-    def _write(self, tensors: dict[str, Tensor], starts: dict[str, int], cursor: dict[str, Any], copied: Any) -> None:
+    def _write(self, starts: dict[str, int], cursor: dict[str, Any], copied: Any) -> None:
         if copied:
             copied.synchronize()
         own = self._draft / f"rank-{self.rank:05d}.safetensors"
         try:
-            save_file(tensors, own, metadata={"starts": json.dumps(starts)})
+            save_file(self._host, own, metadata={"starts": json.dumps(starts)})
         except SafetensorError as e:  # of a full disk too
             raise OSError(str(e)) from None
         fsync_file(own)
@@ -198,6 +211,11 @@ class Writer:
 
 def _canonical(sums: dict[str, str]) -> str:
     return json.dumps(dict(sorted(sums.items())), indent=1)
+
+
+def _wait_for(copies: torch.cuda.Stream, *_: Any) -> None:
+    """What is copied does not change before the optimizer's next step, so a whole forward and backward hide the copying."""
+    torch.cuda.current_stream().wait_stream(copies)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------------

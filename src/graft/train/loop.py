@@ -112,7 +112,7 @@ def _train(
     validation = [held_out.bin(i) for i in range(rank, len(held_out), world)] if held_out else None  # this rank's share, maybe nothing
     report = Reporter(job, run_dir, total, first, world, flops, plan) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
-    writer = checkpoint.Writer(run_dir, config.keep_checkpoints)
+    writer = checkpoint.Writer(engine, run_dir, config.keep_checkpoints)
     guard = Guard(config, engine, cursor["guard"] if cursor else None)
 
     for step in range(first, total):
@@ -179,7 +179,7 @@ def _train(
         if done % config.save_every == 0 or ends or leave:
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
             position |= {"setting": plan.setting._asdict(), "guard": guard.state, "device_s": device_s, "data_changes": begin.changes}
-            _report_unsaved(writer.save(engine, position | begin.same), config, stage, run_dir)
+            _report_unsaved(writer.save(position | begin.same), config, stage, run_dir)
         if leave and not ends:
             _report_unsaved(writer.finish(), config, stage, run_dir)
             told: list[str | None] = [None] * world
