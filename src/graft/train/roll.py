@@ -1,0 +1,105 @@
+"""Who has come how far: ranks wait for one another in the launcher's store, and who holds the others up is named.
+
+A collective could say neither who is missing nor, under NCCL, that anybody is. The store serves before there is a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
+from itertools import count
+
+import torch.distributed as dist
+
+from graft.core.errors import TrainError
+from graft.train.preempt import leave
+
+_numbers = count()  # of the rolls of this process, which all ranks make in the same order
+
+
+class Roll:
+    """A sequence of steps that all ranks begin together. While it is open, a thread ends this process where a step outlasts `deadline_s`:
+    the main thread may hang in a collective that nothing interrupts."""
+
+    def __init__(self, steps: tuple[str, ...], deadline_s: float):
+        self.steps, self.deadline_s = steps, deadline_s
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.host = socket.gethostname()
+        self._until = time.monotonic() + deadline_s
+        self._over = threading.Event()
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"graft/roll/{restart}/{next(_numbers)}", _store(deadline_s))
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def begin(self, step: str) -> None:
+        """Wait until all ranks are at `step`."""
+        self.store.set(f"at/{self.rank}", json.dumps([self.host, self.steps.index(step)]))
+        if self.store.add(step, 1) == self.world:
+            self.store.set(f"all at {step}", "")
+        while True:
+            with suppress(dist.DistStoreError):  # not yet; in short waits, for one that waits keeps the store from the watching thread
+                self.store.wait([f"all at {step}"], timedelta(seconds=1))
+                break
+        self._until = time.monotonic() + self.deadline_s
+
+    def close(self) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.1):
+            if time.monotonic() > self._until:
+                leave(TrainError(f"preflight: {self.held_up()}"))
+
+    def held_up(self) -> str:
+        """By whom."""
+        came = {}
+        for rank in range(self.world):
+            if self.store.check([f"at/{rank}"]):
+                came[rank] = tuple(json.loads(self.store.get(f"at/{rank}")))
+        each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        node_of = {rank // each: host for rank, (host, _) in came.items()}
+        absent = [rank for rank in range(self.world) if rank not in came]
+        least, most = min((at for _, at in came.values()), default=0), max((at for _, at in came.values()), default=0)
+        late = absent or [rank for rank, (_, at) in came.items() if at == least < most]
+        hosts = [node_of.get(rank // each, f"node {rank // each} of the launch") for rank in late or came]
+        out = f"take {'the node' if len(set(hosts)) == 1 else 'one of these nodes'} out with --exclude={','.join(dict.fromkeys(hosts))}"
+        if not late:
+            return f"no rank came past {self.steps[least]} in {self.deadline_s:.0f} s: the network between them hangs, {out}"
+        names = places(zip(late, hosts, strict=True))
+        where = "not started" if absent else f"not come past {self.steps[least]}"
+        return f"{names} has {where} {self.deadline_s:.0f} s after the others: look there, or {out}"
+
+
+def places(found: Iterable[tuple[int, str]]) -> str:
+    """Of (rank, host), such as "rank 3 on node-1 and ranks 8-15 on node-2"; of more than four hosts the first."""
+    by_host: dict[str, list[int]] = defaultdict(list)
+    for rank, host in found:
+        by_host[host].append(rank)
+    words = []
+    for host, ranks in by_host.items():
+        in_a_row = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
+        numbers = f"{ranks[0]}-{ranks[-1]}" if in_a_row else ", ".join(map(str, ranks))
+        words.append(f"rank{'s' if len(ranks) > 1 else ''} {numbers} on {host}")
+    return " and ".join(words[:4]) + (f" and of {len(words) - 4} more hosts" if len(words) > 4 else "")
+
+
+def _store(timeout_s: float) -> dist.Store:
+    """The launcher's, by a connection of its own; of a process that was not launched, one for itself."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    try:
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+    except dist.DistError as e:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(e).splitlines()[0]
+        raise TrainError(
+            f"preflight: {socket.gethostname()} does not reach the launcher at {where} ({why}): is the port open between nodes?"
+        ) from None
