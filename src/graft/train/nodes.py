@@ -27,7 +27,7 @@ from graft.train.ranks import local_leader
 from graft.train.roll import Roll, places
 
 DEADLINE_S = 50.0  # so that the line is there within a minute; GRAFT_PREFLIGHT_S where ranks start further apart
-STEPS = ("the matmul and the disk", "the process group", "the clocks", "the all-reduce", "the exchange in pairs", "the end")
+STEPS = ("the matmul and the disk", "the process group", "the exchange in pairs", "the clocks", "the all-reduce", "the end")
 TOLD_ONLY = ("GPU", "python's patch")  # may differ between ranks
 # Beyond this, tokens and leases of other services fail, and a node that keeps no time is seldom well; below, only logs are out of order.
 SKEW_REFUSED_S, SKEW_TOLD_S = 60.0, 1.0
@@ -85,7 +85,7 @@ def faults(measured: list[Measured]) -> tuple[list[str], list[str]]:
             refused.append(f"what {_named([other])} sent came altered to {_named([m])}: {_mend([other, m])}")
     if wrong := [m for m in measured if m.sum_wrong]:
         most = max(m.sum_wrong for m in wrong)
-        refused.append(f"the all-reduce gives a wrong sum on {_named(wrong)}, up to {most} elements: {_mend(wrong)}")
+        refused.append(f"the all-reduce gives a wrong sum on {_named(wrong)}, of up to {most} elements: {_mend(wrong)}")
     near = sum(abs(m.skew_s) <= SKEW_TOLD_S for m in measured)
     right_s = 0.0 if 2 * near >= len(measured) else median(m.skew_s for m in measured)  # rank 0's own clock may be the wrong one
     for off, mine in _alike(measured, lambda m: f"{m.skew_s - right_s:+.1f} s" if abs(m.skew_s - right_s) > SKEW_TOLD_S else None):
@@ -147,13 +147,13 @@ def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[
         alone_s = time.perf_counter() - started
 
         def together(device: torch.device) -> None:
-            roll.begin("the clocks")
+            roll.begin("the exchange in pairs")  # first: where it hangs, it is one pair that does not come past it
             started = time.perf_counter()
+            mine.link_gb_per_s, mine.altered_from = probes.links(device, hosts)
+            roll.begin("the clocks")
             mine.skew_s, mine.skew_error_s = probes.skew(device)
             roll.begin("the all-reduce")
             mine.sum_wrong, mine.all_reduce_gb_per_s = probes.all_reduce(device)
-            roll.begin("the exchange in pairs")
-            mine.link_gb_per_s, mine.altered_from = probes.links(device, hosts)
             probes.clean(device)
             measured, _ = _judged(roll, "the end", mine)
             if measured:

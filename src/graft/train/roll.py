@@ -65,17 +65,16 @@ class Roll:
             if self.store.check([f"at/{rank}"]):
                 came[rank] = tuple(json.loads(self.store.get(f"at/{rank}")))
         each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        node_of = {rank // each: host for rank, (host, _) in came.items()}
+        host_of = {rank // each: host for rank, (host, _) in came.items()}  # one that never came is where its neighbours are
         absent = [rank for rank in range(self.world) if rank not in came]
-        least, most = min((at for _, at in came.values()), default=0), max((at for _, at in came.values()), default=0)
-        late = absent or [rank for rank, (_, at) in came.items() if at == least < most]
-        hosts = [node_of.get(rank // each, f"node {rank // each} of the launch") for rank in late or came]
-        out = f"take {'the node' if len(set(hosts)) == 1 else 'one of these nodes'} out with --exclude={','.join(dict.fromkeys(hosts))}"
+        steps = [at for _, at in came.values()]
+        late = absent or [rank for rank, (_, at) in came.items() if at == min(steps) < max(steps)]
         if not late:
-            return f"no rank came past {self.steps[least]} in {self.deadline_s:.0f} s: the network between them hangs, {out}"
-        names = places(zip(late, hosts, strict=True))
-        where = "not started" if absent else f"not come past {self.steps[least]}"
-        return f"{names} has {where} {self.deadline_s:.0f} s after the others: look there, or {out}"
+            return f"in {self.deadline_s:.0f} s no rank came past {self.steps[min(steps)]}, on none of the nodes: look at the network between them"
+        names = places((rank, host_of.get(rank // each, f"node {rank // each} of the launch")) for rank in late)
+        where = "not started" if absent else f"not come past {self.steps[min(steps)]}"
+        hosts = dict.fromkeys(host_of.get(rank // each, "HOST") for rank in late)
+        return f"{names} has {where} {self.deadline_s:.0f} s after the others: look there, or take the node out with --exclude={','.join(hosts)}"
 
 
 def places(found: Iterable[tuple[int, str]]) -> str:
