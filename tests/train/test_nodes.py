@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from graft.train import probes
+from graft.train.faults import Measured, faults, places, summary
 from graft.train.launch import _reason
-from graft.train.nodes import Measured, faults, summary
-from graft.train.roll import places
 
 from .small import environment, small_plan, start
 
@@ -98,14 +97,15 @@ def test_of_two_the_slower_is_named_from_half_the_share_on():
 
     assert faults(two(36)) == ([], [])
     assert faults(two(34))[1] == ["rank 1 on node-1: matmul 34 TFLOP/s, the median of the others 100"]
-    assert faults(two(None)) == faults(eight()[:1]) == ([], []), "one alone is not slow"
+    assert faults(eight()[:1]) == ([], []), "one alone is not slow"
+    assert faults(two(None))[1] == ["the matmul was not tried on rank 1 on node-1: another process holds the GPU"]
 
 
 def test_ranks_of_a_node_share_a_line():
     found = [replace(m, rank=8 * n + m.rank, host=f"node-{n}") for n in range(4) for m in eight()]
     for m in found[8:16]:
         m.link_gb_per_s = {"0": 9.0}
-    assert faults(found)[1] == ["ranks 8-15 on node-1: link 9 GB/s, the median of the others 43.2"]
+    assert faults(found)[1] == ["ranks 8-15 on node-1: link 9 GB/s, the median of the others 41.4"]
     assert places([(0, "a"), (1, "a"), (4, "b")]) == "ranks 0, 1 on a and rank 4 on b"
 
 
@@ -173,13 +173,13 @@ def test_faults_of_two_ranks_are_named_and_then_who_never_comes(tmp_path):
         found = {r["line"] for r in left[fault]}
         assert len(found) == 1 and words in found.copy().pop() and "--exclude=" in found.pop(), (fault, left[fault])
         assert max(r["seconds"] for r in left[fault]) < 10
-    assert "rank 1 on node 1 of the launch has not started 4 s after the others" in line, done.stderr[-3000:]
+    assert "rank 1 on node 1 of the launch did not start within 4 s" in line, done.stderr[-3000:]
 
 
 def test_who_hangs_between_the_others_is_named(tmp_path):
     _, line, done, seconds = ranks(tmp_path, "healthy", "hang")
     print(f"{seconds:.1f} s: {line}")
-    assert done.returncode and "rank 1 on node-b has not come past the exchange in pairs" in line and line.endswith("--exclude=node-b"), done.stderr[
+    assert done.returncode and "rank 1 on node-b did not come past the exchange in pairs" in line and line.endswith("--exclude=node-b"), done.stderr[
         -3000:
     ]
 
@@ -191,5 +191,5 @@ def test_a_training_run_passes_and_leaves_a_record(tmp_path):
     line = next(line for line in said.splitlines() if line.startswith("nodes: 2 processes"))
     record = json.loads((plan.resolve("sft").run_directory / "nodes.json").read_text())
     print(line)
-    assert len(record["ranks"]) == 2 and record["preflight_s"] < 2, "0.4 s where nothing else runs"
+    assert len(record["ranks"]) == 2 and record["preflight_s"] < 5, "0.4 s where nothing else runs"
     assert list(plan.resolve("sft").run_directory.glob(".probe*")) == []

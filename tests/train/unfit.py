@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 unfit.py FOLDER FAULT …
 
 Each rank writes FOLDER/FAULT.RANK: {"line": what was raised, or null, "seconds": …}. A fault in which a rank hangs must be the last; its
-deadline is 4 s.
+deadline is 4 s. On a GPU each where there are two, else on gloo.
 """
 
 import json
@@ -90,10 +90,14 @@ FAULTS = {
 
 
 def look(folder, deadline_s):
+    device = probes.device()
     with inspected(folder, deadline_s) as together:
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        together(torch.device("cpu"))
+            if device.type == "cuda":  # at once, as DeepSpeed makes it
+                dist.init_process_group("nccl", device_id=device)
+            else:
+                dist.init_process_group("gloo")
+        together(device)
 
 
 def main(folder, *faults):

@@ -28,7 +28,7 @@ PACKAGES = ("deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "
 SUMS = {512: {"float32": 336334853, "bfloat16": 334892456}, 4096: {"float32": -11343529844, "bfloat16": -11293516361}}
 MATMUL_S = {"cpu": 0.1, "cuda": 0.3}
 DISK_BYTES = 8 << 20
-MESSAGE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+MESSAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 ROUNDS = 3  # of exchanges between pairs
 
 
@@ -148,11 +148,11 @@ def skew(device: torch.device, exchanges: int = 5) -> tuple[float, float]:
 def all_reduce(device: torch.device) -> tuple[int, float]:
     """(elements that are not the known sum, GB/s): bus bandwidth as nccl-tests counts it, 2 (n - 1) / n of the bytes over the time."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    pattern = torch.arange(MESSAGE_BYTES[device.type] // 4, device=device) % 7 + 1
-    wanted = (pattern * sum(r % 64 + 1 for r in range(world))).float()  # below 2^24 up to 70,000 ranks
+    pattern = torch.arange(MESSAGE_BYTES[device.type] // 4, device=device, dtype=torch.float32) % 7 + 1
+    wanted = pattern * sum(r % 64 + 1 for r in range(world))  # below 2^24 up to 70,000 ranks
     wrong, times_s = 0, []
     for _ in range(3):
-        mine = (pattern * (rank % 64 + 1)).float()
+        mine = pattern * (rank % 64 + 1)
         _wait(device)
         started = time.perf_counter()
         dist.all_reduce(mine)
@@ -174,20 +174,22 @@ def links(device: torch.device, hosts: list[str]) -> tuple[dict[str, float], lis
     if len(set(hosts)) == 1 or not in_blocks:
         each = 1  # processes meet, not nodes
     rates, altered = {}, []
-    words = MESSAGE_BYTES[device.type] // 8
+    words = MESSAGE_BYTES[device.type] // 4
     for turn in range(min(ROUNDS, world // each)):
         unit = partner(rank // each, world // each, turn)
         if unit is None:
             continue
-        other, times_s = unit * each + rank % each, []
-        sent, received = (torch.arange(words, device=device) + rank), torch.empty(words, dtype=torch.int64, device=device)
+        other = unit * each + rank % each
+        times_s: list[float] = []
+        sent = torch.arange(words, device=device, dtype=torch.int32) + rank
+        received = torch.empty_like(sent)
         for _ in range(4):  # the first makes the connection
             started = time.perf_counter()
             for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, received, other)]):
                 work.wait()
             _wait(device)
             times_s.append(time.perf_counter() - started)
-        rates[str(other)] = 8 * words / min(times_s[1:]) / 1e9
+        rates[str(other)] = 4 * words / min(times_s[1:]) / 1e9
         if not torch.equal(received, sent - rank + other):
             altered.append(other)
     return rates, altered

@@ -10,15 +10,15 @@ import os
 import socket
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import count
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from graft.core.errors import TrainError
+from graft.train.faults import places
 from graft.train.preempt import leave
 
 _numbers = count()  # of the rolls of this process, which all ranks make in the same order
@@ -69,25 +69,13 @@ class Roll:
         absent = [rank for rank in range(self.world) if rank not in came]
         steps = [at for _, at in came.values()]
         late = absent or [rank for rank, (_, at) in came.items() if at == min(steps) < max(steps)]
+        within = f"within {self.deadline_s:.0f} s (GRAFT_PREFLIGHT_S)"
         if not late:
-            return f"in {self.deadline_s:.0f} s no rank came past {self.steps[min(steps)]}, on none of the nodes: look at the network between them"
+            return f"no rank came past {self.steps[min(steps)]} {within}: look at the network between the nodes"
         names = places((rank, host_of.get(rank // each, f"node {rank // each} of the launch")) for rank in late)
-        where = "not started" if absent else f"not come past {self.steps[min(steps)]}"
+        missed = "did not start" if absent else f"did not come past {self.steps[min(steps)]}"
         hosts = dict.fromkeys(host_of.get(rank // each, "HOST") for rank in late)
-        return f"{names} has {where} {self.deadline_s:.0f} s after the others: look there, or take the node out with --exclude={','.join(hosts)}"
-
-
-def places(found: Iterable[tuple[int, str]]) -> str:
-    """Of (rank, host), such as "rank 3 on node-1 and ranks 8-15 on node-2"; of more than four hosts the first."""
-    by_host: dict[str, list[int]] = defaultdict(list)
-    for rank, host in found:
-        by_host[host].append(rank)
-    words = []
-    for host, ranks in by_host.items():
-        in_a_row = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
-        numbers = f"{ranks[0]}-{ranks[-1]}" if in_a_row else ", ".join(map(str, ranks))
-        words.append(f"rank{'s' if len(ranks) > 1 else ''} {numbers} on {host}")
-    return " and ".join(words[:4]) + (f" and of {len(words) - 4} more hosts" if len(words) > 4 else "")
+        return f"{names} {missed} {within} of the others: look there, or take the node out with --exclude={','.join(hosts)}"
 
 
 def _store(timeout_s: float) -> dist.Store:
@@ -95,7 +83,7 @@ def _store(timeout_s: float) -> dist.Store:
     if "RANK" not in os.environ:
         return dist.HashStore()
     try:
-        return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+        return next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
     except dist.DistError as e:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         why = str(e).splitlines()[0]
