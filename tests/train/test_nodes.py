@@ -158,9 +158,10 @@ def test_faults_of_two_ranks_are_named_and_then_who_never_comes(tmp_path):
     small = tmp_path / "disk"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)], check=True)
+    (small / "full").write_bytes(bytes(1 << 20))
     try:
         left, line, done, seconds = ranks(tmp_path, *PASS, *LINES, "absent")
-        assert list(small.iterdir()) == [], "what was written to try is gone"
+        assert [path.name for path in small.iterdir()] == ["full"], "what was written to try is gone"
     finally:
         subprocess.run(["umount", str(small)], check=True)
     print(", ".join(f"{fault} {max(r['seconds'] for r in found):.2f} s" for fault, found in left.items() if found), f"absent {seconds:.1f} s in all")

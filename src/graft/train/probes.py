@@ -105,7 +105,9 @@ def _checksum(c: Tensor) -> int:
 def disk(folder: Path, rank: int) -> float:
     """MB/s of a file in `folder` written and fsynced; OSError where that fails, or where it reads back otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, data = folder / f".probe-{rank}-{os.getpid()}", random.Random(rank).randbytes(DISK_BYTES)
+    room = os.statvfs(folder)
+    size = max(4096, min(DISK_BYTES, room.f_bavail * room.f_frsize // 4))  # what is nearly full may still do: on_save_failure says
+    path, data = folder / f".probe-{rank}-{os.getpid()}", random.Random(rank).randbytes(size)
     try:
         started = time.perf_counter()
         with path.open("wb") as f:
@@ -120,7 +122,7 @@ def disk(folder: Path, rank: int) -> float:
     finally:
         with suppress(OSError):
             path.unlink()
-    return DISK_BYTES / seconds / 1e6
+    return size / seconds / 1e6
 
 
 # ---- together, all ranks at once ----------------------------------------------------------------------------------------
