@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from graft.core.errors import GraftError
 from graft.core.stages import Plan
-from graft.train.preempt import EXIT_CODE_FILE
+from graft.train.preempt import leave
 
 
 def main() -> int:
@@ -33,11 +32,7 @@ def main() -> int:
 
         run(job, args.profile, args.allow_data_change)
     except GraftError as e:
-        # from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once
-        print(f"graft: {e}", file=sys.stderr, flush=True)
-        if told := os.environ.get(EXIT_CODE_FILE):  # the launcher itself leaves with 1, whatever a rank left with
-            Path(told).write_text(str(e.exit_code), encoding="utf-8")
-        os._exit(e.exit_code)  # other ranks may wait in a collective: leave at once, the launcher ends them
+        leave(e)
     return 0
 
 

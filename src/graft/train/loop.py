@@ -28,7 +28,7 @@ from graft.core.shards import ShardSet
 from graft.core.stages import Job
 from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.lora import save_adapter
-from graft.train import checkpoint, memory
+from graft.train import checkpoint, memory, nodes
 from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
@@ -53,14 +53,16 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     asked = Asked()
     recipe, stage = job.recipe, job.stage.name
     config = recipe.train_stage(stage)
+    with nodes.inspected(job.run_directory) as together:
+        with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
+            accelerator = accelerator_of(job, config)
+        together(accelerator.device)
     folder = job.parents[f"shard-{stage}"].path
     shards = ShardSet.open(folder / "train", verify=local_leader())
     held_out = ShardSet.open(folder / "validation", verify=False) if (folder / "validation").is_dir() else None
     if local_leader():
         splits = {"train": shards, "validation": held_out}
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
-    with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
-        accelerator = accelerator_of(job, config)
     held = hold(job.run_directory) if accelerator.process_index == 0 else None
     begin = start_of(job, allow_data_change)
     plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint)["setting"] if begin.checkpoint else {})

@@ -6,8 +6,14 @@ same step; they leave with the exit code of errors.Preempted, 75, which says: st
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
+
+from graft.core.errors import GraftError
 
 EXIT_CODE_FILE = "GRAFT_EXIT_CODE_FILE"  # of the environment: where a rank that refuses or leaves writes its exit code
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL takes
@@ -23,3 +29,14 @@ class Asked:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.by = self.by or signal.Signals(number).name
+
+
+def leave(error: GraftError) -> NoReturn:
+    """End this rank, from any thread and whatever the others do, with the line that the launcher says once.
+
+    It leaves at once, as other ranks may wait in a collective: the launcher ends them. Every rank says the line, for the first to leave may not be 0.
+    """
+    print(f"graft: {error}", file=sys.stderr, flush=True)
+    if told := os.environ.get(EXIT_CODE_FILE):  # the launcher itself leaves with 1, whatever a rank left with
+        Path(told).write_text(str(error.exit_code), encoding="utf-8")
+    os._exit(error.exit_code)
