@@ -107,8 +107,8 @@ def rank_of(rank, asked):
         trained.flush()
         return found
 
-    def saved(writer, engine, cursor):
-        why = save(writer, engine, cursor)
+    def saved(writer, *given):
+        why, cursor = save(writer, *given), given[-1]
         return writer.finish() if cursor["step"] == lose_after else why
 
     ShardSet.bin, feed.collate, feed.Feed._read, feed.Feed.take, checkpoint.Writer.save = known, collected, noted, taken, saved
