@@ -3,6 +3,8 @@
 import json
 import pickle
 import random
+import shutil
+import threading
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from graft.cli import main
 from graft.core.artifact import sha256_file
 from graft.core.metrics import MetricsWriter, read_metrics
-from graft.train.checkpoint import CURSOR, FORMAT, SUMS, _canonical, fault, newest
+from graft.train.checkpoint import CURSOR, FORMAT, SUMS, Writer, _canonical, fault, newest, steps
 
 RANK = "rank-00000.safetensors"
 
@@ -60,6 +62,24 @@ def test_a_thousand_flipped_bits_and_cuts_are_each_refused_by_the_files_name(tmp
         file.write_bytes(held)
     print(f"refused {refused} of 1000 flips and cuts")
     assert refused == 1000 and newest(tmp_path)[0] == tmp_path / "step-00000010"
+
+
+def test_training_does_not_wait_for_the_removal_of_the_oldest(tmp_path, monkeypatch):
+    for step in (5, 10):
+        make(tmp_path, step)
+    draft = make(tmp_path, 15).rename(tmp_path / ".step-00000015.writing")
+    (draft / SUMS).rename(draft / RANK.replace(".safetensors", ".sums"))
+    rmtree, may_go = shutil.rmtree, threading.Event()
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda folder, **how: "writing" in folder.name or not folder.exists() or (may_go.wait(30), rmtree(folder, **how))
+    )
+    writer = Writer.__new__(Writer)
+    vars(writer).update(run=tmp_path, keep=2, rank=0, world=1, failure=None, _thread=None, _step=15)
+    assert writer.border(1, 0) is None and writer.failure is None
+    assert newest(tmp_path) == (tmp_path / "step-00000015", []) and len(steps(tmp_path)) == 3, "it is whole, and the oldest still there"
+    may_go.set()
+    writer._removal.join(30)
+    assert [folder.name for folder in steps(tmp_path)] == ["step-00000010", "step-00000015"]
 
 
 class Trap:

@@ -134,19 +134,6 @@ def test_two_launchers_with_one_rendezvous_are_one_run(undisturbed, tmp_path):
     assert artifact.counts["processes"] == 2 and curve(artifact.path) == curve(undisturbed[1].path)
 
 
-@pytest.mark.parametrize("precision", ["nf4", pytest.param("bf16", marks=pytest.mark.campaign)])
-def test_other_precisions_train_and_resume_bitwise(tmp_path, precision):
-    plan = small_plan(tmp_path, f"model.precision={precision}")
-    whole = train(plan)
-    wanted, steps = sha256_file(whole.path / "adapter_model.safetensors"), curve(whole.path)
-    assert steps[-1][1] < steps[0][1]
-    run = plan.root / whole.counts["checkpoints"]
-    shutil.rmtree(run / "step-00000007")
-    shutil.rmtree(whole.path)
-    again = train(plan)
-    assert sha256_file(again.path / "adapter_model.safetensors") == wanted and curve(again.path) == steps
-
-
 def test_whole_weights_train_on_two_ranks_and_the_model_is_evaluated_alone(tmp_path):
     from graft.evaluate import classify
 

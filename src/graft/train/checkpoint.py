@@ -82,6 +82,7 @@ class Writer:
         self.run, self.keep, self.rank, self.world = run, keep, dist.get_rank(), dist.get_world_size()
         self.failure: str | None = None  # why the last one was not written
         self._thread: threading.Thread | None = None
+        self._removal: threading.Thread | None = None  # of those that are no longer kept
         self._step: int | None = None  # of the one that is being written
         self._engine = engine
         self._copies = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
@@ -173,7 +174,10 @@ class Writer:
         """Wait for the one that is being written, and complete it; returns as border()."""
         if self._thread:
             self._thread.join()
-        return self._settle()
+        why = self._settle()
+        if self._removal:
+            self._removal.join()
+        return why
 
     def _settle(self) -> str | None:
         reasons = self._told()
@@ -205,8 +209,14 @@ class Writer:
         shutil.rmtree(final, ignore_errors=True)  # only ever one that failed its check
         os.rename(draft, final)
         fsync_dir(self.run)
-        for old in steps(self.run)[: -self.keep]:
-            shutil.rmtree(old)
+        # not here, between two steps: a file of 0.5 GB takes some 0.1 s to remove
+        self._removal = threading.Thread(target=_remove, args=(steps(self.run)[: -self.keep],), daemon=True)
+        self._removal.start()
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # what stays makes the disk fill up, and that is said
 
 
 def _canonical(sums: dict[str, str]) -> str:
