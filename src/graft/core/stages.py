@@ -93,7 +93,8 @@ def stages(recipe: Recipe) -> list[Stage]:
         )
     for stage in recipe.train_stages():
         section = "base.train" if stage == "base" else stage
-        same = ("save_every", "keep_checkpoints", "on_save_failure", "micro_batch", "activation_checkpointing", "compile")  # decide no result
+        # these decide no result
+        same = ("save_every", "keep_checkpoints", "on_save_failure", "hang_timeout_s", "micro_batch", "activation_checkpointing", "compile")
         result = [k for k in _fields(section, " ".join(Train.model_fields)) if k.rsplit(".", 1)[-1] not in same]
         out.append(
             Stage(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
+import traceback
 
 from graft.core.errors import GraftError
 from graft.core.stages import Plan
-from graft.train.preempt import EXIT_CODE_FILE
+from graft.train.preempt import leave
+from graft.train.watch import Watch
 
 
 def main() -> int:
@@ -31,13 +32,20 @@ def main() -> int:
         from graft.train.loop import run
 
         run(job, args.profile)
-    except GraftError as e:
-        # from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once
-        print(f"graft: {e}", file=sys.stderr, flush=True)
-        if told := os.environ.get(EXIT_CODE_FILE):  # the launcher itself leaves with 1, whatever a rank left with
-            Path(told).write_text(str(e.exit_code), encoding="utf-8")
-        os._exit(e.exit_code)  # other ranks may wait in a collective: leave at once, the launcher ends them
+    except Exception as e:  # noqa: BLE001 the other ranks must hear of a bug too
+        _leave_with(e)
     return 0
+
+
+def _leave_with(error: Exception) -> None:
+    """A GraftError's line or a bug's traceback, from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once."""
+    sys.stdout.flush()
+    line, code = (str(error), error.exit_code) if isinstance(error, GraftError) else (None, 1)
+    if line is None:
+        traceback.print_exception(error)
+    if watch := Watch.running:
+        watch.fail(line or f"{type(error).__name__}: {error}", code, bug=line is None)
+    leave(line, code)  # other ranks may wait in a collective: at once
 
 
 if __name__ == "__main__":

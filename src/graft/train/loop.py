@@ -39,10 +39,11 @@ from graft.train.flops import Flops
 from graft.train.order import learning_rate
 from graft.train.preempt import Asked
 from graft.train.profile import Profiler
-from graft.train.ranks import accelerator_of, local_leader
+from graft.train.ranks import accelerator_of, local_leader, watch_of
 from graft.train.report import Reporter
 from graft.train.resume import hold, newest_of_all
 from graft.train.split import deepspeed_split, total_steps
+from graft.train.watch import Watch
 
 
 def run(job: Job, profile: bool = False) -> None:
@@ -60,6 +61,7 @@ def run(job: Job, profile: bool = False) -> None:
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
     with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
         accelerator = accelerator_of(job, config)
+    watch = watch_of(job, config)
     held = hold(job.run_directory) if accelerator.process_index == 0 else None
     found = newest_of_all(job.run_directory)
     plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(found).get("setting", {}) if found else {})
@@ -69,16 +71,24 @@ def run(job: Job, profile: bool = False) -> None:
     if plan.line and accelerator.process_index == 0:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
-        _train(job, accelerator, shards, held_out, plan, found, profile)
+        _train(job, accelerator, shards, held_out, plan, found, profile, watch)
     if held:
         held.close()
 
 
 def _train(
-    job: Job, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet | None, plan: memory.MemoryPlan, found: Path | None, profile: bool
+    job: Job,
+    accelerator: Accelerator,
+    shards: ShardSet,
+    held_out: ShardSet | None,
+    plan: memory.MemoryPlan,
+    found: Path | None,
+    profile: bool,
+    watch: Watch,
 ) -> None:
     """found: the checkpoint to go on from."""
     asked = Asked()
+    watch.at("loading", slow=True)
     recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
     config = recipe.train_stage(stage).model_copy(update=plan.setting._asdict())
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -112,6 +122,7 @@ def _train(
     for step in range(first, total):
         if best.stop:
             break
+        watch.at(f"step {step}", slow=step == first)  # kernels are compiled in the first
         started = time.perf_counter()
         torch.manual_seed(_seed(recipe.seed, step, rank))
         batch = feed.take(step)
@@ -156,7 +167,7 @@ def _train(
             "compilations": compilations(),
         }
         if validation is not None and (ends or (config.validate_every and done % config.validate_every == 0)):
-            metrics["validation_loss"] = _validate(engine, validation, micro, device)
+            metrics["validation_loss"] = _validate(engine, validation, micro, device, watch)
             best.validated(metrics["validation_loss"], done, save)
             ends = ends or best.stop
         if report:
@@ -164,6 +175,7 @@ def _train(
         if profiler:
             profiler.step(done - first)
         if done % config.save_every == 0 or ends or leave:
+            watch.at(f"saving step {done}", slow=True)
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
             position["setting"] = plan.setting._asdict()
             _report_unsaved(writer.save(engine, position | same), config, stage, run_dir)
@@ -174,11 +186,13 @@ def _train(
             by = ", ".join(f"{name} to rank {n}" for n, name in enumerate(told) if name)
             raise Preempted(f"{stage}: asked to leave ({by}), saved after {done} of {total} steps: the same command goes on")
 
+    watch.at("publishing", slow=True)
     _report_unsaved(writer.finish(), config, stage, run_dir)
     if report and save:
         counts = {**report.finish(), "steps": report.steps, "tokens": tokens_seen, "bins": len(shards), "processes": world}
         _publish(job, best, save, run_dir, counts)
     dist.barrier()
+    watch.close()
     dist.destroy_process_group()
 
 
@@ -194,7 +208,7 @@ def _report_unsaved(why: str | None, config: Train, stage: str, run_dir: Path) -
         print(line, flush=True)
 
 
-def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
+def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device, watch: Watch) -> float:
     """Mean loss (nats a target) over the held-out bins of all ranks.
 
     Only dropout is switched off: a layer of bitsandbytes that once ran in eval mode on a CPU repacks its 4-bit weights and
@@ -206,6 +220,7 @@ def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) ->
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for at in range(0, len(bins), micro):
+            watch.at("validation", slow=True)
             batch = collate(bins[at : at + micro]).to(device)
             sums += torch.tensor([engine.module(batch).item(), batch.targets.numel()], device=device)
     for m in dropouts:

@@ -6,8 +6,12 @@ same step; they leave with the exit code of errors.Preempted, 75, which says: st
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE_FILE = "GRAFT_EXIT_CODE_FILE"  # of the environment: where a rank that refuses or leaves writes its exit code
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL takes
@@ -23,3 +27,12 @@ class Asked:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.by = self.by or signal.Signals(number).name
+
+
+def leave(line: str | None, code: int) -> NoReturn:
+    """This rank's process ends at once, cleaning up nothing that might wait for other ranks. line: for the user; the launcher says it once."""
+    if line:
+        print(f"graft: {line}", file=sys.stderr, flush=True)
+    if told := os.environ.get(EXIT_CODE_FILE):  # the launcher itself leaves with 1, whatever a rank left with
+        Path(told).write_text(str(code), encoding="utf-8")
+    os._exit(code)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed import distributed_c10d
 
 from graft.core.errors import ConfigError, TrainError
 from graft.core.recipe import Train
 from graft.core.stages import Job
 from graft.train.split import deepspeed_split, micro_batch_of
 from graft.train.strategy import strategy_of
+from graft.train.watch import SLOW, Watch
+
+MARGIN_S = 600  # by which a collective outlasts what the watch allows: the watch names who is late, NCCL and gloo name the collective
 
 
 def accelerator_of(job: Job, config: Train) -> Accelerator:
@@ -29,15 +34,29 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
     strategy |= deepspeed_split(config.global_batch, world, micro_batch_of(config.global_batch, world, 1))
     strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32}}
     compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
-    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    patience = timedelta(seconds=SLOW * config.hang_timeout_s + MARGIN_S)
+    # of DeepSpeed's own groups too, which cannot be told
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{patience.total_seconds():.0f}")
+    group = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     accelerator = Accelerator(
-        kwargs_handlers=handlers, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
+        kwargs_handlers=[group], deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
     )
     if accelerator.num_processes != dist.get_world_size():
         raise TrainError(
             f"Accelerate sees {accelerator.num_processes} processes, the process group {dist.get_world_size()}: start by launch/train.sh"
         )
     return accelerator
+
+
+def watch_of(job: Job, config: Train) -> Watch:
+    """The watch over the ranks of the process group, which talks through a connection of its own to the group's store."""
+    store = dist.PrefixStore("graft/watch", distributed_c10d._get_default_store()).clone()  # type: ignore[attr-defined]
+
+    def collectives() -> int:
+        return sum(group._get_sequence_number_for_group() for group in list(distributed_c10d._world.pg_map))  # type: ignore[attr-defined]
+
+    return Watch(store, dist.get_rank(), dist.get_world_size(), job.stage.name, job.run_directory, config.hang_timeout_s, collectives)
 
 
 def local_leader() -> bool:
