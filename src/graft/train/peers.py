@@ -56,7 +56,7 @@ def state(process: Process) -> str:
 
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third, the state, on; the name before them may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def end(process: Process) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -18,7 +19,7 @@ from graft.train.split import deepspeed_split, micro_batch_of
 from graft.train.strategy import strategy_of
 from graft.train.watch import SLOW, Watch
 
-MARGIN_S = 600  # by which a collective outlasts what the watch allows: the watch names who is late, NCCL and gloo name the collective
+MARGIN_S = 600
 
 
 def accelerator_of(job: Job, config: Train) -> Accelerator:
@@ -34,13 +35,10 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
     strategy |= deepspeed_split(config.global_batch, world, micro_batch_of(config.global_batch, world, 1))
     strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32}}
     compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
-    patience = timedelta(seconds=SLOW * config.hang_timeout_s + MARGIN_S)
-    # of DeepSpeed's own groups too, which cannot be told
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
-    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{patience.total_seconds():.0f}")
-    group = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{_patience(config).total_seconds():.0f}")  # read as the group is made
+    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
-        kwargs_handlers=[group], deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
+        kwargs_handlers=handlers, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
     )
     if accelerator.num_processes != dist.get_world_size():
         raise TrainError(
@@ -49,12 +47,24 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
     return accelerator
 
 
+def _patience(config: Train) -> timedelta:
+    """Of a collective: longer than the watch's, which names who is late, where NCCL and gloo end a process with the name of a collective."""
+    return timedelta(seconds=SLOW * config.hang_timeout_s + MARGIN_S)
+
+
 def watch_of(job: Job, config: Train) -> Watch:
     """The watch over the ranks of the process group, which talks through a connection of its own to the group's store."""
+    distributed_c10d._set_pg_timeout(_patience(config))
+    # the groups that DeepSpeed has yet to make take no other
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = _patience(config)
     store = dist.PrefixStore("graft/watch", distributed_c10d._get_default_store()).clone()  # type: ignore[attr-defined]
 
     def collectives() -> int:
-        return sum(group._get_sequence_number_for_group() for group in list(distributed_c10d._world.pg_map))  # type: ignore[attr-defined]
+        begun = 0
+        for group in list(distributed_c10d._world.pg_map):
+            with suppress(RuntimeError):  # a backend that does not count
+                begun += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        return begun
 
     return Watch(store, dist.get_rank(), dist.get_world_size(), job.stage.name, job.run_directory, config.hang_timeout_s, collectives)
 

@@ -82,9 +82,8 @@ class Watch:
         while not self._closed.is_set():
             self._wake.wait(POLL_S)
             now = time.monotonic()
-            # what is more than a poll was this process's own stop: who suspends a whole job and lets it go on has no hung rank
-            elapsed_s = min(now - last, 2 * POLL_S)
-            last = now
+            # what is more was this process's own stop: who suspends a whole job and lets it go on has no hung rank
+            elapsed_s, last = min(now - last, 2 * POLL_S), now
             if self._mark is not self._seen:
                 self._seen, self._age_s, self._excused_s, self._slow_beats = self._mark, 0.0, 0.0, None
             self._age_s += elapsed_s
@@ -135,10 +134,9 @@ class Watch:
             self._peers = {r: self._peer(r) for r in range(self.world)}
         states = {r: state(p) for r, p in self._peers.items() if p.machine == self._process.machine}
         self._stopped_s = self._stopped_s + elapsed_s if STOPPED in states.values() else 0.0
-        gone = [r for r, how in states.items() if how == GONE and not self._store.check([f"done/{r}"])]
-        if gone:
+        if GONE in states.values():
             time.sleep(0.1)  # its last words may be under way
-        return gone
+        return [r for r, how in states.items() if how == GONE and not self._store.check([f"done/{r}"])]
 
     def _peer(self, rank: int) -> Process:
         key = f"process/{rank}"
@@ -159,10 +157,8 @@ class Watch:
         """The main thread leaves by an error and takes the others along; does not return where they hear of it. bug: the log here says more than the line."""
         if bug:
             time.sleep(3 * POLL_S)  # it may come from a rank that is gone: then the other thread names that one first, and leaves
-            self._own = self._verdict(f"{self.stage}: {ranks([self.rank])} on {self._process.host} failed: {line}", code, self.world)
-            self._own["log"] = self._process.machine
-        else:
-            self._own = self._verdict(line, code, self.world)
+            line = f"{self.stage}: {ranks([self.rank])} on {self._process.host} failed: {line}"
+        self._own = self._verdict(line, code, self.world) | ({"log": self._process.machine} if bug else {})
         self._wake.set()
         time.sleep(ANSWER_S)
 
