@@ -3,8 +3,8 @@
 The main thread marks where it is, which sends nothing. A mark may stay for `hang_timeout_s`, SLOW times that where a disk or a
 compiler is waited for; while one rank is at such a place the others may wait for it. The rank whose mark stays longer raises
 the alarm (alarm.py). A rank that leaves by an error says so in the store, and each looks after the processes of its own
-machine; one that is stopped is hung after `hang_timeout_s`, wherever it is. The store lives in the launcher, so it answers while any
-rank is stopped; a poll is one request a second a rank.
+machine; one that is stopped is hung after `hang_timeout_s`, wherever it is. The launcher holds the store, which so answers while
+any rank is stopped; a poll is one request a second a rank, and one more at a slow place or in a long wait.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ class Watch:
         self._seen = self._mark = Mark("starting", slow=True)
         self._age_s = self._excused_s = 0.0  # of the mark, and at which age another rank was last seen at a slow place
         self._slow_beats: int | None = None  # of all ranks at slow places, one a poll
-        self._stopped_s = 0.0  # for which a process of this machine has been stopped
-        self._unheard_s = 0.0  # since the store answered
+        self._stopped_s = self._unheard_s = 0.0  # for which a process of this machine has been stopped; for which the store was silent
         self._own: dict[str, Any] | None = None  # this rank's verdict on itself
         self._closed, self._wake = threading.Event(), threading.Event()
         store.set_timeout(timedelta(seconds=ANSWER_S))
@@ -117,7 +116,7 @@ class Watch:
             self._leave(over if "line" in over else self._heard(over["mark"]))
 
     def _say(self, key: str, verdict: dict[str, Any]) -> None:
-        self._store.compare_set(key, "", json.dumps(verdict))  # the first to say it has said it
+        self._store.compare_set(key, "", json.dumps(verdict))  # the first word stands
 
     def _excuse(self) -> None:
         """Who waits long lets those who live at slow places take their time."""
