@@ -116,7 +116,7 @@ def main(folder, *faults):
         except TrainError as e:
             line = str(e)
             if fault == faults[-1]:
-                leave(e)
+                leave(str(e), e.exit_code)
         vars(probes).update(true)
         seconds = time.perf_counter() - started
         (Path(folder) / f"{fault}.{rank}").write_text(json.dumps({"line": line, "seconds": seconds}))

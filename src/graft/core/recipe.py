@@ -247,6 +247,7 @@ class Train(Section):
     save_every: Count = 100  # steps
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     on_save_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written: the disk is full
+    hang_timeout_s: Annotated[float, Field(gt=0, le=7 * 86400)] = 600.0  # for a step; six times that to load, validate and save
 
     @model_validator(mode="after")
     def _best_needs_validations(self) -> Train:

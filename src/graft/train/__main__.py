@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 
 from graft.core.errors import GraftError
 from graft.core.stages import Plan
 from graft.train.preempt import leave
+from graft.train.watch import Watch
 
 
 def main() -> int:
@@ -31,9 +33,20 @@ def main() -> int:
         from graft.train.loop import run
 
         run(job, args.profile, args.allow_data_change)
-    except GraftError as e:
-        leave(e)
+    except Exception as e:  # noqa: BLE001 the other ranks must hear of a bug too
+        _leave_with(e)
     return 0
+
+
+def _leave_with(error: Exception) -> None:
+    """A GraftError's line or a bug's traceback, from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once."""
+    sys.stdout.flush()
+    line, code = (str(error), error.exit_code) if isinstance(error, GraftError) else (None, 1)
+    if line is None:
+        traceback.print_exception(error)
+    if watch := Watch.running:
+        watch.fail(line or f"{type(error).__name__}: {error}", code, bug=line is None)
+    leave(line, code)  # other ranks may wait in a collective: at once
 
 
 if __name__ == "__main__":

@@ -39,10 +39,11 @@ from graft.train.guard import Guard
 from graft.train.order import learning_rate
 from graft.train.preempt import Asked
 from graft.train.profile import Profiler
-from graft.train.ranks import accelerator_of, local_leader
+from graft.train.ranks import accelerator_of, local_leader, watch_of
 from graft.train.report import Reporter
 from graft.train.resume import Start, hold, start_of
 from graft.train.split import deepspeed_split, total_steps
+from graft.train.watch import Watch
 
 
 def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> None:
@@ -63,6 +64,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     if local_leader():
         splits = {"train": shards, "validation": held_out}
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
+    watch = watch_of(job, config)
     held = hold(job.run_directory) if accelerator.process_index == 0 else None
     begin = start_of(job, allow_data_change)
     plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint)["setting"] if begin.checkpoint else {})
@@ -72,7 +74,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     if plan.line and accelerator.process_index == 0:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
-        _train(job, accelerator, shards, held_out, plan, begin, asked, profile)
+        _train(job, accelerator, shards, held_out, plan, begin, asked, watch, profile)
     if held:
         held.close()
 
@@ -85,8 +87,10 @@ def _train(
     plan: memory.MemoryPlan,
     begin: Start,
     asked: Asked,
+    watch: Watch,
     profile: bool,
 ) -> None:
+    watch.at("loading", slow=True)
     recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
     config = recipe.train_stage(stage).model_copy(update=plan.setting._asdict())
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -120,6 +124,7 @@ def _train(
     for step in range(first, total):
         if best.stop:
             break
+        watch.at(f"step {step}", slow=step == first)  # kernels are compiled in the first
         started = time.perf_counter()
         torch.manual_seed(_seed(recipe.seed, step, rank))
         batch = feed.take(step)
@@ -163,7 +168,7 @@ def _train(
             "compilations": compilations(),
         }
         if validation is not None and (ends or (config.validate_every and done % config.validate_every == 0)):
-            metrics["validation_loss"] = _validate(engine, validation, micro, device)
+            metrics["validation_loss"] = _validate(engine, validation, micro, device, watch)
             best.validated(metrics["validation_loss"], done, save)
             ends = ends or best.stop
         step_time_s = time.perf_counter() - started
@@ -179,6 +184,7 @@ def _train(
                 f"lower {stage}.lr, or look at those bins by `graft inspect`; {_kept(run_dir)}"
             )
         if done % config.save_every == 0 or ends or leave:
+            watch.at(f"saving step {done}", slow=True)
             position = {"step": done, "position": done * config.global_batch, "tokens": tokens_seen, "best": best.state}
             position |= {"setting": plan.setting._asdict(), "guard": guard.state, "device_s": device_s, "data_changes": begin.changes}
             _report_unsaved(writer.save(position | begin.same), config, stage, run_dir)
@@ -189,6 +195,7 @@ def _train(
             by = ", ".join(f"{name} to rank {n}" for n, name in enumerate(told) if name)
             raise Preempted(f"{stage}: asked to leave ({by}), saved after {done} of {total} steps: the same command goes on")
 
+    watch.at("publishing", slow=True)
     _report_unsaved(writer.finish(), config, stage, run_dir)
     if report and save:
         counts = {**report.finish(), "steps": report.steps, "tokens": tokens_seen, "bins": len(shards), "processes": world}
@@ -196,6 +203,7 @@ def _train(
         counts |= {"data_changes": begin.changes} if begin.changes else {}
         _publish(job, best, save, run_dir, counts)
     dist.barrier()
+    watch.close()
     dist.destroy_process_group()
 
 
@@ -215,7 +223,7 @@ def _kept(run_dir: Path) -> str:
     return f"the newest checkpoint in {run_dir} is {kept[-1].name}" if kept else f"{run_dir} holds no checkpoint yet"
 
 
-def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) -> float:
+def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device, watch: Watch) -> float:
     """Mean loss (nats a target) over the held-out bins of all ranks.
 
     Only dropout is switched off: a layer of bitsandbytes that once ran in eval mode on a CPU repacks its 4-bit weights and
@@ -227,6 +235,7 @@ def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device) ->
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for at in range(0, len(bins), micro):
+            watch.at("validation", slow=True)
             batch = collate(bins[at : at + micro]).to(device)
             sums += torch.tensor([engine.module(batch).item(), batch.targets.numel()], device=device)
     for m in dropouts:

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from graft.core.errors import GraftError
-
 EXIT_CODE_FILE = "GRAFT_EXIT_CODE_FILE"  # of the environment: where a rank that refuses or leaves writes its exit code
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL takes
 
@@ -31,12 +29,11 @@ class Asked:
         self.by = self.by or signal.Signals(number).name
 
 
-def leave(error: GraftError) -> NoReturn:
-    """End this rank, from any thread and whatever the others do, with the line that the launcher says once.
-
-    It leaves at once, as other ranks may wait in a collective: the launcher ends them. Every rank says the line, for the first to leave may not be 0.
-    """
-    print(f"graft: {error}", file=sys.stderr, flush=True)
+def leave(line: str | None, code: int) -> NoReturn:
+    """This rank's process ends at once, cleaning up nothing that might wait for other ranks. line: for the user; the launcher says it once."""
+    if line:
+        sys.stderr.write(f"graft: {line}\n")  # in one piece: several ranks say it at once
+        sys.stderr.flush()
     if told := os.environ.get(EXIT_CODE_FILE):  # the launcher itself leaves with 1, whatever a rank left with
-        Path(told).write_text(str(error.exit_code), encoding="utf-8")
-    os._exit(error.exit_code)
+        Path(told).write_text(str(code), encoding="utf-8")
+    os._exit(code)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed import distributed_c10d
 
 from graft.core.errors import ConfigError, TrainError
 from graft.core.recipe import Train
 from graft.core.stages import Job
 from graft.train.split import deepspeed_split, micro_batch_of
 from graft.train.strategy import strategy_of
+from graft.train.watch import SLOW, Watch
+
+MARGIN_S = 600
 
 
 def accelerator_of(job: Job, config: Train) -> Accelerator:
@@ -32,6 +38,7 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
     # what is not finite is guard.py's to find, by the norm: DeepSpeed would look into each gradient and leave the step out in silence
     strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32, "check_grad_overflow": False}}
     compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{_patience(config).total_seconds():.0f}")  # read as the group is made
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
         kwargs_handlers=handlers, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=strategy), mixed_precision="no" if full_fp32 else "bf16"
@@ -48,6 +55,28 @@ def _be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _patience(config: Train) -> timedelta:
+    """Of a collective: longer than the watch's, which names who is late, where NCCL and gloo end a process with the name of a collective."""
+    return timedelta(seconds=SLOW * config.hang_timeout_s + MARGIN_S)
+
+
+def watch_of(job: Job, config: Train) -> Watch:
+    """The watch over the ranks of the process group, which talks through a connection of its own to the group's store."""
+    distributed_c10d._set_pg_timeout(_patience(config))
+    # the groups that DeepSpeed has yet to make take no other
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = _patience(config)
+    store = dist.PrefixStore("graft/watch", distributed_c10d._get_default_store()).clone()  # type: ignore[attr-defined]
+
+    def collectives() -> int:
+        begun = 0
+        for group in list(distributed_c10d._world.pg_map):
+            with suppress(RuntimeError):  # a backend that does not count
+                begun += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        return begun
+
+    return Watch(store, dist.get_rank(), dist.get_world_size(), job.stage.name, job.run_directory, config.hang_timeout_s, collectives)
 
 
 def local_leader() -> bool:

@@ -56,7 +56,7 @@ class Roll:
     def _watch(self) -> None:
         while not self._over.wait(0.1):
             if time.monotonic() > self._until:
-                leave(TrainError(f"preflight: {self.held_up()}"))
+                leave(f"preflight: {self.held_up()}", TrainError.exit_code)
 
     def held_up(self) -> str:
         """By whom."""
