@@ -30,18 +30,31 @@ class Host:
 
         lose_after: all ranks end by SIGKILL when the checkpoint of so many steps is whole and one more step is done.
         """
-        self.starts += 1
-        asked = {"world": world, "port": _free_port(), "folder": str(plan.root / f"start-{self.starts}"), "lose_after": lose_after}
-        asked["plan"] = [str(plan.path), str(plan.root), *plan.overrides]
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        codes = json.loads(self.process.stdout.readline())
-        folder = Path(asked["folder"])
+        folder, codes = self._start(plan, world, lose_after=lose_after)
         said = "".join(path.read_text(errors="replace")[-2000:] for path in sorted(folder.glob("*.log")))
         assert codes == [0] * world if lose_after is None else -signal.SIGKILL in codes, f"{codes}\n{said}"
         ranks = [[json.loads(line) for line in (folder / f"{rank}.bins").read_text().splitlines()] for rank in range(world)]
         whole = [step for step, _ in min(ranks, key=len)]
         return [(step, sorted(i for rank in ranks for i in dict(rank)[step])) for step in whole]
+
+    def kill(self, plan, world, rank, at):
+        """Start it, with SIGKILL to `rank` before number `at` of its file operations in saves, and then to the others.
+
+        None where that came about, otherwise how many operations there were in the whole run.
+        """
+        folder, codes = self._start(plan, world, kill=[rank, at])
+        counted = folder / "operations"
+        assert codes == [0] * world if counted.exists() else codes[rank] == -signal.SIGKILL, codes
+        return int(counted.read_text()) if counted.exists() else None
+
+    def _start(self, plan, world, **told):
+        """(a folder of what the ranks left, their exit codes)."""
+        self.starts += 1
+        asked = {"world": world, "port": _free_port(), "folder": str(plan.root / f"start-{self.starts}"), **told}
+        asked["plan"] = [str(plan.path), str(plan.root), *plan.overrides]
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return Path(asked["folder"]), json.loads(self.process.stdout.readline())
 
     def close(self):
         self.process.stdin.close()
@@ -68,13 +81,15 @@ def _forget_the_parents_randomness():
 
 def rank_of(rank, asked):
     """In a forked process: train, as this rank."""
-    folder, world, lose_after = Path(asked["folder"]), asked["world"], asked["lose_after"]
+    folder, world, lose_after = Path(asked["folder"]), asked["world"], asked.get("lose_after")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(asked["port"])}
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     _forget_the_parents_randomness()
+    from killed import Operations
+
     from graft.core.shards import ShardSet
     from graft.core.stages import Plan
     from graft.train import checkpoint, feed, loop
@@ -113,7 +128,12 @@ def rank_of(rank, asked):
 
     ShardSet.bin, feed.collate, feed.Feed._read, feed.Feed.take, checkpoint.Writer.save = known, collected, noted, taken, saved
     recipe, workspace, *overrides = asked["plan"]
-    loop.run(Plan(recipe, tuple(overrides), workspace).resolve("sft"))
+    job = Plan(recipe, tuple(overrides), workspace).resolve("sft")
+    killed, at = asked.get("kill", (None, None))
+    operations = Operations(at) if killed == rank else None
+    loop.run(job)
+    if operations:
+        (folder / "operations").write_text(str(operations.count))
 
 
 def ended(processes):

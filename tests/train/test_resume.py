@@ -1,6 +1,5 @@
 """Training goes on where a checkpoint left it: after a kill at any file operation, with a full disk, when it was asked to leave."""
 
-import json
 import os
 import random
 import shutil
@@ -16,7 +15,8 @@ from graft.core.artifact import sha256_file
 from graft.core.metrics import read_metrics
 from graft.train.checkpoint import cursor_of, fault, newest, steps
 
-from .small import curve, random_bins, run_program, small_plan, start, train
+from .forked import Host
+from .small import curve, random_bins, small_plan, start, train
 
 CAMPAIGN = pytest.mark.campaign
 NEVER = 10**9
@@ -43,46 +43,37 @@ def test_a_full_disk_costs_one_checkpoint_and_is_one_line(tmp_path, told):
         assert len(curve(plan.artifact("sft").path)) == 7
 
 
-def killed(plan, rank, at):
-    """Run with two processes; SIGKILL to `rank` before its file operation number `at` in saves. Returns how many it came to, None if it ended."""
-    counted = plan.root / "operations.json"
-    counted.unlink(missing_ok=True)
-    code, _ = run_program(plan, "killed.py", rank, at, counted)
-    if code == 0:
-        return json.loads(counted.read_text())
-    return None
-
-
-PARTS = 12  # of the campaign, so that a machine with many cores can share it out
-
-
-@pytest.mark.parametrize("part", ["two", *(pytest.param(n, marks=CAMPAIGN) for n in range(PARTS))])
-def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, part):
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=CAMPAIGN)])
+def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path, all_of_them):
     """The saves of steps 2 and 4, each rank; what the killed run left is then finished, and ends as the undisturbed one."""
-    monkeypatch.setenv("GRAFT_PROCESSES", "2")
     settings = ("sft.save_every=2", "sft.max_steps=5", "sft.validate_every=9")
 
     def plan_in(name):
-        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name).mkdir()
         return small_plan(tmp_path / name, *settings)
 
-    totals = [killed(plan_in("whole"), 0, NEVER), 17 if part == "two" else killed(plan_in("again"), 1, NEVER)]
-    wanted = sha256_file(plan_in("whole").artifact("sft").path / "adapter_model.safetensors")
+    host = Host()
+    whole = plan_in("whole")
+    totals = [host.kill(whole, 2, 0, NEVER), host.kill(plan_in("again"), 2, 1, NEVER)]
+    wanted = sha256_file(whole.artifact("sft").path / "adapter_model.safetensors")
     points = [(rank, at) for rank, total in enumerate(totals) for at in range(1, total + 1)]
-    assert len(points) > 20
-    points = [random.Random(0).choice(points), points[-8]] if part == "two" else points[part::PARTS]
-    recovered = 0
+    assert len(points) > 60
+    if not all_of_them:
+        points = random.Random(0).sample(points, 8)
+    recovered = missed = 0
     for rank, at in points:
         plan = plan_in(f"killed-{rank}-{at}")
-        assert killed(plan, rank, at) is None
-        run = plan.resolve("sft").run_directory
-        left = steps(run)
-        assert not left or newest(run)[0], "at every point a whole one exists, once there was one"
-        again = train(plan)
-        recovered += sha256_file(again.path / "adapter_model.safetensors") == wanted
+        if host.kill(plan, 2, rank, at) is not None:  # how many borders a save takes differs a little from run to run
+            missed += 1
+            continue
+        left = steps(plan.resolve("sft").run_directory)
+        assert not left or newest(plan.resolve("sft").run_directory)[0], "at every point a whole one exists, once there was one"
+        host.train(plan, 2)
+        recovered += sha256_file(plan.artifact("sft").path / "adapter_model.safetensors") == wanted
         shutil.rmtree(plan.root)
-    print(f"recovered bitwise {recovered} of {len(points)} kills, each at another of {totals} operations of two ranks")
-    assert recovered == len(points)
+    host.close()
+    print(f"recovered bitwise {recovered} of {len(points) - missed} kills, each at another of {totals} file operations of two ranks")
+    assert recovered == len(points) - missed and missed <= 3
 
 
 def ranks_of(plan):
