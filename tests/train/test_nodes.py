@@ -192,5 +192,6 @@ def test_a_training_run_passes_and_leaves_a_record(tmp_path):
     line = next(line for line in said.splitlines() if line.startswith("nodes: 2 processes"))
     record = json.loads((plan.resolve("sft").run_directory / "nodes.json").read_text())
     print(line)
+    assert sum(record["steps_s"].values()) < record["preflight_s"] + 0.1 and len(record["steps_s"]) == 5
     assert len(record["ranks"]) == 2 and record["preflight_s"] < 5, "0.4 s where nothing else runs"
     assert list(plan.resolve("sft").run_directory.glob(".probe*")) == []

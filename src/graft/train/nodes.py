@@ -57,7 +57,7 @@ def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[
             probes.clean(device)
             measured, _ = _judged(roll, "the end", mine)
             if measured:
-                _tell(measured, alone_s + time.perf_counter() - started, run_directory)
+                _tell(measured, alone_s + time.perf_counter() - started, roll.took_s, run_directory)
 
         yield together
     except torch.OutOfMemoryError:
@@ -95,9 +95,9 @@ def _judged(roll: Roll, step: str, mine: Measured) -> tuple[list[Measured], list
     return measured, hosts
 
 
-def _tell(measured: list[Measured], seconds: float, run_directory: Path) -> None:
+def _tell(measured: list[Measured], seconds: float, steps_s: dict[str, float], run_directory: Path) -> None:
     _, told = faults(measured)
-    record = {"time_s": time.time(), "preflight_s": seconds, "told": told, "ranks": [asdict(m) for m in measured]}
+    record = {"time_s": time.time(), "preflight_s": seconds, "steps_s": steps_s, "told": told, "ranks": [asdict(m) for m in measured]}
     write_text_atomic(run_directory / "nodes.json", json.dumps(record, indent=1) + "\n")
     for line in [*told, summary(measured, seconds)]:
         print(f"nodes: {line}", flush=True)

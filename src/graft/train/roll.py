@@ -32,6 +32,7 @@ class Roll:
         self.steps, self.deadline_s = steps, deadline_s
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.host = socket.gethostname()
+        self._began: list[float] = []
         self._until = time.monotonic() + deadline_s
         self._over = threading.Event()
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -48,7 +49,13 @@ class Roll:
             with suppress(dist.DistStoreError):  # not yet; in short waits, for one that waits keeps the store from the watching thread
                 self.store.wait([f"all at {step}"], timedelta(seconds=1))
                 break
-        self._until = time.monotonic() + self.deadline_s
+        self._began.append(time.monotonic())
+        self._until = self._began[-1] + self.deadline_s
+
+    @property
+    def took_s(self) -> dict[str, float]:
+        """Seconds from the beginning of each step to the next one's, the last not begun among them."""
+        return {step: b - a for step, a, b in zip(self.steps, self._began, self._began[1:], strict=False)}
 
     def close(self) -> None:
         self._over.set()
