@@ -174,7 +174,7 @@ def _check(args: argparse.Namespace) -> int:
     plan = _plan(args, "ask" if args.gpus else "open")  # the shape of a base on the hub is asked there
     pipeline.check(plan)
     print(f"{args.recipe}: ok, stages {', '.join(plan.stages)}")
-    from graft.train.preflight import report, report_here
+    from graft.train.sizing.check import report, report_here
 
     lines, fits = report(plan, args.gpus, args.price) if args.gpus else (report_here(plan, args.price), True)
     for line in lines:

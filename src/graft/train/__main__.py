@@ -9,8 +9,8 @@ import traceback
 
 from graft.core.errors import GraftError
 from graft.core.stages import Plan
+from graft.train.nodes.watch import Watch
 from graft.train.preempt import leave
-from graft.train.watch import Watch
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from graft.core.shards import ShardSet
 from graft.core.stages import Job
 from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.lora import save_adapter
-from graft.train import checkpoint, memory, nodes
+from graft.train import checkpoint
 from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
@@ -36,14 +36,16 @@ from graft.train.feed import Feed
 from graft.train.fit import refuse_misfits
 from graft.train.flops import Flops
 from graft.train.guard import Guard
+from graft.train.nodes.inspection import inspected
+from graft.train.nodes.watch import Watch
 from graft.train.order import learning_rate
 from graft.train.preempt import Asked
 from graft.train.profile import Profiler
 from graft.train.ranks import accelerator_of, local_leader, watch_of
 from graft.train.report import Reporter
 from graft.train.resume import Start, hold, start_of
+from graft.train.sizing.memory import MemoryPlan, agreed
 from graft.train.split import deepspeed_split, total_steps
-from graft.train.watch import Watch
 
 
 def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> None:
@@ -54,7 +56,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     asked = Asked()
     recipe, stage = job.recipe, job.stage.name
     config = recipe.train_stage(stage)
-    with nodes.inspected(job.run_directory) as together:
+    with inspected(job.run_directory) as together:
         with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
             accelerator = accelerator_of(job, config)
         together(accelerator.device)
@@ -67,7 +69,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     watch = watch_of(job, config)
     held = hold(job.run_directory) if accelerator.process_index == 0 else None
     begin = start_of(job, allow_data_change)
-    plan = memory.agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint)["setting"] if begin.checkpoint else {})
+    plan = agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint)["setting"] if begin.checkpoint else {})
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         deepspeed_split(config.global_batch, accelerator.num_processes, plan.setting.micro_batch)
     )
@@ -84,7 +86,7 @@ def _train(
     accelerator: Accelerator,
     shards: ShardSet,
     held_out: ShardSet | None,
-    plan: memory.MemoryPlan,
+    plan: MemoryPlan,
     begin: Start,
     asked: Asked,
     watch: Watch,

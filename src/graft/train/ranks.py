@@ -15,9 +15,9 @@ from torch.distributed import distributed_c10d
 from graft.core.errors import ConfigError, TrainError
 from graft.core.recipe import Train
 from graft.core.stages import Job
+from graft.train.nodes.watch import SLOW, Watch
 from graft.train.split import deepspeed_split, micro_batch_of
 from graft.train.strategy import strategy_of
-from graft.train.watch import SLOW, Watch
 
 MARGIN_S = 600
 

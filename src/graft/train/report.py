@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from graft.core.metrics import MetricsWriter
 from graft.core.stages import Job
 from graft.train.flops import Flops, peak_flops
-from graft.train.memory import MemoryPlan
+from graft.train.sizing.memory import MemoryPlan
 
 
 class Reporter:

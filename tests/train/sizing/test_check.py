@@ -9,10 +9,10 @@ import pytest
 
 from graft.core.stages import Plan
 from graft.model.shapes import SHAPES
-from graft.train.needs import CONTEXT_GIB
-from graft.train.preflight import listed, report
+from graft.train.sizing.check import listed, report
+from graft.train.sizing.needs import CONTEXT_GIB
 
-from .small import CONFIGS
+from ..small import CONFIGS
 
 
 @pytest.mark.parametrize("like", ["llama-3.1-8b", "qwen2.5-vl-7b"])

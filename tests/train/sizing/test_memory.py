@@ -6,9 +6,9 @@ import torch
 from graft.core.errors import TrainError
 from graft.core.recipe import Train
 from graft.model.shapes import SHAPES
-from graft.train.choice import choose
-from graft.train.memory import MemoryPlan, planned
-from graft.train.needs import ERROR, Gpu, Setting, Shape, Work
+from graft.train.sizing.choice import choose
+from graft.train.sizing.memory import MemoryPlan, planned
+from graft.train.sizing.needs import ERROR, Gpu, Setting, Shape, Work
 
 WORK = Work(Shape.of(SHAPES["llama-3.1-8b"]), "bf16", Train(global_batch=4), 4096)
 

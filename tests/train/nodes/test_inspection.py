@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.train import probes
-from graft.train.faults import Measured, faults, places, summary
 from graft.train.launch import _reason
+from graft.train.nodes import probes
+from graft.train.nodes.faults import Measured, faults, places, summary
 
-from .small import environment, small_plan, start
+from ..small import environment, small_plan, start
 
 VERSIONS = {"python": "3.11", "python's patch": "7", "torch": "2.13.0", "GPU": "H200"}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from graft.core.recipe import Kept
-from graft.train.needs import BYTES, ERROR, Gpu, Need, Setting, Work, need
+from graft.train.sizing.needs import BYTES, ERROR, Gpu, Need, Setting, Work, need
 from graft.train.split import micro_batch_of
 
 KEPT: tuple[Kept, ...] = ("none", "selective", "full")

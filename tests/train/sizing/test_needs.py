@@ -13,10 +13,10 @@ from graft.model.base import random_llama
 from graft.model.shapes import SHAPES
 from graft.model.stream import load_fused
 from graft.train.launch import command
-from graft.train.needs import ERROR, GIB, MEMORY_GIB, Gpu, Setting, Shape, Work, need
+from graft.train.sizing.needs import ERROR, GIB, MEMORY_GIB, Gpu, Setting, Shape, Work, need
 from graft.train.strategy import Zero
 
-from .small import CONFIGS, small_plan
+from ..small import CONFIGS, small_plan
 
 LLAMA_8B, TAIGI_13B, TINY = (Shape.of(SHAPES[name]) for name in ("llama-3.1-8b", "taigi-llama-2-13b", "tinyllama"))
 BENCH = Train(global_batch=4)  # of 4,096 tokens

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from graft.core.errors import TrainError
-from graft.train.alarm import ANSWER_S, DISK_S, Answer, hear, main_thread_at, ranks, within
-from graft.train.peers import GONE, STOPPED, Process, state, this_process
+from graft.train.nodes.alarm import ANSWER_S, DISK_S, Answer, hear, main_thread_at, ranks, within
+from graft.train.nodes.peers import GONE, STOPPED, Process, state, this_process
 from graft.train.preempt import leave
 
 if TYPE_CHECKING:  # a rank that refuses before torch is loaded need not load it

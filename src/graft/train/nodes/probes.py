@@ -1,4 +1,4 @@
-"""What a rank measures of its node and of the way to the others: is it right, and how fast is it. nodes.py judges.
+"""What a rank measures of its node and of the way to the others: is it right, and how fast is it. inspection.py judges.
 
 Every check has an answer that is known beforehand and that no order of additions changes. About 0.5 s on the CPU, and on a GPU beside
 its start. Buffers take 0.5 GiB of a GPU, given back at the end.

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from graft.train.peers import Process, end, state
+from graft.train.nodes.peers import Process, end, state
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from graft.core.artifact import write_text_atomic
 from graft.core.errors import TrainError
-from graft.train import probes
-from graft.train.faults import Measured, faults, summary
+from graft.train.nodes import probes
+from graft.train.nodes.faults import Measured, faults, summary
+from graft.train.nodes.roll import Roll
 from graft.train.ranks import local_leader
-from graft.train.roll import Roll
 
 DEADLINE_S = 50.0  # so that the line is there within a minute; GRAFT_PREFLIGHT_S where ranks start further apart
 STEPS = ("the matmul and the disk", "the process group", "the exchange in pairs", "the clocks", "the all-reduce", "the end")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from graft.core.errors import ConfigError
 from graft.core.recipe import Lora, Train
 from graft.model.shapes import SHAPES
-from graft.train.choice import choose, mend, settings, smallest
-from graft.train.needs import ERROR, Gpu, Setting, Shape, Work, need
+from graft.train.sizing.choice import choose, mend, settings, smallest
+from graft.train.sizing.needs import ERROR, Gpu, Setting, Shape, Work, need
 from graft.train.strategy import Zero
 
 LLAMA_8B, LLAMA_13B = (Shape.of(SHAPES[name]) for name in ("llama-3.1-8b", "taigi-llama-2-13b"))

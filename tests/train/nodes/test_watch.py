@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from graft.core.metrics import read_metrics
-from graft.train.alarm import Answer, blame
 from graft.train.checkpoint import newest
 from graft.train.launch import command
-from graft.train.peers import GONE, STOPPED, end, state, this_process
-from graft.train.watch import SLOW, Watch, overdue
+from graft.train.nodes.alarm import Answer, blame
+from graft.train.nodes.peers import GONE, STOPPED, end, state, this_process
+from graft.train.nodes.watch import SLOW, Watch, overdue
 
-from .small import curve, environment, small_plan, start
-from .test_resume import ranks_of
+from ..small import curve, environment, small_plan, start
+from ..test_resume import ranks_of
 
 TIMEOUT_S = 5
 WITHIN_S = TIMEOUT_S + 30

@@ -13,10 +13,10 @@ from contextlib import suppress
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.recipe import Train
 from graft.core.stages import Plan
-from graft.train.choice import AUTO, choose, described, mend, smallest
 from graft.train.flops import PEAK_BF16_FLOPS, known
 from graft.train.launch import processes_per_node
-from graft.train.needs import CONTEXT_GIB, ERROR, MEASURED, MEMORY_GIB, Gpu, Shape, Work
+from graft.train.sizing.choice import AUTO, choose, described, mend, smallest
+from graft.train.sizing.needs import CONTEXT_GIB, ERROR, MEASURED, MEMORY_GIB, Gpu, Shape, Work
 from graft.train.split import total_steps
 from graft.train.strategy import Zero, strategy_of
 

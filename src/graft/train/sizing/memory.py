@@ -18,9 +18,9 @@ from graft.core.errors import ConfigError, TrainError
 from graft.core.recipe import Train
 from graft.core.stages import Job
 from graft.model.frozen import fp8_works
-from graft.train.choice import AUTO, choose, described, mend, smallest
 from graft.train.flops import PEAK_BF16_FLOPS, known
-from graft.train.needs import ERROR, GIB, Gpu, Setting, Shape, Work
+from graft.train.sizing.choice import AUTO, choose, described, mend, smallest
+from graft.train.sizing.needs import ERROR, GIB, Gpu, Setting, Shape, Work
 from graft.train.split import micro_batch_of
 from graft.train.strategy import Zero, strategy_of
 

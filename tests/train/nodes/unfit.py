@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from graft.core.errors import TrainError
-from graft.train import probes
-from graft.train.nodes import inspected
+from graft.train.nodes import probes
+from graft.train.nodes.inspection import inspected
 from graft.train.preempt import leave
 
 NEVER_S = 300

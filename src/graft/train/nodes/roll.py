@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from graft.core.errors import TrainError
-from graft.train.faults import places
+from graft.train.nodes.faults import places
 from graft.train.preempt import leave
 
 _numbers = count()  # of the rolls of this process, which all ranks make in the same order
