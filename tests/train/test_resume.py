@@ -89,7 +89,7 @@ def ranks_of(plan):
 
 @pytest.mark.parametrize("to", ["rank 1", "launcher"])
 def test_who_is_asked_to_leave_saves_the_step_at_hand_and_exits_with_75(tmp_path, to):
-    settings = ("sft.max_steps=400", "sft.epochs=99", "sft.save_every=1000", "sft.validate_every=1000")
+    settings = ("sft.max_steps=400", "sft.epochs=999", "sft.save_every=1000", "sft.validate_every=1000")
     plan = small_plan(tmp_path, *settings)
     process, run = start(plan, 2), plan.resolve("sft").run_directory
     deadline = time.monotonic() + 120
