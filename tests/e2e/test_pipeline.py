@@ -53,7 +53,7 @@ def test_the_search_finds_what_is_hidden(tmp_path):
 def test_killed_in_training_the_next_run_goes_on_and_ends_complete(pipeline):
     assert_complete(pipeline, pipeline.overrides)
     began = [int(n) for n in re.findall(r"train base: \d+ steps(?:, resumed at step (\d+))?", pipeline.said()) for n in [n or "0"]]
-    assert began[0] == 0 < began[1] and began[1] % 5 == 0, "it went on from a checkpoint"
+    assert began[0] == 0 < began[1], "it went on from a checkpoint, maybe of the step at hand: the ranks outlive who is killed to write one"
 
 
 def test_a_planted_key_is_in_no_file_and_in_no_answer_of_ray(pipeline):

@@ -7,12 +7,13 @@ test_resume.py. A rank writes which bins it trained on, and can be told to end b
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from graft.train.launch import free_port
 
 LIMIT_S = 240  # of one start
 
@@ -50,7 +51,7 @@ class Host:
     def _start(self, plan, world, **told):
         """(a folder of what the ranks left, their exit codes)."""
         self.starts += 1
-        asked = {"world": world, "port": _free_port(), "folder": str(plan.root / f"start-{self.starts}"), **told}
+        asked = {"world": world, "port": free_port(), "folder": str(plan.root / f"start-{self.starts}"), **told}
         asked["plan"] = [str(plan.path), str(plan.root), *plan.overrides]
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
@@ -59,12 +60,6 @@ class Host:
     def close(self):
         self.process.stdin.close()
         self.process.wait(30)
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _forget_the_parents_randomness():

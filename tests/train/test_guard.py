@@ -14,7 +14,7 @@ from graft.train.checkpoint import cursor_of, steps
 from graft.train.guard import SETTLED, WINDOW, Guard
 from graft.train.order import BinOrder
 
-from .small import run_program, small_plan, train
+from .small import curve, run_program, small_plan, train
 
 BITWISE = ("step", "loss", "grad_norm", "lr", "targets", "skipped", "bins")
 
@@ -114,13 +114,20 @@ def test_steps_left_out_are_recorded_and_the_same_on_replay(tmp_path):
     print("4 of 4 steps left out, 2 of 2 replays bitwise")
 
 
-def test_too_many_in_a_row_end_the_run_with_one_line(tmp_path):
-    plan = small_plan(tmp_path, "sft.max_skipped=3", "sft.save_every=2")
-    code, said = run_program(plan, "poisoned.py", json.dumps({2: "nan", 4: "nan", 5: "nan", 6: "nan"}))
+def test_too_many_in_a_row_end_the_run_with_one_line_that_says_how_to_go_on(tmp_path):
+    settings = ("sft.max_skipped=3", "sft.save_every=2", "sft.max_steps=26", "sft.epochs=99", "sft.validate_every=99")
+    plan = small_plan(tmp_path, *settings)
+    wrong = json.dumps({2: "nan", 22: 30.0, 23: 30.0, 24: 30.0})
+    code, said = run_program(plan, "poisoned.py", wrong)
     (line,) = {line for line in said.splitlines() if line.startswith("graft: ")}
-    assert code != 0 and "3 steps in a row" in line and "the last of them 6" in line and "bins [" in line and "sft.lr" in line
-    assert "step-00000006" in line, line
+    assert code != 0 and "3 steps in a row" in line and "the last of them 24" in line and "bins [" in line, line
+    assert "step-00000024" in line and "sft.spike_deviations = false" in line and "sft.lr" in line, line
     assert cursor_of(steps(plan.resolve("sft").run_directory)[-1])["guard"]["in_a_row"] == 2
+    plan = small_plan(tmp_path, *settings, "sft.spike_deviations=false")
+    code, said = run_program(plan, "poisoned.py", wrong)
+    assert code == 0 and "resumed at step 24" in said, said[-3000:]
+    artifact = plan.artifact("sft")
+    assert artifact.counts["skipped_steps"] == 3 and [s[0] for s in curve(artifact.path)] == list(range(26))
 
 
 def test_a_bin_of_noise_among_text_is_found_by_its_loss(tmp_path):

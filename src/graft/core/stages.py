@@ -93,9 +93,9 @@ def stages(recipe: Recipe) -> list[Stage]:
         )
     for stage in recipe.train_stages():
         section = "base.train" if stage == "base" else stage
-        same = (  # decide no result
-            *("save_every", "keep_checkpoints", "on_save_failure", "max_skipped", "hang_timeout_s", "micro_batch"),
-            *("activation_checkpointing", "deterministic", "compile"),
+        same = (  # decide no result, or are turned while a run goes on
+            *("save_every", "keep_checkpoints", "on_save_failure", "spike_deviations", "max_skipped", "hang_timeout_s"),
+            *("micro_batch", "activation_checkpointing", "deterministic", "compile"),
         )
         result = [k for k in _fields(section, " ".join(Train.model_fields)) if k.rsplit(".", 1)[-1] not in same]
         out.append(

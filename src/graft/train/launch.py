@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graft.core.errors import Preempted, TrainError
@@ -41,7 +42,7 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """(argv, environment) of the launch on this node."""
     each, nodes = processes_per_node(), int(os.environ.get("NUM_NODES", "1"))
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", str(each * nodes), "--num_machines", str(nodes)]
-    argv += ["--machine_rank", os.environ.get("NODE_RANK", "0"), "--main_process_port", os.environ.get("MASTER_PORT") or str(_free_port())]
+    argv += ["--machine_rank", os.environ.get("NODE_RANK", "0"), "--main_process_port", os.environ.get("MASTER_PORT") or str(free_port())]
     argv += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the loop sets precision from the recipe
     if nodes > 1:
         argv += [
@@ -128,10 +129,13 @@ def _reason(log: Path) -> str | None:
     return next((line.removeprefix("graft: ") for line in reversed(lines) if line.startswith("graft: ")), None)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port() -> int:
+    """Of those that the system gives to nobody who does not ask: one it gave and took back could be another's a moment later."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def main() -> int:

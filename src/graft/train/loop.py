@@ -183,7 +183,8 @@ def _train(
             writer.finish()
             raise TrainError(
                 f"{stage}: {config.max_skipped} steps in a row were left out, the last of them {step}: {skipped}, bins {batch.indices.tolist()[:8]}; "
-                f"lower {stage}.lr, or look at those bins by `graft inspect`; {_kept(run_dir)}"
+                f"look at those bins by `graft inspect`, lower {stage}.lr and start anew, or set {stage}.spike_deviations = false, which takes what is "
+                f"finite, and go on; {_kept(run_dir)}"
             )
         if done % config.save_every == 0 or ends or leave:
             watch.at(f"saving step {done}", slow=True)
