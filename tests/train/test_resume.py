@@ -68,7 +68,8 @@ def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_pa
             continue
         left = steps(plan.resolve("sft").run_directory)
         assert not left or newest(plan.resolve("sft").run_directory)[0], "at every point a whole one exists, once there was one"
-        host.train(plan, 2)
+        if plan.resolve("sft").artifact is None:  # the last of the operations lies behind the artifact's rename: it is complete
+            host.train(plan, 2)
         recovered += sha256_file(plan.artifact("sft").path / "adapter_model.safetensors") == wanted
         shutil.rmtree(plan.root)
     host.close()
