@@ -65,7 +65,7 @@ def _state(zero: Any, master: Tensor) -> dict[str, Tensor]:
 
 
 def prepared(zero: Any) -> None:
-    """Give AdamW its moments before its first step."""
+    """Give AdamW its moments before its first step; ZeRO looks for them after it, also where guard.py leaves that step out."""
     for master in zero.single_partition_of_fp32_groups:
         _state(zero, master)
 

@@ -14,7 +14,6 @@ from typing import Any
 from torch.optim import Optimizer
 
 from graft.core.recipe import Train
-from graft.train.checkpoint import prepared
 
 WINDOW = 50  # losses whose mean and deviation count: where a curve has just fallen, its start is soon forgotten
 SETTLED = 20  # losses before there is a deviation to speak of
@@ -32,7 +31,6 @@ class Guard:
         self.state: dict[str, Any] = state or {"losses": [], "skipped": 0, "in_a_row": 0}
         self._loss = 0.0
         self._reason: str | None = None
-        prepared(self.zero)  # a first step that is left out would leave AdamW without the state that ZeRO looks for
         self.zero.optimizer.register_step_pre_hook(self._before)
 
     @property

@@ -101,7 +101,16 @@ def _of_other_data(job: Job, same: dict[str, str]) -> Path | None:
     stage, found = job.stage.name, []
     for run in job.run_directory.parent.glob(f"{stage}-*"):
         finished = (job.directory.parent / run.name.removeprefix(f"{stage}-") / MANIFEST).exists()
-        folder = None if finished or run == job.run_directory else checkpoint.newest(run)[0]
-        if folder and checkpoint.cursor_of(folder).get("but_data") == same["but_data"]:
+        if finished or run == job.run_directory or not any(_was_for(folder, same["but_data"]) for folder in checkpoint.steps(run)):
+            continue  # before any of its files is hashed
+        folder, _ = checkpoint.newest(run)
+        if folder and _was_for(folder, same["but_data"]):
             found.append(folder)
     return max(found, key=lambda folder: (folder / checkpoint.CURSOR).stat().st_mtime, default=None)
+
+
+def _was_for(folder: Path, but_data: str) -> bool:
+    try:
+        return bool(checkpoint.cursor_of(folder).get("but_data") == but_data)
+    except (OSError, ValueError, AttributeError):  # it does not hold, and fault() would say so
+        return False
