@@ -21,15 +21,15 @@ DEDUP = Dedup()
 
 
 def shingles(text, dedup):
-    """The set of shingles of a text of ASCII letters, Han and spaces, slowly."""
+    """The set of shingles of a text of ASCII letters, Han and spaces, slowly; one of characters is none of words, also where both are one letter."""
     letters = [c for c in text if c != " "]
     if letters and 2 * sum(c >= "一" for c in letters) >= len(letters):
-        units, n = letters, dedup.ngram_chars
+        kind, units, n = "characters", letters, dedup.ngram_chars
     else:
         spaced = "".join(f" {c} " if c >= "一" else c for c in text)
-        units, n = spaced.split(), dedup.ngram_words
+        kind, units, n = "words", spaced.split(), dedup.ngram_words
     n = min(n, len(units))
-    return {tuple(units[i : i + n]) for i in range(len(units) - n + 1)} if n else set()
+    return {(kind, *units[i : i + n]) for i in range(len(units) - n + 1)} if n else set()
 
 
 def jaccard(a, b, dedup=DEDUP):
