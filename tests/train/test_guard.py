@@ -52,6 +52,13 @@ def test_what_is_not_finite_leaves_weights_and_moments_as_they_were(loss, norm):
     assert stepping(guard, 2.0) == (None, True) and guard.state["in_a_row"] == 0
 
 
+def test_the_ripples_of_what_is_learned_by_heart_are_no_spikes():
+    guard, noise = guarded(spike_deviations=8), np.random.default_rng(0)
+    for _ in range(WINDOW):
+        stepping(guard, 0.005 + 0.0002 * noise.random())
+    assert stepping(guard, 0.025) == (None, True) and stepping(guard, 0.5)[0]
+
+
 def test_a_spike_is_what_stands_out_of_the_last_losses():
     guard, noise = guarded(spike_deviations=8), np.random.default_rng(0)
     for step in range(SETTLED):

@@ -18,6 +18,7 @@ from graft.core.recipe import Train
 WINDOW = 50  # losses whose mean and deviation count: where a curve has just fallen, its start is soon forgotten
 SETTLED = 20  # losses before there is a deviation to speak of
 LEAST = 0.05  # of the mean: a deviation below it is taken for this, or a flat curve's first ripple would be a spike
+LEAST_NATS = 0.02  # and below this, or the ripples of what is learned by heart would be: at a loss of 0.005 one bin in thirty stood out
 
 
 class Guard:
@@ -40,7 +41,7 @@ class Guard:
         if not self.deviations or len(losses) < SETTLED:
             return math.inf
         mean = fmean(losses)
-        return mean + self.deviations * max(pstdev(losses, mean), LEAST * abs(mean))
+        return mean + self.deviations * max(pstdev(losses, mean), LEAST * abs(mean), LEAST_NATS)
 
     def judge(self, loss: float) -> None:
         """loss: of the global batch, on all ranks the same."""

@@ -58,7 +58,7 @@ def faults(measured: list[Measured]) -> tuple[list[str], list[str]]:
     for why, mine in _alike(measured, lambda m: m.disk_fault):
         refused.append(f"{why} on {_named(mine)}: make room there, or {_mend(mine)}")
     for m in measured:
-        for other in (measured[rank] for rank in m.altered_from):
+        for other in (measured[rank] for rank in dict.fromkeys(m.altered_from)):
             refused.append(f"what {_named([other])} sent came altered to {_named([m])}: {_mend([other, m])}")
     if wrong := [m for m in measured if m.sum_wrong]:
         most = max(m.sum_wrong for m in wrong)
