@@ -36,5 +36,11 @@ class Preempted(TrainError):
     exit_code = 75
 
 
+class NodeFault(TrainError):
+    """A process of the run, or its machine, failed or was lost: worth starting the same command again. 69 is EX_UNAVAILABLE."""
+
+    exit_code = 69
+
+
 class ServeError(GraftError, RuntimeError):
     """The server cannot start or cannot answer."""

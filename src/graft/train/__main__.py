@@ -7,8 +7,8 @@ import os
 import sys
 import traceback
 
-from graft.core.errors import GraftError
-from graft.core.stages import Plan
+from graft.core.errors import ConfigError, GraftError
+from graft.core.stages import Job, Plan
 from graft.train.nodes.watch import Watch
 from graft.train.preempt import leave
 
@@ -16,7 +16,7 @@ from graft.train.preempt import leave
 def main() -> int:
     parser = argparse.ArgumentParser(prog="graft.train", description=__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("--stage", required=True, choices=["base", "cpt", "sft"])
+    parser.add_argument("--stage", choices=["base", "cpt", "sft"], help="default: the first of the recipe's that is not complete")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--workspace", default=".")
     parser.add_argument(
@@ -25,10 +25,11 @@ def main() -> int:
     parser.add_argument("--allow-data-change", action="store_true", help="go on from an unfinished run of this stage over other data")
     args = parser.parse_args()
     try:
-        job = Plan(args.recipe, tuple(args.overrides), args.workspace, hub="recorded").resolve(args.stage)
+        plan = Plan(args.recipe, tuple(args.overrides), args.workspace, hub="recorded")
+        job = plan.resolve(args.stage) if args.stage else _first_missing(plan)
         if job.artifact:
             if os.environ.get("RANK", "0") == "0":
-                print(f"train {args.stage}: complete at {job.directory}")
+                print(f"train {job.stage.name}: complete at {job.directory}")
             return 0
         from graft.train.loop import run
 
@@ -36,6 +37,18 @@ def main() -> int:
     except Exception as e:  # noqa: BLE001 the other ranks must hear of a bug too
         _leave_with(e)
     return 0
+
+
+def _first_missing(plan: Plan) -> Job:
+    """Of the recipe's training stages the first that is not complete, or the last."""
+    stages = plan.recipe.train_stages()
+    if not stages:
+        raise ConfigError(f"recipe {plan.recipe.name!r} trains nothing: it has no [sft]")
+    for stage in stages:
+        job = plan.resolve(stage)
+        if job.artifact is None:
+            break
+    return job
 
 
 def _leave_with(error: Exception) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from graft.core.artifact import fsync_dir, fsync_file, sha256_file
 from graft.core.errors import TrainError
+from graft.train import fence
 
 FORMAT = 3
 CURSOR, SUMS = "cursor.json", "sha256.json"
@@ -205,6 +206,7 @@ class Writer:
         (draft / SUMS).write_text(_canonical(sums), encoding="utf-8")
         fsync_file(draft / SUMS)
         fsync_dir(draft)
+        fence.check(self.run)
         final = self.run / draft.name.removeprefix(".").removesuffix(".writing")
         shutil.rmtree(final, ignore_errors=True)  # only ever one that failed its check
         os.rename(draft, final)

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from graft.core.errors import Preempted, TrainError
+from graft.core.errors import NodeFault, Preempted, TrainError
 from graft.train.preempt import EXIT_CODE_FILE, SIGNALS
 
 CPU_PROCESSES = 2
 PR_SET_PDEATHSIG = 1
+GPUS = "GRAFT_GPUS"  # of the environment: how many the ranks of this machine must see
 
 
 def processes_per_node() -> int:
@@ -57,6 +58,7 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // each))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment.setdefault("PYTHONWARNINGS", "ignore")
+    environment[GPUS] = str(_gpus())
     if not _gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on stdout that it found none
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -67,11 +69,14 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def launch(arguments: list[str], log: Path) -> None:
-    """Run to the end; TrainError where the launcher failed. The ranks end with this process, however it ends.
+    """Run to the end. TrainError where training refused, Preempted where it was asked to leave, NodeFault where a process failed or was lost.
+
+    The ranks end with this process, however it ends.
 
     log: file for the stderr of the launcher, the ranks and their libraries; progress goes to stdout.
     """
     argv, environment = command(arguments)
+    _require_free(os.environ.get("MASTER_PORT"))
     told = log.with_suffix(".code")
     told.unlink(missing_ok=True)
     with log.open("w", encoding="utf-8") as stderr, _passing_on() as asked:
@@ -90,7 +95,7 @@ def launch(arguments: list[str], log: Path) -> None:
     if code and asked.by and not left:
         raise Preempted(f"asked to leave ({asked.by}) before the first step: the same command starts again")
     if code:
-        kind = Preempted if left == str(Preempted.exit_code) else TrainError
+        kind = next((kind for kind in (TrainError, Preempted) if left == str(kind.exit_code)), NodeFault)
         raise kind(_reason(log) or f"training left with exit code {code}: see {log}")
 
 
@@ -127,6 +132,17 @@ def _reason(log: Path) -> str | None:
     """The one line that a rank left for the user."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.removeprefix("graft: ") for line in reversed(lines) if line.startswith("graft: ")), None)
+
+
+def _require_free(port: str | None) -> None:
+    """The launcher of the first node listens there; it would say so with a traceback."""
+    if port and os.environ.get("NODE_RANK", "0") == "0":
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the launcher does
+            try:
+                s.bind(("", int(port)))
+            except (OSError, ValueError, OverflowError) as e:
+                raise TrainError(f"MASTER_PORT = {port} on {socket.gethostname()} cannot be listened at ({e}): choose another") from None
 
 
 def free_port() -> int:

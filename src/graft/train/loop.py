@@ -28,7 +28,7 @@ from graft.core.shards import ShardSet
 from graft.core.stages import Job
 from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.lora import save_adapter
-from graft.train import checkpoint
+from graft.train import checkpoint, fence
 from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
@@ -43,7 +43,7 @@ from graft.train.preempt import Asked
 from graft.train.profile import Profiler
 from graft.train.ranks import accelerator_of, local_leader, watch_of
 from graft.train.report import Reporter
-from graft.train.resume import Start, hold, start_of
+from graft.train.resume import Start, start_of
 from graft.train.sizing.memory import MemoryPlan, agreed
 from graft.train.split import deepspeed_split, total_steps
 
@@ -67,8 +67,15 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
         splits = {"train": shards, "validation": held_out}
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
     watch = watch_of(job, config)
-    held = hold(job.run_directory) if accelerator.process_index == 0 else None
+    held = fence.hold(job.run_directory) if accelerator.process_index == 0 else None
+    watch.holds = held is not None
     begin = start_of(job, allow_data_change)
+    if begin is None:
+        if accelerator.process_index == 0:
+            print(f"train {stage}: complete at {job.directory}", flush=True)
+        watch.close()
+        dist.destroy_process_group()
+        return
     plan = agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint)["setting"] if begin.checkpoint else {})
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         deepspeed_split(config.global_batch, accelerator.num_processes, plan.setting.micro_batch)
@@ -265,6 +272,7 @@ def _publish(job: Job, best: Best, save: Callable[[Path], None], run_dir: Path, 
             shutil.copyfile(probes, draft.path / "probes.json")
         shutil.copyfile(run_dir / "metrics.jsonl", draft.path / "metrics.jsonl")
         draft.counts.update(counts, checkpoints=os.path.relpath(run_dir, job.plan.root))
+        fence.check(run_dir)
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -42,6 +42,7 @@ class Reporter:
         seconds = metrics["step_time_s"]
         flop_rate = self.flops.per_step(metrics["tokens"], metrics["mean_document_tokens"]) / seconds / self.world
         metrics |= self.plan.numbers | {
+            "total_steps": self.total,
             "tokens_per_s": metrics["tokens"] / seconds,
             "tflops_per_process": flop_rate / 1e12,
             "mfu_nominal": flop_rate / self.peak if self.peak else None,

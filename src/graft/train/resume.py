@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest checkpoint that holds, chosen by rank 0, and one writer a run directory.
+"""Where a run goes on: the newest checkpoint that holds, chosen by rank 0.
 
 A run's directory is named after its fingerprint, which the data are part of: over changed data a run begins anew, in another
 directory. While one of the same recipe over other data is unfinished, that is asked about first.
@@ -6,11 +6,9 @@ directory. While one of the same recipe over other data is unfinished, that is a
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-import time
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -19,25 +17,6 @@ from graft.core.errors import TrainError
 from graft.core.stages import Job
 from graft.train import checkpoint
 from graft.train.best import FOLDER
-
-
-def hold(run: Path) -> IO[str]:
-    """The right to write into a run's directory, for as long as the file is open: a run that was asked to leave may still be saving there.
-
-    Waits for it; on NFS and Lustre the file system must have locks.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = (run / "lock").open("a", encoding="utf-8")
-    said = False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if not said:
-                print(f"{run}: another process is training here, waiting for it to leave", flush=True)
-            said = True
-            time.sleep(0.2)
 
 
 class Start(NamedTuple):
@@ -53,18 +32,21 @@ class Start(NamedTuple):
         return {"but_data": self.same["but_data"]} if self.changes and self.changes[-1]["to"] == self.same["shards"] else self.same
 
 
-def start_of(job: Job, allow_data_change: bool) -> Start:
-    """Rank 0 chooses, all ranks go on from its choice. TrainError where an unfinished run of this stage is of other data, unless that is allowed."""
+def start_of(job: Job, allow_data_change: bool) -> Start | None:
+    """Rank 0 chooses, all ranks go on from its choice; None where another process has completed the stage meanwhile.
+
+    TrainError where an unfinished run of this stage is of other data, unless that is allowed.
+    """
     choice: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            choice = [_chosen(job, allow_data_change)]
+            choice = [None if job.artifact else _chosen(job, allow_data_change)]
         except TrainError as e:
             choice = [e]
     dist.broadcast_object_list(choice)
     if isinstance(choice[0], TrainError):
         raise choice[0]
-    return Start(*choice[0])
+    return Start(*choice[0]) if choice[0] else None
 
 
 def _chosen(job: Job, allow_data_change: bool) -> Start:

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from graft.core.artifact import write_text_atomic
-from graft.core.errors import TrainError
+from graft.core.errors import NodeFault, TrainError
+from graft.train.launch import GPUS
 from graft.train.nodes import probes
 from graft.train.nodes.faults import Measured, faults, summary
 from graft.train.nodes.roll import Roll
@@ -64,12 +65,18 @@ def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[
         raise TrainError(f"preflight: another process holds the GPU of rank {roll.rank} on {roll.host}: end it, or wait for it to leave") from None
     except dist.DistError as e:
         time.sleep(LAST_WORD_S)
-        raise TrainError(f"preflight: rank {roll.rank} on {roll.host} lost the others: {str(e).splitlines()[0]}") from None
+        raise NodeFault(f"preflight: rank {roll.rank} on {roll.host} lost the others: {str(e).splitlines()[0]}") from None
     finally:
         roll.close()
 
 
 def _alone(roll: Roll, run_directory: Path) -> Measured:
+    wanted, seen = int(os.environ.get(GPUS, 0)), torch.cuda.device_count()
+    if seen < wanted:
+        raise TrainError(
+            f"preflight: {roll.host} has {wanted} GPUs for this run, of which torch sees {seen}: mend its driver, install a torch for CUDA (this is "
+            f"{torch.__version__}), or take the node out with --exclude={roll.host}"
+        )
     device = probes.device()
     fault, tflop_per_s = probes.matmul(device)
     mine = Measured(roll.rank, roll.host, {} if fault else probes.versions(device), fault, tflop_per_s)

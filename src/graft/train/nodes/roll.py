@@ -17,7 +17,7 @@ from itertools import count
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from graft.core.errors import TrainError
+from graft.core.errors import NodeFault
 from graft.train.nodes.faults import places
 from graft.train.preempt import leave
 
@@ -63,7 +63,7 @@ class Roll:
     def _watch(self) -> None:
         while not self._over.wait(0.1):
             if time.monotonic() > self._until:
-                leave(f"preflight: {self.held_up()}", TrainError.exit_code)
+                leave(f"preflight: {self.held_up()}", NodeFault.exit_code)
 
     def held_up(self) -> str:
         """By whom."""
@@ -94,6 +94,6 @@ def _store(timeout_s: float) -> dist.Store:
     except dist.DistError as e:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         why = str(e).splitlines()[0]
-        raise TrainError(
+        raise NodeFault(
             f"preflight: {socket.gethostname()} does not reach the launcher at {where} ({why}): is the port open between nodes?"
         ) from None

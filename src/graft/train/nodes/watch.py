@@ -19,7 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from graft.core.errors import TrainError
+from graft.core.errors import NodeFault, TrainError
+from graft.train import fence
 from graft.train.nodes.alarm import ANSWER_S, DISK_S, Answer, hear, main_thread_at, ranks, within
 from graft.train.nodes.peers import GONE, STOPPED, Process, state, this_process
 from graft.train.preempt import leave
@@ -32,7 +33,7 @@ POLL_S = 1.0
 HEARD_S = 3.0  # for which who ends the others waits for them: the launcher, and its store, may go when it leaves
 LOST_S = 20.0  # without the store
 OVER = "over"  # the key that ends the run, by an alarm, which has a mark, or a verdict: line and exit code
-CODE = TrainError.exit_code
+CODE = NodeFault.exit_code
 
 
 class Mark(NamedTuple):
@@ -48,6 +49,7 @@ class Watch:
     def __init__(self, store: Store, rank: int, world: int, stage: str, run: Path, hang_timeout_s: float, collectives: Callable[[], int]):
         self.rank, self.world, self.stage, self.run, self.hang_timeout_s = rank, world, stage, run, hang_timeout_s
         self._store, self._collectives, self._process = store, collectives, this_process()
+        self.holds = False  # the run's directory: rank 0 sets it, and looks from then on whether a later attempt took it over
         self._peers: dict[int, Process] = {}
         self._seen = self._mark = Mark("starting", slow=True)
         self._age_s = self._excused_s = 0.0  # of the mark, and at which age another rank was last seen at a slow place
@@ -103,6 +105,8 @@ class Watch:
         if not self._store.check([OVER]) and not self._closed.is_set():
             if self._own:
                 self._say(OVER, self._own)
+            elif self.holds and (line := fence.lost(self.run)):
+                self._say(OVER, self._verdict(line, TrainError.exit_code, self.world))
             elif gone:
                 who = ", ".join(f"{ranks([r])} on {self._peers[r].host}" for r in gone)
                 line = f"{self.stage}: {who} {'is' if len(gone) == 1 else 'are'} gone (killed? out of memory?), {self._last()}"
