@@ -57,6 +57,16 @@ def ray_cluster(temp_dir: Path | str | None = None, include_dashboard: bool = Tr
         ray.shutdown()
 
 
+def reachable_address() -> str:
+    """This machine's address for all that run on the cluster: the loopback, unless RAY_ADDRESS names a cluster that may span machines."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address or address.split(":")[0] in ("local", "localhost", "127.0.0.1"):
+        return "127.0.0.1"
+    import ray.util
+
+    return ray.util.get_node_ip_address()
+
+
 def _cpus() -> int:
     """GRAFT_CPUS, or the machine's; of one logical CPU a shuffle would starve."""
     wanted = os.environ.get("GRAFT_CPUS", "")

@@ -2,7 +2,7 @@
 
 It is no language model: it finds the seed in the request, recognises its family in `grammar.toml` and answers with other
 sentences of that family; a sentence of no family gets other wrappings. The answer is a function of the request alone.
-It listens on a free loopback port, in a thread of the calling process.
+It listens in a thread of the calling process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from graft.core.calls import parse_answer
 from graft.data import grammar
+from graft.data.cluster import reachable_address
 
 _WRAPPINGS = ("請問一下，{}", "不好意思，{}", "{}，謝謝", "想麻煩你，{}", "對了，{}", "你好，{}")
 
@@ -66,14 +67,14 @@ def complete(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 @contextmanager
 def embedded_endpoint() -> Iterator[str]:
-    """Serve on a free loopback port; yields the base URL and stops the server on exit."""
+    """Serve on a free port of the loopback, or of this machine's address where callers may run on others; yields the base URL and stops on exit."""
     from aiohttp import web
 
     async def completions(request: web.Request) -> web.Response:
         status, answer = complete(await request.json())
         return web.json_response(answer, status=status)
 
-    ready = threading.Event()
+    host, ready = reachable_address(), threading.Event()
     where: dict[str, Any] = {}
 
     async def serve() -> None:
@@ -81,7 +82,7 @@ def embedded_endpoint() -> Iterator[str]:
         app.router.add_post("/v1/chat/completions", completions)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await web.TCPSite(runner, host, 0).start()
         where.update(port=runner.addresses[0][1], loop=asyncio.get_running_loop(), stop=asyncio.Event())
         ready.set()
         await where["stop"].wait()
@@ -91,7 +92,7 @@ def embedded_endpoint() -> Iterator[str]:
     thread.start()
     ready.wait()
     try:
-        yield f"http://127.0.0.1:{where['port']}/v1"
+        yield f"http://{host}:{where['port']}/v1"
     finally:
         where["loop"].call_soon_threadsafe(where["stop"].set)
         thread.join(timeout=10)

@@ -46,10 +46,12 @@ def check_credentials(base_url: str) -> None:
 class Caller:
     """Rows {"key", "body", "files"} in, a block at a time and several blocks at once; rows {"key", "status", "error", "kind"} out.
 
-    status: "answered" (the ledger has it), "failed", "budget" or "stopped". Answers never pass through Ray.
+    status: "answered" (the ledger has it), "failed", "budget" or "stopped". Answers never pass through Ray. embedded: the endpoint is
+    graft's own, on whichever machine, and takes no key.
     """
 
-    def __init__(self, ledger: str, base_url: str, hello: dict[str, Any], api: dict[str, Any]):
+    def __init__(self, ledger: str, base_url: str, hello: dict[str, Any], api: dict[str, Any], embedded: bool = False):
+        self.embedded = embedded
         self.ledger, self.base_url, self.hello, self.api = Path(ledger), base_url, hello, Api.model_validate(api)
         self.closed_until_s = 0.0  # by the Retry-Afters that this process has read: of those, the broker hears a moment later
 
@@ -80,7 +82,8 @@ class Caller:
     async def _one(self, row: Row) -> Row:
         """{"key", "status", …} of one request."""
         try:
-            check_credentials(self.base_url)  # on a cluster each node has its own environment
+            if not self.embedded:
+                check_credentials(self.base_url)  # on a cluster each node has its own environment
             return {"key": row["key"], **await self._ask(self.broker, row)}
         except GraftError as e:
             return {"key": row["key"], "status": "stopped", "kind": "credential" if isinstance(e, CredentialError) else "data", "error": str(e)}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from graft.data.api.broker import Broker
 from graft.data.api.lease import Lease
 from graft.data.api.ledger import Ledger
+from graft.data.cluster import reachable_address
 
 STAND_BY_S = 0.3
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)  # what a message of another version, or a fault of ours, raises in the broker
@@ -64,7 +64,7 @@ async def _serve(lease: Lease, path: Path) -> None:
     await runner.setup()
     loop = asyncio.create_task(broker.run())
     try:
-        host = _reachable()
+        host = reachable_address()
         await web.TCPSite(runner, host, 0).start()
         address = lease.publish(host, runner.addresses[0][1])
         token = address.token
@@ -75,13 +75,3 @@ async def _serve(lease: Lease, path: Path) -> None:
             await loop
         await runner.cleanup()
         ledger.close()
-
-
-def _reachable() -> str:
-    """The address that every caller reaches: the loopback, unless RAY_ADDRESS names a cluster that may span machines."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address or address.split(":")[0] in ("local", "localhost", "127.0.0.1"):
-        return "127.0.0.1"
-    import ray.util
-
-    return ray.util.get_node_ip_address()

@@ -38,11 +38,11 @@ LEDGER = "ledger.sqlite"  # under data_shards/
 class Session:
     """Use as a context manager, inside a Ray cluster.
 
-    watch: called about four times a second while requests are under way, with the broker's figures.
+    watch: called about four times a second while requests are under way, with the broker's figures. embedded: base_url is graft's own.
     """
 
-    def __init__(self, recipe: Recipe, ledger: Path, base_url: str, watch: Callable[[dict[str, Any]], None] | None = None):
-        self.recipe, self.ledger, self.base_url = recipe, ledger, base_url
+    def __init__(self, recipe: Recipe, ledger: Path, base_url: str, watch: Callable[[dict[str, Any]], None] | None = None, embedded: bool = False):
+        self.recipe, self.ledger, self.base_url, self.embedded = recipe, ledger, base_url, embedded
         self.watch = watch or (lambda figures: None)
         limits = recipe.api.model_dump(
             include={"in_flight", "requests_per_minute", "tokens_per_minute", "budget_usd", "budget_tokens", "give_up_after_s"}
@@ -119,7 +119,7 @@ class Session:
         ray.data.DataContext.get_current().wait_for_min_actors_s = START_S  # or the first that is up takes all the blocks
         pipeline = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             Caller,
-            fn_constructor_args=(str(self.ledger), self.base_url, self.hello, api.model_dump(mode="json")),
+            fn_constructor_args=(str(self.ledger), self.base_url, self.hello, api.model_dump(mode="json"), self.embedded),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=actors, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=2 * calls),
             num_cpus=CALLER_CPUS,

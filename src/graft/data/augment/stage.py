@@ -49,7 +49,7 @@ def run(job: Job) -> None:
         url = base_url or stack.enter_context(embedded_endpoint())
         stack.enter_context(ray_cluster())
         panel = stack.enter_context(Panel(console, recipe.name))
-        session = stack.enter_context(Session(recipe, plan.root / DATA / LEDGER, url, panel.watch))
+        session = stack.enter_context(Session(recipe, plan.root / DATA / LEDGER, url, panel.watch, embedded=not base_url))
         before = session.figures()
         made = _from_images(job, draft, session, panel) if recipe.augmentation.images else _from_seeds(job, draft, session, panel)
         after = session.figures()
