@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not {"e2e", "test_two_process.py"} & set(item.path.parts))  # the long files first
+    items.sort(key=lambda item: not {"slurm", "e2e", "test_two_process.py"} & set(item.path.parts))  # the long files first
     if not config.getoption("--campaign"):
         skip = pytest.mark.skip(reason="a long campaign: launch/test.sh --campaign")
         for item in items:

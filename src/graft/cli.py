@@ -7,9 +7,12 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from graft.core.errors import ConfigError, GraftError
+
+if TYPE_CHECKING:
+    from graft.core.stages import Plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,9 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     run = with_recipe(verb("run", _run, "make what is missing of a recipe, skip what is complete"))
     run.add_argument("--from", dest="redo_from", metavar="STAGE", help="make this stage and all later ones again")
     run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.add_argument("--only", metavar="STAGE", help="this stage alone: those before it must be complete")
+    run.add_argument("--data", action="store_true", help="the stages that need no GPU alone")
     run.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     run.add_argument("--allow-data-change", action="store_true", help="go on from a training run that was cut short over other data")
+    run.add_argument("--slurm", action="store_true", help="submit what is missing as SLURM jobs, each after the one before it")
+    run.add_argument(
+        "--nodes", metavar="N", help="with --slurm: nodes of a training job, or a range such as 1-2 (default: NODES of slurm/site.env, or 1)"
+    )
+    run.add_argument("--gpus-per-node", type=int, metavar="N", help="with --slurm: default GPUS_PER_NODE of slurm/site.env, or none")
+    run.add_argument("--data-nodes", metavar="N", help="with --slurm: nodes of the data job (default: DATA_NODES of slurm/site.env, or 1)")
     run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
+    with_recipe(verb("status", _status, "say what each stage of a recipe is doing: state, job, nodes, restarts, steps, tokens/s, time left"))
+    with_recipe(verb("cancel", _cancel, "end the recipe's SLURM jobs; what is complete stays, and so do checkpoints"))
     check = with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
     check.add_argument(
         "--gpus",
@@ -104,11 +117,39 @@ def _run(args: argparse.Namespace) -> int:
         for stage, action, artifact in pipeline.outlook(plan, args.redo_from, args.until):
             print(f"{stage:<12} {action}" + (f"  {artifact.path.relative_to(plan.root)}" if artifact else ""))
         return 0
-    pipeline.summary(plan, pipeline.run(plan, args.redo_from, args.until, args.allow_data_change))
+    if args.slurm:
+        return _submit(plan, args)
+    pipeline.summary(plan, pipeline.run(plan, args.redo_from, args.until, args.allow_data_change, args.only, args.data))
     if args.keep:
         from graft.serve.probe import serve_forever
 
         serve_forever(plan, None)
+    return 0
+
+
+def _submit(plan: Plan, args: argparse.Namespace) -> int:
+    from graft.slurm.status import followed
+    from graft.slurm.submit import Sizes, submit
+
+    if args.redo_from or args.only or args.data or args.keep or args.allow_data_change:
+        raise ConfigError("--slurm takes none of --from, --only, --data, --keep and --allow-data-change: submit those by sbatch slurm/*.sbatch")
+    jobs = submit(plan, Sizes(args.nodes, args.gpus_per_node, args.data_nodes), args.until)
+    print("\n".join(followed(jobs, args.recipe)) if jobs else f"{args.recipe}: every stage is complete")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from graft.slurm.status import shown, status
+
+    print("\n".join(shown(status(_plan(args, "recorded")))))
+    return 0
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from graft.slurm.status import cancel
+
+    ended = cancel(_plan(args, "recorded"))
+    print(f"ended {', '.join(ended)}" if ended else "none of its jobs is under way")
     return 0
 
 

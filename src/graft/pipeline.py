@@ -59,13 +59,27 @@ def outlook(plan: Plan, redo_from: str | None = None, until: str | None = None) 
     return found
 
 
-def run(plan: Plan, redo_from: str | None = None, until: str | None = None, allow_data_change: bool = False) -> list[Done]:
-    """Make what is missing, in order; returns every stage with its artifact."""
+def run(
+    plan: Plan,
+    redo_from: str | None = None,
+    until: str | None = None,
+    allow_data_change: bool = False,
+    only: str | None = None,
+    data: bool = False,
+) -> list[Done]:
+    """Make what is missing, in order; returns every stage with its artifact.
+
+    only: this stage, of those before it nothing is made. data: the stages that need no GPU, which come first.
+    """
     console = get_console()
+    names = [plan.resolve(only).stage.name] if only else _order(plan, until)
+    if data:
+        names = [name for name in names if plan.stages[name].room.startswith("graft.data")]
+    until = until or names[-1]
     check(plan, until)
     redo, finished = _redo(plan, redo_from), []
     options = ["--allow-data-change"] if allow_data_change else []
-    to_make = {stage for stage, _, artifact in outlook(plan, redo_from, until) if artifact is None}
+    to_make = {stage for stage, _, artifact in outlook(plan, redo_from, until) if artifact is None and stage in names}
     if "augment" in to_make and plan.endpoint:
         from graft.data.api.caller import check_credentials
 
@@ -76,7 +90,7 @@ def run(plan: Plan, redo_from: str | None = None, until: str | None = None, allo
         check_address(plan.recipe.serve.host, plan.recipe.serve.port, os.environ.get("GRAFT_API_KEY"))
     with plan.lock(), ExitStack() as cluster:
         plan.record_commits()
-        for name in _order(plan, until):
+        for name in names:
             spec, job = plan.stages[name], plan.resolve(name)
             artifact = job.artifact
             if artifact and name in redo:

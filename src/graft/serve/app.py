@@ -1,4 +1,5 @@
-"""The server: one Ray Serve deployment over the engine, on a local Ray that is started and stopped with it.
+"""The server: one Ray Serve deployment over the engine, on a local Ray that is started and stopped with it, or on RAY_ADDRESS's, with a
+replica a GPU, or a machine where there are none.
 
 `with start(spec_of(plan)) as server:` costs about 15 s on two cores, most of it Ray's, and about 1 GB of memory beside
 the model. Only loopback is served unless GRAFT_API_KEY is set; then every route but /health demands that key.
@@ -111,9 +112,14 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
     from ray.serve.schema import LoggingConfig
 
     with ExitStack() as undo:
-        dashboard = None
+        dashboard, machines = None, 1
         if ray.is_initialized():  # another's Ray: only Serve is ours to stop
             undo.callback(serve.shutdown)
+        elif address := os.environ.get("RAY_ADDRESS"):
+            undo.callback(ray.shutdown)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            undo.callback(serve.shutdown)
+            machines = sum(node["Alive"] for node in ray.nodes())
         else:
             undo.callback(ray.shutdown)  # ends Serve with it; serve.shutdown before that would print the raylet's complaint
             context = ray.init(
@@ -133,10 +139,13 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": spec.port}, logging_config=quiet)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        across: Any = {"num_replicas": gpus or machines, **({} if gpus else {"max_replicas_per_node": 1})} if machines > 1 else {}
         deployment = serve.deployment(
             name="graft",
+            **across,
             max_ongoing_requests=spec.max_waiting + 2 * spec.max_batch + STREAMS_BESIDE,  # the runner itself says 429, and earlier
-            ray_actor_options={"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0},
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(gpus, 1)},
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=2,
             logging_config=quiet,
