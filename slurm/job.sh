@@ -11,6 +11,7 @@ site_read || exit 2
 site_enter || exit 2
 
 linger_s="${site[LINGER_S]:-60}" # a node that is lost keeps srun waiting, --wait notwithstanding; so both look at the time
+EARLY_S=20   # who is asked to leave sooner after the start than this has failed, as far as RESTARTS goes
 KILLED="137 143 130"
 
 # on each node before anything else. $1: the attempt's folder
@@ -19,8 +20,6 @@ look='[ "$(cat "$1/attempt" 2>/dev/null)" = "$GRAFT_ATTEMPT" ] || {
   echo "graft: $SLURMD_NODENAME does not see $1 as the first node wrote it: the project must lie on a file system that all nodes share" >&2
   exit 2
 }'
-
-EARLY_S=20 # who is asked to leave sooner after the start than this has failed, as far as RESTARTS goes
 
 # what runs on each node. $1: the attempt's folder; the rest: the command
 # shellcheck disable=SC2016
@@ -48,9 +47,10 @@ free_port() { # from the job's own stretch of ports, so that jobs that share a n
 
 over_nodes() { # COMMAND …, once a node; ends the job's script
   local attempt="${SLURM_RESTART_COUNT:-0}" logs="slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID"
-  local folder="$logs/attempt-$attempt" failures="$logs/failures" step left=0 code
-  local began failed
-  ended=''
+  local folder="$logs/attempt-$attempt" failures="$logs/failures" left=0 code=0 began failed
+  step='' warned='' ended=''
+  trap 'warned=1; tell USR2' USR2
+  trap 'ended=1; tell TERM' TERM
   mkdir -p "$folder"
   ln -sfn "attempt-$attempt" "$logs/latest"
   export GRAFT_ATTEMPT="$SLURM_JOB_ID.$attempt" GRAFT_JOB_DIR="$folder" NUM_NODES="$SLURM_JOB_NUM_NODES" MASTER_ADDR MASTER_PORT
@@ -60,25 +60,8 @@ over_nodes() { # COMMAND …, once a node; ends the job's script
   began="$(date +%s)"
   echo "$began $SLURM_JOB_NODELIST" >"$folder/nodes"
   echo "attempt $attempt on $SLURM_JOB_NODELIST, log $folder/nodes.log"
-  srun --cpu-bind=none --mem=0 --input=none bash -c "$look" _ "$PWD/$folder" || exit 2
-  # shellcheck disable=SC2086
-  srun --kill-on-bad-exit=0 --wait="$linger_s" --cpu-bind=none --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --label --output="$folder/nodes.log" \
-    ${site[CONTAINER]-} bash -c "$on_node" _ "$folder" "$@" &
-  step=$!
-  trap 'kill -USR2 "$step" 2>/dev/null || true' USR2
-  trap 'ended=1; kill -TERM "$step" 2>/dev/null || true' TERM
-  while kill -0 "$step" 2>/dev/null; do
-    sleep 1 &
-    wait "$!" || true
-    if [ -n "$(codes "$folder")" ]; then left=$((left + 1)); fi
-    if [ "$left" -gt "$linger_s" ]; then
-      echo "some node has not left $linger_s s after another did: not waiting for it"
-      kill -KILL "$step"
-    fi
-  done
-  if wait "$step"; then code=0; else code=$?; fi
-  grep -h '^[0-9]*: graft: ' "$folder/nodes.log" 2>/dev/null | sed 's/^[0-9]*: //' | sort -u || true
-  code="$(verdict "$(codes "$folder")" "$code")"
+  srun --cpu-bind=none --mem=0 --input=none bash -c "$look" _ "$PWD/$folder" || code=$?
+  if [ -n "$warned" ]; then code=75; elif [ "$code" = 0 ]; then run_nodes "$folder" "$@"; fi
   echo "$code" >"$folder/code"
   [ "$code" != 0 ] || exit 0
   echo "attempt $attempt ended with $code"
@@ -92,6 +75,31 @@ over_nodes() { # COMMAND …, once a node; ends the job's script
     exit "$code"
   fi
   again $((${site[BACKOFF_S]:-30} * (1 << (failed - 1))))
+}
+
+tell() { # SIGNAL, to all nodes
+  if [ -n "$step" ]; then kill -"$1" "$step" 2>/dev/null || true; fi
+}
+
+run_nodes() { # FOLDER COMMAND …; sets `code`
+  local folder="$1"
+  shift
+  # shellcheck disable=SC2086
+  srun --kill-on-bad-exit=0 --wait="$linger_s" --cpu-bind=none --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --label --output="$folder/nodes.log" \
+    ${site[CONTAINER]-} bash -c "$on_node" _ "$folder" "$@" &
+  step=$!
+  while kill -0 "$step" 2>/dev/null; do
+    sleep 1 &
+    wait "$!" || true
+    if [ -n "$(codes "$folder")" ]; then left=$((left + 1)); fi
+    if [ "$left" -gt "$linger_s" ]; then
+      echo "some node has not left $linger_s s after another did: not waiting for it"
+      kill -KILL "$step"
+    fi
+  done
+  if wait "$step"; then code=0; else code=$?; fi
+  grep -h '^[0-9]*: graft: ' "$folder/nodes.log" 2>/dev/null | sed 's/^[0-9]*: //' | sort -u || true
+  code="$(verdict "$(codes "$folder")" "$code")"
 }
 
 codes() { cat "$1"/[0-9]*.code 2>/dev/null | sort -u | tr '\n' ' ' || true; }

@@ -53,6 +53,25 @@ def test_the_key_of_the_site_is_asked_in_a_plain_job_too(cluster, project, tmp_p
     assert "'SRATCH' is no key of it" in said(project, job) and attempts(project, job) == 0
 
 
+def test_a_chain_is_submitted_once_and_cancelled_as_a_whole(cluster, project):
+    environment = cluster.environment | project.environment() | {"PATH": cluster.environment["PATH"]}
+
+    def graft(*words):
+        return subprocess.run(project.graft(*words), cwd=project.path, env=environment, capture_output=True, text=True)
+
+    submitted = graft("run", RECIPE, "--slurm")
+    jobs = [line.split()[0] for line in submitted.stdout.splitlines() if line.split()[0].isdigit()]
+    assert len(jobs) == 7, submitted.stderr
+    second = graft("run", RECIPE, "--slurm")
+    assert second.returncode == 2 and f"are under way: {jobs[0]} (data), {jobs[1]} (train)" in second.stderr
+    assert graft("cancel", RECIPE).stdout == f"ended {', '.join(jobs)}\n"
+    assert all(cluster.wait(job)["JobState"] == "CANCELLED" for job in jobs)
+    assert graft("cancel", RECIPE).stdout == "none of its jobs is under way\n"
+    assert "cancelled" in graft("status", RECIPE).stdout
+    cluster.wait_idle()
+    project.none_alive()
+
+
 def inside(cluster, node, *command):
     """A command in a node's namespaces."""
     (slurmd,) = cluster.pids(node, r"^slurmd -D")

@@ -9,7 +9,7 @@ import pytest
 from graft.train.checkpoint import cursor_of, steps
 
 from ..train.small import start
-from .cluster import missing, until
+from .cluster import Cluster, missing, until
 from .training import SAVE_EVERY, STEPS, attempts, complete, plan_in, result, run_of, said, steps_done, submit, wait_for_step
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -164,3 +164,21 @@ def test_of_two_jobs_of_one_recipe_the_second_leaves_when_the_first_takes_long(c
     cluster.run("scancel", first)
     assert cluster.wait(first)["JobState"] == "CANCELLED" and attempts(project, first) == 1
     cluster.wait_idle()
+
+
+@CAMPAIGN
+def test_a_head_that_is_cut_off_and_runs_on_publishes_nothing(short_root, project, undisturbed, tmp_path):
+    """Of three nodes the first, with rank 0, is cut off for good; the job goes on without it, on the same files."""
+    plan = plan_in(tmp_path / "ws", "sft.hang_timeout_s=300")  # by itself the old rank 0 would stay
+    (project.path / "slurm/site.env").write_text("BACKOFF_S=1\nLINGER_S=10\n")
+    with Cluster(short_root / "three", nodes=3) as cluster:
+        job = submit(cluster, project, plan, "--nodes=2")
+        wait_for_step(cluster, plan, job, AT)
+        old = cluster.pids("n1", r"-m graft\.train .*--workspace")
+        cluster.cut("n1")
+        until(lambda: attempts(project, job) > 1, 120)
+        assert any(os.path.exists(f"/proc/{pid}") for pid in old), "what is cut off runs on"
+        artifact = complete(cluster, project, plan, job)
+        assert cluster.job(job)["NodeList"] == "n[2-3]" and attempts(project, job) == 2
+        until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in old), 60)
+    assert result(artifact) == undisturbed, said(project, job)
