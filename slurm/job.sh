@@ -10,6 +10,8 @@ source slurm/site.sh
 site_read || exit 2
 site_enter || exit 2
 
+# once a node; said here, for a job that says it gets the fewest nodes of a range
+once=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none)
 linger_s="${site[LINGER_S]:-60}" # a node that is lost keeps srun waiting, --wait notwithstanding; so both look at the time
 EARLY_S=20   # who is asked to leave sooner after the start than this has failed, as far as RESTARTS goes
 KILLED="137 143 130"
@@ -60,7 +62,7 @@ over_nodes() { # COMMAND …, once a node; ends the job's script
   began="$(date +%s)"
   echo "$began $SLURM_JOB_NODELIST" >"$folder/nodes"
   echo "attempt $attempt on $SLURM_JOB_NODELIST, log $folder/nodes.log"
-  srun --cpu-bind=none --mem=0 --input=none bash -c "$look" _ "$PWD/$folder" || code=$?
+  srun "${once[@]}" --mem=0 --input=none bash -c "$look" _ "$PWD/$folder" || code=$?
   if [ -n "$warned" ]; then code=75; elif [ "$code" = 0 ]; then run_nodes "$folder" "$@"; fi
   echo "$code" >"$folder/code"
   [ "$code" != 0 ] || exit 0
@@ -85,7 +87,7 @@ run_nodes() { # FOLDER COMMAND …; sets `code`
   local folder="$1"
   shift
   # shellcheck disable=SC2086
-  srun --kill-on-bad-exit=0 --wait="$linger_s" --cpu-bind=none --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --label --output="$folder/nodes.log" \
+  srun "${once[@]}" --kill-on-bad-exit=0 --wait="$linger_s" --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --label --output="$folder/nodes.log" \
     ${site[CONTAINER]-} bash -c "$on_node" _ "$folder" "$@" &
   step=$!
   while kill -0 "$step" 2>/dev/null; do
