@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -35,5 +35,6 @@ def leave(line: str | None, code: int) -> NoReturn:
         sys.stderr.write(f"graft: {line}\n")  # in one piece: several ranks say it at once
         sys.stderr.flush()
     if told := os.environ.get(EXIT_CODE_FILE):  # the launcher itself leaves with 1, whatever a rank left with
-        Path(told).write_text(str(code), encoding="utf-8")
+        with suppress(FileExistsError), open(told, "x", encoding="utf-8") as file:  # the first says why, the others that it is gone
+            file.write(str(code))
     os._exit(code)
