@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from graft.data.augment.fetch import MAX_REDIRECTS, FetchError, fetch, fetcher, is_public, without_secrets
+from graft.train.launch import free_port
 
 PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"
 BODY = bytes(range(256)) * 40
@@ -67,8 +68,8 @@ def get(path, *, max_bytes=1_000_000, timeout_s=5.0, allow=only_public, attempts
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         try:
-            await web.TCPSite(runner, PUBLIC, 0).start()
-            port = runner.addresses[0][1]
+            port = free_port()  # at both addresses: one that the system gave for the first may be another's at the second
+            await web.TCPSite(runner, PUBLIC, port).start()
             await web.TCPSite(runner, PRIVATE, port).start()
             liar = await asyncio.start_server(s.lie, PUBLIC, 0)
             path_ = path.replace("{port}", str(port)).replace("{lies}", str(liar.sockets[0].getsockname()[1]))
