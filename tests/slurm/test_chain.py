@@ -81,7 +81,6 @@ def serve_over_two_nodes(cluster, project):
     assert asked.stdout == "chat.completion\n", asked.stderr + said(project, job)
     replicas = [cluster.pids(node, r"ServeReplica:graft") for node in ("n1", "n2")]
     assert all(replicas), replicas
-    graft(cluster, project, "status", RECIPE)
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
 

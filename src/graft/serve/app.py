@@ -112,7 +112,7 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
     from ray.serve.schema import LoggingConfig
 
     with ExitStack() as undo:
-        dashboard, machines = None, 1
+        dashboard, machines = None, 0  # of a cluster that was joined
         if ray.is_initialized():  # another's Ray: only Serve is ours to stop
             undo.callback(serve.shutdown)
         elif address := os.environ.get("RAY_ADDRESS"):
@@ -140,7 +140,7 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": spec.port}, logging_config=quiet)
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        across: Any = {"num_replicas": gpus or machines, **({} if gpus else {"max_replicas_per_node": 1})} if machines > 1 else {}
+        across: Any = {"num_replicas": gpus or machines, **({} if gpus else {"max_replicas_per_node": 1})} if machines else {}
         deployment = serve.deployment(
             name="graft",
             **across,

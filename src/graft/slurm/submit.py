@@ -1,4 +1,4 @@
-"""`graft run RECIPE --slurm`: what is missing of a recipe becomes jobs, each after the one before it (afterok). Half a second a job.
+"""`graft run RECIPE --slurm`: what is missing of a recipe becomes jobs, each after the one before it (afterok).
 
 The data stages are one job on CPU nodes, so that no GPU waits for a tokenizer; every training stage is a job of its own; merging,
 evaluation and the probe of the server take one node. What can be found wrong is found before anything is submitted.
