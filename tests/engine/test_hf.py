@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_model import MAX_LENGTH
-from transformers import DynamicCache
 
 from graft.core.errors import ArtifactError, ConfigError, DataError
-from graft.engine.hf import HALF, HFEngine, _left_pad, _Row
+from graft.engine.hf import HFEngine
 from graft.engine.protocol import Request
+from graft.engine.slots import SlotsBusy
+from graft.engine.text import HALF, Text
 from graft.model.base import load_base
 from graft.model.chat import load_tokenizer, render_prompt
 
@@ -53,8 +54,7 @@ def test_logits_and_greedy_tokens_equal_those_of_peft(tiny, engine, name):
         prompt = render_prompt(engine.tokenizer, [{"role": "user", "content": text}])
         with torch.inference_mode():
             theirs = model(torch.tensor([prompt])).logits
-            engine.rows.slots = torch.tensor([engine.slot_of[name]])
-            ours = engine.model(torch.tensor([prompt])).logits
+            ours = logits_of(engine, prompt, name)
             seen = torch.ones(1, len(prompt), dtype=torch.long)  # else generate takes every token equal to the pad id for padding
             ends = sorted(engine.ends)
             tokens = model.generate(
@@ -66,18 +66,126 @@ def test_logits_and_greedy_tokens_equal_those_of_peft(tiny, engine, name):
         assert found.token_ids == [t for t in tokens[0, len(prompt) :].tolist() if t not in engine.ends]
 
 
-def test_padding_changes_no_logits(engine):
-    prompts = [[5, 6, 7], list(range(10, 50))]
-    rows = [_Row(i, Request(p, 1, adapter="two"), engine) for i, p in enumerate(prompts)]
-    engine.rows.slots = torch.tensor([engine.slot_of[r.request.adapter] for r in rows])
-    ids, mask = _left_pad(prompts, engine.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+def logits_of(engine, prompt, name):
+    """[1, length, vocabulary], without a cache."""
+    slot = engine.slots.take(name)
+    engine.slots.rows.use([slot], "cpu")
     with torch.inference_mode():
-        padded = engine.model(ids, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache(config=engine.model.config)).logits[
-            0, -1
-        ]
-        engine.rows.slots = torch.tensor([2])
-        torch.testing.assert_close(padded, engine.model(torch.tensor(prompts[:1])).logits[0, -1], atol=1e-4, rtol=1e-4)
+        logits = engine.model(torch.tensor([prompt])).logits
+    engine.slots.release(slot)
+    return logits
+
+
+def test_rows_that_join_and_leave_at_any_step_change_no_other(engine, mixed):
+    """Staggered: each joins while others are at any place, and some are given up on the way."""
+    alone = [engine.generate([r])[0] for r in mixed]
+    found, of, given_up = {}, {}, set()
+    waiting = list(enumerate(mixed))
+    steps = 0
+    while waiting or engine.busy:
+        for _ in range(1 + steps % 3 if waiting else 0):
+            if waiting:
+                index, request = waiting.pop(0)
+                of[engine.add(request)] = index
+        for chunk in engine.step():
+            found.setdefault(of[chunk.row], []).append(chunk)
+        steps += 1
+        if steps in (9, 14):
+            row = max(number for number, index in of.items() if not (found.get(index) and found[index][-1].finish_reason))
+            given_up.add(of[row])
+            engine.drop(row)
+    assert len(given_up) == 2 and len(found) >= len(mixed) - 2
+    for index, completion in enumerate(alone):
+        chunks = found.get(index, [])
+        tokens = [c.token for c in chunks if c.token is not None]
+        if index in given_up:
+            assert tokens == completion.token_ids[: len(tokens)]
+        else:
+            assert (tokens, "".join(c.text for c in chunks), chunks[-1].finish_reason) == (
+                completion.token_ids,
+                completion.text,
+                completion.finish_reason,
+            )
+
+
+def test_the_cache_stays_within_its_budget_and_all_rows_come_through(tiny, engine, mixed):
+    base, adapters = tiny
+    small = HFEngine(str(base), None, "fp32", adapters, engine.tokenizer, device="cpu", kv_tokens=300)
+    wanted = [c.token_ids for c in engine.generate(mixed)]
+    for request in mixed:
+        small.add(request)
+    held = []
+    while small.busy:
+        small.step()
+        held.append(small._cache.lanes[0].keys.shape)
+    assert 200 < max(lanes * tokens for lanes, _, tokens, _ in held) <= 300
+    assert [c.token_ids for c in small.generate(mixed)] == wanted
+
+
+def test_logprobs_are_those_of_the_model(engine):
+    prompt = render_prompt(engine.tokenizer, [{"role": "user", "content": "sea"}])
+    engine.add(Request(prompt, 8, temperature=0.9, seed=3, adapter="two", logprobs=3))
+    chunks = []
+    while engine.busy:
+        chunks += engine.step()
+    tokens = [c.token for c in chunks if c.token is not None]
+    wanted = logits_of(engine, prompt + tokens, "two")[0].log_softmax(-1)
+    for i, chunk in enumerate(chunks[: len(tokens)]):
+        row = wanted[len(prompt) - 1 + i]
+        assert abs(chunk.logprob - row[chunk.token]) < 1e-4
+        assert [t for t, _ in chunk.top] == row.topk(3).indices.tolist()
+        assert max(abs(p - q) for (_, p), q in zip(chunk.top, row.topk(3).values.tolist(), strict=True)) < 1e-4
+    scores = engine.score(prompt + tokens, len(prompt), "two")
+    assert max(abs(a - c.logprob) for a, c in zip(scores, chunks, strict=False)) < 1e-4
+
+
+def test_top_k_draws_from_the_likeliest_alone(engine):
+    prompt = render_prompt(engine.tokenizer, [{"role": "user", "content": "me"}])
+    draws = engine.generate([Request(prompt, 1, temperature=3.0, top_k=2, seed=s) for s in range(60)])
+    seen = {d.token_ids[0] if d.token_ids else min(engine.ends) for d in draws}
+    assert seen == set(logits_of(engine, prompt, None)[0, -1].topk(2).indices.tolist())
+
+
+def test_adapters_come_and_go_while_rows_run(tiny, engine):
+    base, adapters = tiny
+    live = HFEngine(str(base), None, "fp32", {}, engine.tokenizer, device="cpu", max_adapters=2)
+    prompt = render_prompt(live.tokenizer, [{"role": "user", "content": "sea"}])
+    wanted = {name: engine.generate([Request(prompt, 20, adapter=name)])[0].token_ids for name in (None, "one", "two")}
+    found = {}
+
+    def add(key, adapter):
+        found[live.add(Request(prompt, 20, adapter=adapter))] = (key, [])
+
+    def step():
+        for chunk in live.step():
+            if chunk.token is not None:
+                found[chunk.row][1].append(chunk.token)
+
+    add("base", None)
+    step()
+    assert live.load("a", adapters["one"]) is None and live.load("b", adapters["two"]) is None
+    add("a", "a")
+    add("b", "b")
+    for _ in range(5):
+        step()
+    with pytest.raises(SlotsBusy, match="all 2 slots"):
+        live.load("c", adapters["one"])
+    live.unload("a")  # goes on to its end
+    with pytest.raises(DataError, match="'a'"):
+        live.add(Request(prompt, 4, adapter="a"))
+    while live.busy:
+        step()
+    assert {key: tokens for key, tokens in found.values()} == {"base": wanted[None], "a": wanted["one"], "b": wanted["two"]}
+    assert live.load("c", adapters["one"]) is None and live.load("d", adapters["one"]) == "b"
+    assert live.adapters == ["c", "d"]
+    for name in ("c", "d"):
+        assert live.generate([Request(prompt, 20, adapter=name)])[0].token_ids == wanted["one"], "nothing of the one before is left"
+
+
+def test_an_adapter_of_too_high_a_rank_is_refused(tiny, engine):
+    base, adapters = tiny
+    with pytest.raises(ArtifactError, match=r"rank 8: this server takes 4 at most"):
+        HFEngine(str(base), None, "fp32", adapters, engine.tokenizer, device="cpu", max_rank=4)
 
 
 def test_the_turn_ends_at_an_end_token_and_at_a_stop_text(engine):
@@ -107,9 +215,7 @@ def test_sampling_follows_the_seed_the_temperature_and_the_nucleus(engine):
 def test_draws_have_the_distribution_of_the_softmax(engine):
     prompt = render_prompt(engine.tokenizer, [{"role": "user", "content": "me"}])
     draws = engine.generate([Request(prompt, 1, temperature=2.0, seed=s) for s in range(600)])
-    engine.rows.slots = torch.tensor([0])
-    with torch.inference_mode():
-        p = (engine.model(torch.tensor([prompt])).logits[0, -1] / 2.0).softmax(-1)
+    p = (logits_of(engine, prompt, None)[0, -1] / 2.0).softmax(-1)
     count = torch.zeros_like(p)
     for d in draws:
         count[d.token_ids[0] if d.token_ids else min(engine.ends)] += 1
@@ -143,12 +249,14 @@ def test_a_dropped_row_leaves_and_the_others_do_not_notice(engine):
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters=HALF), min_size=1), st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_pieces_are_whole_characters_and_end_before_the_stop_text(engine, text, stops):
     tokens = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-    row, pieces = _Row(0, Request([1], len(tokens) + 1, stop=tuple(stops)), engine), []
-    for token in [*tokens, min(engine.ends)]:
-        chunk = row.push(token)
-        pieces.append(chunk.text)
-        if chunk.finish_reason:
+    row, pieces = Text(engine.tokenizer, tuple(stops)), []
+    for token in tokens:
+        piece, stopped = row.push(token, False)
+        pieces.append(piece)
+        if stopped:
             break
+    else:
+        pieces.append(row.end())
     expected = text[: min([i for s in stops if (i := text.find(s)) >= 0], default=len(text))]
     assert "".join(pieces) == expected
     assert HALF not in "".join(pieces)
@@ -156,9 +264,8 @@ def test_pieces_are_whole_characters_and_end_before_the_stop_text(engine, text, 
 
 def test_a_character_cut_by_the_length_is_left_out(engine):
     tokens = engine.tokenizer("sea海", add_special_tokens=False)["input_ids"]
-    row = _Row(0, Request([1], len(tokens) - 1), engine)
-    chunks = [row.push(t) for t in tokens[:-1]]
-    assert ("".join(c.text for c in chunks), chunks[-1].finish_reason) == ("sea", "length")
+    row, kept = Text(engine.tokenizer, ()), tokens[:-1]
+    assert "".join(row.push(t, i == len(kept) - 1)[0] for i, t in enumerate(kept)) == "sea"
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,41 @@
-"""The engine on plain transformers: one frozen base, all adapters stacked in slots, rows of one batch mix them freely.
+"""The engine on plain transformers: one frozen base, adapters stacked in slots, rows that join and leave between any two steps.
 
-Start: the time to load the base. A step: one forward of the rows that are still unfinished. Memory beyond the base:
-the adapters, and per row 2 * layers * kv_heads * head_dim * (prompt + answer) values of KV cache.
+Start: the time to load the base. A step: the prompts of rows that join, or one token of every row under way, in turn. Memory beyond the base:
+the adapters, and the rows' keys and values (cache.py), 2 * layers * kv_heads * head_dim values a token, under a budget.
+It is for CPUs, small GPUs and bases in nf4, and no second vLLM: lanes are as long as the longest row, and no prefix is shared.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
-from graft.core.errors import ArtifactError, ConfigError, DataError
+from graft.core.errors import ConfigError, DataError
+from graft.engine.cache import RowCache
 from graft.engine.protocol import Chunk, Completion, Finish, Request
+from graft.engine.sampling import Picked, pick
+from graft.engine.slots import Slots
+from graft.engine.text import Text
 from graft.model.base import DTYPES, load_base
 from graft.model.chat import end_of_turn_ids
-from graft.model.lora import Rows, inject_slots, read_adapter
 
-HALF = "\ufffd"  # what decoding gives for a character whose bytes are not all there
+PROMPT_TOKENS = 8192  # padding counted, of rows that join in one step, where it is more than one
+CPU_CACHE_GIB = 2.0
+GPU_CACHE_SHARE = 0.7  # of the memory that is free once the base is there
 
 
 class HFEngine:
-    """adapters: {name: folder of a saved LoRA adapter}; tokenizer: the one whose template ends the turns.
+    """adapters: {name: folder of a saved LoRA adapter}, loaded at once; tokenizer: the one whose template ends the turns.
 
-    Raises ConfigError where `base` is no model or has fewer tokens than the tokenizer, and ArtifactError where an adapter does not fit it, tensor by tensor.
+    max_adapters: slots, by default as many as are given; kv_tokens: how many tokens of keys and values are held at most, by default what
+    the memory allows. Raises ConfigError where `base` is no model that it can run or has fewer tokens than the tokenizer, and ArtifactError
+    where an adapter does not fit it.
     """
 
     def __init__(
@@ -38,16 +47,82 @@ class HFEngine:
         tokenizer: Any,
         device: str | torch.device | None = None,
         max_batch: int = 64,
+        max_adapters: int | None = None,
+        max_rank: int = 512,
+        kv_tokens: int | None = None,
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = load_base(base, revision, precision, self.device)
-        self.tokenizer, self.max_batch, self.adapters = tokenizer, max_batch, list(adapters)
-        self.max_length: int = self.model.config.get_text_config().max_position_embeddings
+        self.tokenizer, self.max_batch = tokenizer, max_batch
+        config = self.model.config.get_text_config()
         if len(tokenizer) > (known := self.model.get_input_embeddings().weight.shape[0]):
             raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens and the base {base!r} embeds {known}: they do not belong together")
         self.ends = frozenset(end_of_turn_ids(tokenizer))
-        self.slot_of: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(adapters, 1)}}
-        self.rows = _bind(self.model, adapters, DTYPES[precision])
+        self.slots = Slots(self.model, len(adapters) if max_adapters is None else max_adapters, max_rank, DTYPES[precision])
+        for name, folder in adapters.items():
+            self.slots.load(name, Path(folder))
+        self.kv_tokens = kv_tokens or _affordable(config, DTYPES[precision].itemsize, self.device)
+        self.max_length: int = min(config.max_position_embeddings, self.kv_tokens)
+        self._windows = _windows(config, base)
+        self._cache = RowCache(config.num_hidden_layers)
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []  # under way, by lane
+        self._numbers, self._joined = count(), False
+
+    # ---- adapters -------------------------------------------------------------------------------------------------------
+    @property
+    def adapters(self) -> list[str]:
+        return self.slots.names
+
+    def load(self, name: str, folder: Path) -> str | None:
+        return self.slots.load(name, folder)
+
+    def unload(self, name: str) -> None:
+        self.slots.unload(name)
+
+    @torch.inference_mode()
+    def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
+        """Log-probabilities (nats) of ids[first:], first ≥ 1, each given all before it."""
+        slot = self.slots.take(adapter)
+        try:
+            at = torch.arange(len(ids), device=self.device)
+            logits = self._forward(torch.tensor([ids], device=self.device), at[None], [slot], at[first - 1 : -1])[0]
+        finally:
+            self.slots.release(slot)
+        return logits.log_softmax(dim=-1).gather(1, torch.tensor(ids[first:], device=self.device)[:, None])[:, 0].tolist()
+
+    # ---- rows -----------------------------------------------------------------------------------------------------------
+    def add(self, request: Request) -> int:
+        """Queue a row; its number. DataError names what cannot be run."""
+        number = next(self._numbers)
+        self._check(number, request)
+        self._waiting.append(_Row(number, request, self))
+        return number
+
+    def drop(self, row: int) -> None:
+        for found in (*self._waiting, *self._rows):
+            if found.number == row:
+                found.over = True
+
+    @torch.inference_mode()
+    def step(self) -> list[Chunk]:
+        """The first tokens of rows that join, or the next one of all under way: in turn, so that neither waits for long."""
+        self._leave()
+        joining = [] if self._joined and self._rows else self._joining()
+        self._joined = bool(joining)
+        rows = joining or self._rows
+        if not rows:
+            return []
+        picked = self._prompts(joining) if joining else self._next_tokens()
+        if joining:
+            self._rows += joining
+        found = [row.push(token) for row, token in zip(rows, picked, strict=True)]
+        self._leave()
+        return found
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._rows)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The completions, in the order of the requests. DataError names a request that cannot be run."""
@@ -64,15 +139,20 @@ class HFEngine:
         return [Completion(text[i], tokens[i], reason[i], len(r.prompt_ids)) for i, r in enumerate(requests)]
 
     def stream(self, requests: Sequence[Request], dropped: Callable[[int], bool] = lambda row: False) -> Iterator[list[Chunk]]:
-        """Yield a list of chunks a step. Rows of about one length share a batch, so little is padded."""
+        """Yield a list of chunks a step. Prompts of about one length join together, so little is padded."""
         for row, request in enumerate(requests):
             self._check(row, request)
-        order = sorted(range(len(requests)), key=lambda row: len(requests[row].prompt_ids))
-        for start in range(0, len(order), self.max_batch):
-            yield from self._batch([_Row(row, requests[row], self) for row in order[start : start + self.max_batch]], dropped)
+        of = {self.add(requests[row]): row for row in sorted(range(len(requests)), key=lambda row: len(requests[row].prompt_ids))}
+        while self.busy:
+            if chunks := [Chunk(**{**vars(c), "row": of[c.row]}) for c in self.step()]:
+                yield chunks
+            for number, row in of.items():
+                if dropped(row):
+                    self.drop(number)
 
+    # ---- inside ---------------------------------------------------------------------------------------------------------
     def _check(self, row: int, request: Request) -> None:
-        if request.adapter not in self.slot_of:
+        if request.adapter not in self.slots:
             raise DataError(f"request {row} asks for adapter {request.adapter!r}: the engine has {self.adapters or 'the base alone'}")
         if not request.prompt_ids or request.max_new_tokens < 1:
             raise DataError(
@@ -84,135 +164,117 @@ class HFEngine:
                 f"the model holds {self.max_length}; shorten either"
             )
 
-    def _batch(self, rows: list[_Row], dropped: Callable[[int], bool]) -> Iterator[list[Chunk]]:
-        ids, mask = _left_pad([row.request.prompt_ids for row in rows], self.device)
-        cache = DynamicCache(config=self.model.config)
-        while rows:
-            picked = self._step(ids, mask, cache, rows)
-            yield [row.push(token) for row, token in zip(rows, picked, strict=True)]
-            keep = [i for i, row in enumerate(rows) if not row.finished and not dropped(row.number)]
-            if len(keep) < len(rows):
-                kept = torch.tensor(keep, dtype=torch.long, device=self.device)
-                cache.batch_select_indices(kept)
-                mask = mask[kept]
-                rows = [rows[i] for i in keep]
-            ids = torch.tensor([[picked[i]] for i in keep], dtype=torch.long, device=self.device)
-            mask = torch.cat([mask, mask.new_ones(len(keep), 1)], dim=1)
+    def _joining(self) -> list[_Row]:
+        """Rows that wait and fit now, in their order."""
+        found: list[_Row] = []
+        longest, prompt = max((row.most for row in self._rows), default=0), 0
+        while self._waiting and len(self._rows) + len(found) < self.max_batch:
+            row = self._waiting[0]
+            longest, prompt = max(longest, row.most), max(prompt, len(row.request.prompt_ids))
+            too_much = (len(self._rows) + len(found) + 1) * longest > self.kv_tokens
+            if too_much or (found and (len(found) + 1) * prompt > PROMPT_TOKENS):
+                break
+            found.append(self._waiting.popleft())
+        return found
 
-    @torch.inference_mode()
-    def _step(self, ids: Tensor, mask: Tensor, cache: DynamicCache, rows: list[_Row]) -> list[int]:
-        """Run `ids` [b, new] behind the cache under `mask` [b, all]; the next token of every row."""
-        self.rows.slots = torch.tensor([self.slot_of[row.request.adapter] for row in rows], device=self.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return _pick(out.logits[:, -1].float(), rows)
+    def _leave(self) -> None:
+        """Rows that are over give up their lanes; the last one moves into the gap."""
+        for row in [row for row in self._waiting if row.over]:
+            self._waiting.remove(row)
+            row.leave()
+        for lane in reversed([lane for lane, row in enumerate(self._rows) if row.over]):
+            self._rows[lane].leave()
+            last = self._rows.pop()
+            if lane < len(self._rows):
+                self._cache.move(len(self._rows), lane, last.length)
+                self._rows[lane] = last
+
+    def _prompts(self, joining: list[_Row]) -> list[Picked]:
+        """The first token of each row. Prompts are padded behind their ends, which no token before them sees."""
+        prompts = [row.request.prompt_ids for row in joining]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=self.device)
+        self._cache.prompts(len(self._rows), len(joining), max(row.most for row in (*self._rows, *joining)), self.kv_tokens)
+        ends = sorted({len(p) - 1 for p in prompts})
+        at = torch.arange(longest, device=self.device)[None]
+        logits = self._forward(ids, at, [row.slot for row in joining], torch.tensor(ends, device=self.device), self._cache)
+        own = torch.tensor([ends.index(len(p) - 1) for p in prompts], device=self.device)
+        return self._pick(logits[torch.arange(len(joining), device=self.device), own], joining)
+
+    def _next_tokens(self) -> list[Picked]:
+        at = self._cache.next_tokens([row.length for row in self._rows], self.device)
+        ids = torch.tensor([[row.text.tokens[-1]] for row in self._rows], device=self.device)
+        logits = self._forward(ids, at[:, None], [row.slot for row in self._rows], 1, self._cache)
+        for row in self._rows:
+            row.length += 1
+        return self._pick(logits[:, -1], self._rows)
+
+    def _forward(self, ids: Tensor, at: Tensor, slots: list[int], keep: int | Tensor, cache: RowCache | None = None) -> Tensor:
+        """fp32 logits [b, kept, vocabulary] of `ids` [b, new], which lie at positions `at` [b or 1, new]."""
+        self.slots.rows.use(slots, self.device)
+        keys = cache.step.longest if cache and cache.step.at is not None else ids.shape[1]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self._mask(at, keys),
+            position_ids=at,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        )
+        logits: Tensor = out.logits.float()
+        return logits
+
+    def _mask(self, at: Tensor, keys: int) -> Any:
+        """What tokens at positions `at` [b or 1, new] attend to of so many keys, by kind of layer; None where the kernels' causal one says it."""
+        if self._windows == {"full_attention": None} and at.shape[0] == 1:
+            return None
+        key = torch.arange(keys, device=self.device)
+        seen = key <= at[:, None, :, None]
+        masks = {kind: seen if window is None else seen & (key > at[:, None, :, None] - window) for kind, window in self._windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _pick(self, logits: Tensor, rows: list[_Row]) -> list[Picked]:
+        return pick(logits, [row.request for row in rows], [row.generator for row in rows])
 
 
 class _Row:
-    """One request under way: its tokens, its random stream, and the text that is safe to show."""
+    """One request: its random stream, its text, and how much of it the cache holds."""
 
     def __init__(self, number: int, request: Request, engine: HFEngine):
         self.number, self.request, self.engine = number, request, engine
         self.generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same draws on every device
-        self.tokens: list[int] = []
-        self.shown = self.before = 0  # tokens whose text was given out, and where the last given piece starts
-        self.held = ""  # may be the beginning of a stop text
-        self.finished = False
+        self.text = Text(engine.tokenizer, request.stop)
+        self.slot = engine.slots.take(request.adapter)
+        self.length = len(request.prompt_ids)  # tokens in the cache, once it has joined
+        self.most = self.length + request.max_new_tokens
+        self.over = False
 
-    def push(self, token: int) -> Chunk:
-        if token in self.engine.ends:
-            text, _ = self._until_stop(self._decode(True))
-            return self._chunk(text + self.held, None, "stop")
-        self.tokens.append(token)
-        last = len(self.tokens) == self.request.max_new_tokens
-        text, stopped = self._until_stop(self._decode(last))
-        if stopped:
-            return self._chunk(text, token, "stop")
-        return self._chunk(text + self.held, token, "length") if last else self._chunk(text, token, None)
+    def leave(self) -> None:
+        self.engine.slots.release(self.slot)
 
-    def _chunk(self, text: str, token: int | None, reason: Finish | None) -> Chunk:
-        self.finished = reason is not None
-        return Chunk(self.number, text, token, reason)
-
-    def _text(self, start: int, end: int | None = None) -> str:
-        return self.engine.tokenizer.decode(self.tokens[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _decode(self, last: bool) -> str:
-        """Text of the tokens not yet shown, read together with the piece before them (a tokenizer may join or strip at its
-        start); "" while the last character is not whole, which at the end is left out."""
-        text = self._text(self.before)
-        if text.endswith(HALF) and not last:
-            return ""
-        new = text[len(self._text(self.before, self.shown)) :]
-        self.before, self.shown = self.shown, len(self.tokens)
-        return new.rstrip(HALF) if last else new
-
-    def _until_stop(self, new: str) -> tuple[str, bool]:
-        """(text to show, whether a stop text was met); what may be the beginning of a stop text waits in `held`."""
-        stops, text = self.request.stop, self.held + new
-        met = [at for stop in stops if (at := text.find(stop)) >= 0]
-        if met:
-            self.held = ""
-            return text[: min(met)], True
-        wait = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self.held = text[len(text) - wait :]
-        return text[: len(text) - wait], False
+    def push(self, picked: Picked) -> Chunk:
+        if picked.token in self.engine.ends:
+            self.over = True
+            return Chunk(self.number, self.text.end(), None, "stop")
+        last = len(self.text.tokens) + 1 == self.request.max_new_tokens
+        shown, stopped = self.text.push(picked.token, last)
+        self.over = last or stopped
+        reason: Finish | None = "stop" if stopped else "length" if last else None
+        return Chunk(self.number, shown, picked.token, reason, picked.logprob, picked.top)
 
 
-def _bind(model: nn.Module, adapters: dict[str, Path], dtype: torch.dtype) -> Rows:
-    """Stack the adapters into slots 1..n of every layer that any of them adapts; alpha / r goes into B."""
-    read = {name: read_adapter(Path(folder)) for name, folder in adapters.items()}
-    modules = dict(model.named_modules())
-    for name, (config, pairs) in read.items():
-        for module, (a, b) in pairs.items():
-            linear: Any = modules.get(module)
-            r = config["r"]
-            if not hasattr(linear, "in_features"):
-                raise ArtifactError(
-                    f"adapter {name!r} ({adapters[name]}) adapts {module}, which is no linear layer of this base: it belongs to another"
-                )
-            expected = ((r, linear.in_features), (linear.out_features, r))
-            if (found := (tuple(a.shape), tuple(b.shape))) != expected:
-                raise ArtifactError(f"adapter {name!r} ({adapters[name]}): A and B of {module} are {found}, this base needs {expected}")
-    if not read:
-        return Rows()
-    targets = tuple(sorted({module.rsplit(".", 1)[-1] for _, pairs in read.values() for module in pairs}))
-    rows, layers = inject_slots(model, targets, len(read), max(config["r"] for config, _ in read.values()), dtype)
-    for slot, (config, pairs) in enumerate(read.values(), 1):
-        for module, (a, b) in pairs.items():
-            r = config["r"]  # a smaller rank is padded with zeros
-            layers[module].A[slot, :r] = a.to(dtype)
-            layers[module].B[slot, :, :r] = (b.float() * (config["lora_alpha"] / r)).to(dtype)
-    return rows
+def _windows(config: Any, base: str) -> dict[str, int | None]:
+    """The kinds of attention layers, with how many tokens back each looks; ConfigError where a layer is of another kind."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise ConfigError(f"model.base = {base!r} has layers of {other[0]!r}, which keep more than keys and values: this engine does not run them")
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
 
 
-def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both [b, longest] long; the pad id is never attended to, so any id will do."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], dtype=torch.long, device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.long, device=device)
-    return ids, mask
-
-
-def _pick(logits: Tensor, rows: list[_Row]) -> list[int]:
-    """The next token of every row from logits [b, vocabulary]: the largest, or drawn from the nucleus (https://arxiv.org/abs/1904.09751).
-
-    A row's draw is one number of its own generator put through the inverse of its own distribution, so its batch mates
-    cannot change it. The distribution runs in the order of the vocabulary: sorted by probability, the last bit of two
-    nearly equal ones would decide which of them the number meets.
-    """
-    picked = logits.argmax(dim=-1)
-    sampled = [i for i, row in enumerate(rows) if row.request.temperature > 0]
-    if sampled:
-        column = [
-            (rows[i].request.temperature, rows[i].request.top_p, torch.rand((), generator=rows[i].generator, dtype=torch.float64).item())
-            for i in sampled
-        ]
-        temperature, top_p, draw = torch.tensor(column, dtype=torch.float64, device=logits.device).T.unsqueeze(-1)
-        p = (logits[sampled].double() / temperature).softmax(dim=-1)
-        likeliest, ids = p.sort(dim=-1, descending=True)
-        outside = likeliest.cumsum(dim=-1) - likeliest >= top_p  # the likelier tokens suffice; never true of the first
-        upto = p.masked_fill(torch.zeros_like(outside).scatter(-1, ids, outside), 0.0).cumsum(dim=-1)
-        at = torch.searchsorted(upto, draw * upto[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
-        picked[sampled] = at.squeeze(-1)
-    return picked.tolist()
+def _affordable(config: Any, bytes_each: int, device: torch.device) -> int:
+    """Tokens of keys and values that the memory has room for."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * (config.num_key_value_heads or config.num_attention_heads) * width * bytes_each
+    free = GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_CACHE_GIB * 2**30
+    return int(free / each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Finish = Literal["stop", "length"]
@@ -11,25 +12,29 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One row of a batch. temperature 0 is greedy; `seed` alone decides what a sampled row draws; adapter None is the base."""
+    """One row. temperature 0 is greedy; `seed` alone decides what a sampled row draws; adapter None is the base."""
 
     prompt_ids: list[int]
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0  # 0: all
     seed: int = 0
     adapter: str | None = None
     stop: tuple[str, ...] = ()  # texts that end the row; they are not part of it
+    logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token's own; None: not even that
 
 
 @dataclass(frozen=True)
 class Chunk:
     """What one step gave one row. `text` is whole characters and may be empty; the row's last chunk has a finish reason."""
 
-    row: int  # index into the requests
+    row: int  # what add() gave, or an index into the requests
     text: str
     token: int | None  # None: the token ended the turn and is no part of the answer
     finish_reason: Finish | None = None
+    logprob: float | None = None  # nats; of a token, where it was asked for
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,37 @@ class Completion:
 
 
 class Engine(Protocol):
+    """One thread uses it at a time."""
+
     tokenizer: Any
-    adapters: list[str]
     max_length: int  # prompt and answer together, in tokens
+
+    @property
+    def adapters(self) -> list[str]: ...
+
+    def load(self, name: str, folder: Path) -> str | None:
+        """Have an adapter ready; the name of an idle one that had to go. ArtifactError where it does not fit the base, SlotsBusy."""
+        ...
+
+    def unload(self, name: str) -> None:
+        """Take no more requests for it; those under way end as they would have."""
+        ...
+
+    def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
+        """Log-probabilities (nats) of the tokens from `first` on, each given all before it."""
+        ...
+
+    def add(self, request: Request) -> int:
+        """Queue a row; its number. DataError names what cannot be run."""
+        ...
+
+    def step(self) -> list[Chunk]:
+        """What the next iteration gave, of any rows; [] where there are none."""
+        ...
+
+    def drop(self, row: int) -> None:
+        """Give a row up at the next step; none that has ended."""
+        ...
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The completions, in the order of the requests."""

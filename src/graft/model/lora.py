@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,16 @@ class Rows:
     """Which slot each row of the current batch uses; one object shared by all layers of a model."""
 
     slots: Tensor  # [batch] long
+    only: int | None = 0  # the slot of all rows, None where they differ
+
+    def use(self, slots: list[int], device: torch.device | str) -> None:
+        self.only = slots[0] if len(set(slots)) == 1 else None
+        if self.only is None:
+            self.slots = torch.tensor(slots, device=device)
 
 
 class SlotLoraLinear(nn.Module):
-    """A frozen linear layer and `n` adapters stacked in slots; slot 0 is the base itself (all zeros)."""
+    """A frozen linear layer and `n` adapters of rank `r` at most, stacked in slots; slot 0 is the base itself (all zeros)."""
 
     A: Tensor
     B: Tensor
@@ -69,10 +75,26 @@ class SlotLoraLinear(nn.Module):
         self.register_buffer("A", torch.zeros(n + 1, r, base.in_features, dtype=dtype, device=device))
         self.register_buffer("B", torch.zeros(n + 1, base.out_features, r, dtype=dtype, device=device))
 
+    def put(self, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
+        """a [r, in], b [out, r], of a rank that need not be the slots': a smaller one is padded with zeros, for a larger one all grow."""
+        if (more := a.shape[0] - self.A.shape[1]) > 0:
+            self.A, self.B = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more))
+        self.clear(slot)
+        self.A[slot, : a.shape[0]] = a.to(self.A)
+        self.B[slot, :, : a.shape[0]] = (b.to(self.B.device).float() * scale).to(self.B.dtype)
+
+    def clear(self, slot: int) -> None:
+        self.A[slot], self.B[slot] = 0.0, 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, length, in]; returns [batch, length, out]."""
+        y, only = self.base(x), self.rows.only
+        if only == 0:
+            return y
+        if only is not None:
+            return y + F.linear(F.linear(x, self.A[only]), self.B[only])
         a, b = self.A[self.rows.slots], self.B[self.rows.slots]
-        return self.base(x) + torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        return y + torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
 
 def targets(model: nn.Module, names: tuple[str, ...] | list[str]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
@@ -97,15 +119,13 @@ def inject(model: nn.Module, lora: Lora, dtype: torch.dtype, seed: int) -> None:
             setattr(parent, attribute, LoraLinear(linear, lora, dtype))
 
 
-def inject_slots(model: nn.Module, names: tuple[str, ...], n: int, r: int, dtype: torch.dtype) -> tuple[Rows, dict[str, SlotLoraLinear]]:
-    """Replace the target layers by SlotLoraLinear; returns the shared row selector and the layers by full name."""
-    rows, layers = Rows(), {}
-    for p in model.parameters():
-        p.requires_grad_(False)
-    for full, parent, attribute, linear in targets(model, names):
-        layers[full] = SlotLoraLinear(linear, n, r, rows, dtype)
-        setattr(parent, attribute, layers[full])
-    return rows, layers
+def inject_slots(model: nn.Module, names: Iterable[str], n: int, r: int, dtype: torch.dtype, rows: Rows) -> dict[str, SlotLoraLinear]:
+    """Replace the linear layers of these full names by SlotLoraLinear; returns them by name."""
+    layers = {}
+    for name in names:
+        layers[name] = SlotLoraLinear(model.get_submodule(name), n, r, rows, dtype)
+        model.set_submodule(name, layers[name])
+    return layers
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

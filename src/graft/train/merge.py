@@ -14,7 +14,7 @@ from graft.core.errors import TrainError
 from graft.core.stages import Job
 from graft.model.base import DTYPES, load_base
 from graft.model.chat import load_tokenizer, save_tokenizer
-from graft.model.lora import inject_slots, merge_into, read_adapter
+from graft.model.lora import Rows, inject_slots, merge_into, read_adapter
 
 PROBE = "阿明請小美畫一隻在海邊散步的柴犬，小美交出了一張圖。The quick brown fox jumps over the lazy dog."
 
@@ -46,11 +46,11 @@ def run(job: Job) -> None:
 
 def _with_adapter(lm: Any, config: dict[str, Any], pairs: dict[str, Any], ids: torch.Tensor, precision: str) -> torch.Tensor:
     """Logits [1, length, vocab] of base + adapter through the serving layers, which are taken out again."""
-    rows, layers = inject_slots(lm, tuple(config["target_modules"]), 1, config["r"], DTYPES[precision])
-    rows.slots = torch.ones(1, dtype=torch.long)
+    rows = Rows()
+    layers = inject_slots(lm, pairs, 1, config["r"], DTYPES[precision], rows)
+    rows.use([1], "cpu")
     for name, (a, b) in pairs.items():
-        layers[name].A[1].copy_(a)
-        layers[name].B[1].copy_(b * (config["lora_alpha"] / config["r"]))
+        layers[name].put(1, a, b, config["lora_alpha"] / config["r"])
     logits = lm(ids).logits.float()
     for name, layer in layers.items():
         lm.set_submodule(name, layer.base)

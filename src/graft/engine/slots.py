@@ -1,0 +1,114 @@
+"""Adapters of one base, stacked in slots so that the rows of a batch mix them; loaded and evicted while others are in use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import ArtifactError, ServeError
+from graft.model.lora import Rows, SlotLoraLinear, inject_slots, read_adapter
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+class SlotsBusy(ServeError):
+    """Every slot holds an adapter that some request uses."""
+
+
+class Slots:
+    """Of `n` adapters beside the base, which is slot 0. A layer gets its slots with the first adapter that adapts it."""
+
+    def __init__(self, model: nn.Module, n: int, max_rank: int, dtype: torch.dtype):
+        for p in model.parameters():
+            p.requires_grad_(False)
+        self.rows, self.max_rank = Rows(), max_rank
+        self._model, self._n, self._dtype = model, n, dtype
+        self._linears = {name: (m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "in_features")}
+        self._layers: dict[str, SlotLoraLinear] = {}
+        self._slot: dict[str | None, int] = {None: 0}  # the least recently used first
+        self._retired: dict[int, str] = {}  # slots whose adapter takes no more requests, but has some
+        self._users: Counter[int] = Counter()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self._slot if name is not None]
+
+    def read(self, name: str, folder: Path) -> tuple[dict[str, Any], Pairs]:
+        """(config, A and B by layer) of a saved adapter; ArtifactError where it does not fit this base, tensor by tensor."""
+        config, pairs = read_adapter(folder)
+        r = config["r"]
+        if r > self.max_rank:
+            raise ArtifactError(f"adapter {name!r} ({folder}) has rank {r}: this server takes {self.max_rank} at most (serve.max_rank)")
+        for module, (a, b) in pairs.items():
+            if module not in self._linears:
+                raise ArtifactError(f"adapter {name!r} ({folder}) adapts {module}, which is no linear layer of this base: it belongs to another")
+            ins, outs = self._linears[module]
+            if (found := (tuple(a.shape), tuple(b.shape))) != ((r, ins), (outs, r)):
+                raise ArtifactError(f"adapter {name!r} ({folder}): A and B of {module} are {found}, this base needs {((r, ins), (outs, r))}")
+        return config, pairs
+
+    def load(self, name: str, folder: Path) -> str | None:
+        """Put an adapter into a free slot, or in place of the idle one that was used least recently; returns the name of that.
+
+        Raises ArtifactError where it does not fit, with all slots as they were, and SlotsBusy.
+        """
+        if name in self._slot:
+            return None
+        config, pairs = self.read(name, folder)
+        slot, evicted = self._room()
+        with torch.inference_mode(False), torch.no_grad():
+            for module in pairs.keys() - self._layers.keys():
+                self._layers |= inject_slots(self._model, [module], self._n, config["r"], self._dtype, self.rows)
+            for module, layer in self._layers.items():
+                if module in pairs:
+                    layer.put(slot, *pairs[module], config["lora_alpha"] / config["r"])
+                elif evicted:
+                    layer.clear(slot)
+        if evicted:
+            del self._slot[evicted]
+        self._slot[name] = slot
+        return evicted
+
+    def _room(self) -> tuple[int, str | None]:
+        taken = {*self._slot.values(), *self._retired}
+        if free := [slot for slot in range(1, self._n + 1) if slot not in taken]:
+            return free[0], None
+        for name, slot in self._slot.items():
+            if name is not None and not self._users[slot]:
+                return slot, name
+        raise SlotsBusy(f"all {self._n} slots for adapters are in use: try again soon, or set serve.max_adapters higher")
+
+    def unload(self, name: str) -> None:
+        """Take no more requests for an adapter; its slot is free when those under way have ended. No error where it is not there."""
+        slot = self._slot.pop(name, None)
+        if slot is None:
+            return
+        if self._users[slot]:
+            self._retired[slot] = name
+        else:
+            self._clear(slot)
+
+    def take(self, name: str | None) -> int:
+        """The slot of an adapter, for one more request; give it back by release()."""
+        slot = self._slot.pop(name)
+        self._slot[name] = slot  # now the most recently used
+        self._users[slot] += 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        self._users[slot] -= 1
+        if not self._users[slot] and slot in self._retired:
+            del self._retired[slot]
+            self._clear(slot)
+
+    def _clear(self, slot: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self._layers.values():
+                layer.clear(slot)
+
+    def __contains__(self, name: str | None) -> bool:
+        return name in self._slot
