@@ -102,7 +102,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             Stage(
                 stage,
                 "launch",
-                1,
+                2 if stage == "sft" else 1,
                 (*lm, *result),
                 {**source, f"shard-{stage}": "*"},
                 ("deepspeed", *(model_input if not source else ())),
@@ -244,6 +244,19 @@ class Plan:
             if parent in self.stage(stage).parents:
                 return str(self.artifact(parent).path), None
         return self.external_base()
+
+    def base_identity(self, stage: str = "sft") -> str:
+        """What tells the frozen model that `stage` starts from from any other: a digest, or a hub id with its commit."""
+        for parent in ("merge", "base", "init"):
+            if parent in self.stage(stage).parents:
+                return self.artifact(parent).digest
+        found = self.external_input("model")
+        return found if isinstance(found, str) else digest_of(found)
+
+    @property
+    def served(self) -> Path:
+        """The store of adapters of this workspace (core/store.py)."""
+        return self.root / CHECKPOINTS / "served"
 
     def trained(self) -> tuple[str, str | None, dict[str, Path]]:
         """(folder or hub id, revision, adapters by name) that evaluate and serve load; a fully trained model has no adapter."""

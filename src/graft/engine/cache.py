@@ -48,7 +48,7 @@ class Lanes(CacheLayerMixin):
         step = self.step
         if self.keys is None:
             self.resize(0, (key_states, value_states))
-        rows, _, new, _ = key_states.shape
+        rows, new = key_states.shape[0], key_states.shape[2]
         if step.at is None:  # whole prompts, of rows behind those there are
             self.keys[step.first : step.first + rows, :, :new] = key_states
             self.values[step.first : step.first + rows, :, :new] = value_states

@@ -6,9 +6,12 @@ a row under a boolean block mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.model import attention
@@ -46,6 +49,28 @@ class PackedLM(nn.Module):
             lm.set_attn_implementation(attention.NAME)
 
     def forward(self, batch: PackedBatch) -> Tensor:
+        return linear_cross_entropy(self._supervised(batch), self.lm.get_output_embeddings().weight, batch.targets)
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        """Of each target, [t] fp32, nats; their logits are whole in memory, so for few targets."""
+        logits = F.linear(self._supervised(batch), self.lm.get_output_embeddings().weight).float()
+        found: Tensor = logits.log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
+        return found
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Only dropout is switched off: a layer of bitsandbytes that once ran in eval mode on a CPU repacks its 4-bit weights and
+        computes otherwise from then on, so that a resumed run would part from an undisturbed one."""
+        dropouts = [m for m in self.modules() if isinstance(m, nn.Dropout)]
+        for m in dropouts:
+            m.eval()
+        yield
+        for m in dropouts:
+            m.train()
+
+    def _supervised(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [t, h] that predict the targets: the head sees no others."""
         if self.backend is None:
             mask = attention.block_causal_mask(batch.cu, *batch.input_ids.shape)
             given: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
@@ -54,5 +79,5 @@ class PackedLM(nn.Module):
             given = {"input_ids": batch.input_ids.view(1, -1), "position_ids": batch.position_ids.view(1, -1)}
             given |= {"cu": batch.cu, "longest": batch.longest, "backend": self.backend}
         hidden = self.lm.base_model(**given, use_cache=False).last_hidden_state
-        supervised = hidden.reshape(-1, hidden.shape[-1])[batch.target_at]  # the head sees targets only
-        return linear_cross_entropy(supervised, self.lm.get_output_embeddings().weight, batch.targets)
+        found: Tensor = hidden.reshape(-1, hidden.shape[-1])[batch.target_at]
+        return found

@@ -22,13 +22,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from graft.core.artifact import Artifact
 from graft.core.errors import Preempted, TrainError
 from graft.core.recipe import Train
 from graft.core.shards import ShardSet
 from graft.core.stages import Job
+from graft.core.store import AdapterStore
 from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.lora import save_adapter
-from graft.train import checkpoint, fence
+from graft.model.packed import PackedLM
+from graft.train import checkpoint, fence, parity
 from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
@@ -211,7 +214,7 @@ def _train(
         counts = {**report.finish(), "steps": report.steps, "tokens": tokens_seen, "bins": len(shards), "processes": world}
         counts |= {"skipped_steps": guard.state["skipped"], "device_hours": device_s / 3600}
         counts |= {"data_changes": begin.changes} if begin.changes else {}
-        _publish(job, best, save, run_dir, counts)
+        _publish(job, best, save, run_dir, counts, model)
     dist.barrier()
     watch.close()
     dist.destroy_process_group()
@@ -234,22 +237,13 @@ def _kept(run_dir: Path) -> str:
 
 
 def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device, watch: Watch) -> float:
-    """Mean loss (nats a target) over the held-out bins of all ranks.
-
-    Only dropout is switched off: a layer of bitsandbytes that once ran in eval mode on a CPU repacks its 4-bit weights and
-    computes otherwise from then on, so that a resumed run would part from an undisturbed one.
-    """
-    dropouts = [m for m in engine.module.modules() if isinstance(m, torch.nn.Dropout)]
-    for m in dropouts:
-        m.eval()
+    """Mean loss (nats a target) over the held-out bins of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), engine.module.without_dropout():
         for at in range(0, len(bins), micro):
             watch.at("validation", slow=True)
             batch = collate(bins[at : at + micro]).to(device)
             sums += torch.tensor([engine.module(batch).item(), batch.targets.numel()], device=device)
-    for m in dropouts:
-        m.train()
     dist.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1)).item()
 
@@ -261,18 +255,23 @@ def _save_weights(lm: Any, config: Train, base: str, job: Job, folder: Path) -> 
         lm.save_pretrained(folder)
 
 
-def _publish(job: Job, best: Best, save: Callable[[Path], None], run_dir: Path, counts: dict[str, Any]) -> None:
-    """The stage's artifact: an adapter, or a whole model, with the tokenizer, the metrics and what serving verifies."""
+def _publish(job: Job, best: Best, save: Callable[[Path], None], run_dir: Path, counts: dict[str, Any], model: PackedLM) -> None:
+    """The stage's artifact: an adapter, or a whole model, with the tokenizer, the metrics and what serving verifies.
+
+    An sft adapter is also put where servers find it, as a version of its recipe's name.
+    """
     with job.writing() as draft:
         counts |= best.place(draft.path, save)
         folder, revision = job.plan.base_model(job.stage.name)
-        save_tokenizer(load_tokenizer(folder, revision, job.recipe.model.chat_template), draft.path)
-        probes = job.parents[f"shard-{job.stage.name}"].path / "probes.json"
-        if probes.is_file():
-            shutil.copyfile(probes, draft.path / "probes.json")
+        tokenizer = load_tokenizer(folder, revision, job.recipe.model.chat_template)
+        save_tokenizer(tokenizer, draft.path)
+        if job.stage.name == "sft" and job.recipe.train_stage("sft").lora:
+            parity.record(job, model, tokenizer, draft.path)
         shutil.copyfile(run_dir / "metrics.jsonl", draft.path / "metrics.jsonl")
         draft.counts.update(counts, checkpoints=os.path.relpath(run_dir, job.plan.root))
         fence.check(run_dir)
+    if (job.directory / parity.FILE).exists():
+        AdapterStore(job.plan.served).publish(job.recipe.name, Artifact.open(job.directory))
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

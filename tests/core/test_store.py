@@ -1,0 +1,131 @@
+"""The store takes adapters in whole, reads them as they were published or not at all, and lets no name out of its root."""
+
+import json
+import os
+import shutil
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from graft.core.errors import ArtifactError, GraftError
+from graft.core.store import AdapterStore, UnknownAdapter
+
+
+def make(folder, value=1.0, **files):
+    folder.mkdir()
+    save_file({"a": torch.full((4, 4), value)}, folder / "adapter_model.safetensors")
+    for name, text in {"adapter_config.json": "{}", "metrics.jsonl": "{}", **files}.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path):
+    return AdapterStore(tmp_path / "served")
+
+
+def test_a_version_is_its_content_and_its_name_follows_the_newest(store, tmp_path):
+    one = store.add("chat", make(tmp_path / "one"), {"recipe": "chat"})
+    again = store.add("chat", tmp_path / "one", {})
+    two = store.add("chat", make(tmp_path / "two", 2.0), {})
+    assert (one.id, one.about["lineage"]) == (again.id, {"recipe": "chat"}) and one.id != two.id
+    assert store.get("chat").id == two.id and store.names() == {"chat": two.id} and store.versions() == [one.id, two.id]
+    assert sorted(f.name for f in one.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "version.json"]
+    store.alias("prod", one.id)
+    store.alias("chat", one.id)
+    assert store.get("prod") == store.get("chat") == store.verified(one.id)
+    with pytest.raises(UnknownAdapter):
+        store.alias("prod", "chat@" + "0" * 12)
+
+
+def test_notes_change_and_versions_do_not(store, tmp_path):
+    one = store.add("chat", make(tmp_path / "one"), {})
+    assert store.note("chat", evaluation={"f1": 0.9}).notes == {"evaluation": {"f1": 0.9}}
+    assert store.note(one.id, evaluation=None, withdrawn=True).notes == {"withdrawn": True}
+    assert store.verified("chat").about == one.about
+
+
+def test_modes_are_right_whatever_the_umask(store, tmp_path):
+    before = os.umask(0o077)
+    try:
+        found = store.add("chat", make(tmp_path / "one"), {})
+        store.note("chat", withdrawn=True)
+    finally:
+        os.umask(before)
+    modes = {p.relative_to(store.root).as_posix(): stat.S_IMODE(p.stat().st_mode) for p in [store.root, *store.root.rglob("*")]}
+    assert modes.pop("chat/alias") == modes.pop(f"chat/{found.version}.json") == 0o644
+    assert {m for p, m in modes.items() if "adapter" in p or "version.json" in p} == {0o444}
+    assert {m for p, m in modes.items() if "adapter" not in p and "version.json" not in p} == {0o755}
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", "x" * 65, "a\n", "@", "chat@../../etc", "chat@" + "0" * 11, ".hidden"])
+def test_no_name_leaves_the_root(store, tmp_path, name):
+    make(tmp_path / "one")
+    with pytest.raises(UnknownAdapter):
+        store.get(name)
+    if "@" not in name or name == "@":
+        with pytest.raises(UnknownAdapter):
+            store.add(name, tmp_path / "one", {})
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("where", ["name", "version", "file", "alias"])
+def test_symbolic_links_are_refused(store, tmp_path, where):
+    found = store.add("chat", make(tmp_path / "one"), {})
+    at = {"name": store.root / "chat", "version": found.folder, "file": found.folder / "adapter_config.json", "alias": store.root / "chat/alias"}[
+        where
+    ]
+    moved = tmp_path / "moved"
+    at.rename(moved)
+    at.symlink_to(moved)
+    if where == "alias":
+        assert store.names() == {}
+        return
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        store.verified(found.id)
+
+
+def damage(found, how):
+    file = found.folder / "adapter_model.safetensors"
+    file.chmod(0o644)
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "altered":
+        file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    elif how == "gone":
+        file.unlink()
+    elif how == "pickle":
+        (found.folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    elif how == "relisted":  # another content under the name of this version
+        about = json.loads((found.folder / "version.json").read_text())
+        about["files"]["adapter_config.json"]["sha256"] = "0" * 64
+        (found.folder / "version.json").chmod(0o644)
+        (found.folder / "version.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "gone", "pickle", "relisted"])
+def test_what_is_not_as_published_is_refused_by_file(store, tmp_path, how):
+    found = store.add("chat", make(tmp_path / "one"), {})
+    damage(found, how)
+    with pytest.raises(ArtifactError, match=r"version\.json" if how == "relisted" else r"adapter_model\."):
+        store.verified("chat")
+
+
+def test_another_version_under_the_same_name_is_refused(store, tmp_path):
+    one, two = store.add("chat", make(tmp_path / "one"), {}), store.add("chat", make(tmp_path / "two", 2.0), {})
+    shutil.rmtree(one.folder)
+    shutil.copytree(two.folder, one.folder)
+    with pytest.raises(ArtifactError, match="lists other files"):
+        store.verified(one.id)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 4, b"\xff" * 16, (10**9).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", b"\x80\x04K\x01."]
+)
+def test_what_is_no_safetensors_file_is_never_published(store, tmp_path, content):
+    (make(tmp_path / "one") / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(GraftError, match="no safetensors file"):
+        store.add("chat", tmp_path / "one", {})
+    assert store.versions() == [] and not list(store.root.glob("chat/.draft*"))
