@@ -16,8 +16,7 @@ from tiny_model import MAX_LENGTH
 
 from graft.core.errors import ArtifactError, ConfigError, DataError
 from graft.engine.hf import HFEngine
-from graft.engine.protocol import Request
-from graft.engine.slots import SlotsBusy
+from graft.engine.protocol import Request, SlotsBusy
 from graft.engine.text import HALF, Text
 from graft.model.base import load_base
 from graft.model.chat import load_tokenizer, render_prompt

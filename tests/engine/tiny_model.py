@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from graft.core.recipe import EmbeddedBase, Lora, Train
 from graft.model.base import load_base, random_llama
-from graft.model.chat import TEMPLATES
-from graft.model.lora import LoraLinear, inject, save_adapter
+from graft.model.chat import TEMPLATES, load_tokenizer, render
+from graft.model.lora import LoraLinear, inject, read_adapter, save_adapter
+from graft.model.packed import PackedLM
+from graft.train.parity import effects, packed, parity
 
 TEXT = ["Draw me a shiba walking by the sea.", "What is the weather like today?", "幫我畫一隻柴犬", "今天天氣如何"] * 8
 LORAS = {
@@ -60,3 +63,22 @@ def random_adapter(base: Path, lora: Lora, folder: Path, seed: int) -> Path:
     save_adapter(model, lora, folder, str(base))
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+PROBES = [
+    [{"role": "user", "content": "Draw"}, {"role": "assistant", "content": "a shiba by the sea"}],
+    [{"role": "user", "content": "今天天氣如何"}, {"role": "assistant", "content": "今天 good"}],
+]
+
+
+def recorded(base: Path, folder: Path, identity: str, precision: str = "fp32") -> None:
+    """Write beside an adapter what training records of it."""
+    tokenizer = load_tokenizer(str(folder))
+    done = [render(tokenizer, messages) for messages in PROBES]
+    probes = [{"messages": m, "ids": r.ids, "loss_mask": r.loss_mask} for m, r in zip(PROBES, done, strict=True)]
+    (folder / "probes.json").write_text(json.dumps(probes, ensure_ascii=False))
+    config, _ = read_adapter(folder)
+    model = load_base(str(base), None, precision, "cpu")
+    inject(model, Lora(r=config["r"], alpha=config["lora_alpha"], targets=tuple(config["target_modules"])), torch.float32, 0)
+    canaries = packed([(r.ids, r.loss_mask) for r in done], MAX_LENGTH)
+    (folder / "parity.json").write_text(json.dumps(parity(tokenizer, identity, precision, effects(PackedLM(model), canaries, folder))))

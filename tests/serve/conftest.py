@@ -12,10 +12,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))  # for tiny_model: pytest imports by file and adds no folder
 
-from tiny_model import build
+from tiny_model import build, recorded
 
 from graft.core.stages import Plan
-from graft.serve.runner import ServeSpec
+from graft.core.store import AdapterStore
+from graft.serve.spec import ServeSpec
 
 RECIPE = """
 name = "tiny"
@@ -36,10 +37,25 @@ max_batch = 4
 """
 
 
+IDENTITY = "hub:tiny/base@0"
+
+
 @pytest.fixture(scope="session")
-def spec(tmp_path_factory):
+def tiny(tmp_path_factory):
+    """(base folder, {adapter name: its folder, with what training would have recorded of it})"""
     base, adapters = build(tmp_path_factory.mktemp("served"))
-    return ServeSpec(str(base), None, "fp32", {name: str(folder) for name, folder in adapters.items()}, str(adapters["one"]), max_batch=4)
+    for folder in adapters.values():
+        recorded(base, folder, IDENTITY)
+    return base, adapters
+
+
+@pytest.fixture(scope="session")
+def spec(tiny, tmp_path_factory):
+    base, adapters = tiny
+    store = AdapterStore(tmp_path_factory.mktemp("store"))
+    for name, folder in adapters.items():
+        store.add(name, folder, {"recipe": name})
+    return ServeSpec(str(base), None, "fp32", IDENTITY, str(adapters["one"]), str(store.root), ("one", "two"), max_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +74,8 @@ def finished(spec):
             with plan.resolve(stage).writing() as draft:
                 if stage == "sft":
                     shutil.copytree(trained, draft.path, dirs_exist_ok=True)
+                    if (draft.path / "parity.json").exists():
+                        recorded(spec.base, draft.path, plan.base_identity())
         return plan
 
     yield make
@@ -73,7 +91,9 @@ def process():
     """
 
     def launch(code, plan):
-        env = {k: v for k, v in os.environ.items() if k not in ("GRAFT_API_KEY", "OPENAI_BASE_URL", "RAY_ADDRESS", "RAY_AUTH_MODE")}
+        env = {
+            k: v for k, v in os.environ.items() if k not in ("GRAFT_API_KEY", "GRAFT_ADMIN_KEY", "OPENAI_BASE_URL", "RAY_ADDRESS", "RAY_AUTH_MODE")
+        }
         env |= {"HOME": str(plan.root), "RAY_TMPDIR": str(plan.root), "OMP_NUM_THREADS": "1"}
         code = "import sys; from graft.core.stages import Plan; plan = Plan(sys.argv[1], root=sys.argv[2])\n" + code
         return subprocess.Popen([sys.executable, "-c", code, plan.path, plan.root], stdout=subprocess.PIPE, text=True, env=env)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import dataclasses
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,31 +12,33 @@ import pytest
 from starlette.testclient import TestClient
 from tiny_model import MAX_LENGTH
 
+from graft.core.errors import ConfigError
 from graft.engine.hf import HFEngine
 from graft.engine.protocol import Request
 from graft.model.chat import load_tokenizer, render_prompt
-from graft.serve.api import MAX_BODY, build
+from graft.serve.api import build
+from graft.serve.guard import MAX_BODY, Keys
 from graft.serve.runner import Runner
 
 CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
 ASK = {"model": "one", "messages": [{"role": "user", "content": "畫 sea"}], "temperature": 0, "max_tokens": 12}
 
 
 @pytest.fixture(scope="module")
-def runner(spec):
+def client(spec):
     runner = Runner(spec)
-    while runner.state == "loading":
-        time.sleep(0.02)
-    assert runner.state == "ready", runner.error
-    yield runner
-    runner.stop()
+    with TestClient(build(runner), base_url="http://localhost") as client:
+        until_ready(client)
+        yield client
     runner.thread.join(10)
     assert not runner.thread.is_alive()
 
 
-@pytest.fixture(scope="module")
-def client(runner):
-    return TestClient(build(runner))  # not entered: its lifespan would stop the runner
+def until_ready(client):
+    while (state := client.get("/ready").json())["status"] == "loading":
+        time.sleep(0.02)
+    assert state["status"] == "ready", state
 
 
 def events(reply):
@@ -43,9 +46,9 @@ def events(reply):
     return [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
 
 
-def test_the_reply_is_the_engines(client, spec):
+def test_the_reply_is_the_engines(client, spec, tiny):
     tokenizer = load_tokenizer(spec.tokenizer)
-    engine = HFEngine(spec.base, None, "fp32", spec.adapters, tokenizer, device="cpu")
+    engine = HFEngine(spec.base, None, "fp32", tiny[1], tokenizer, device="cpu")
     prompt = render_prompt(tokenizer, ASK["messages"])
     replies = set()
     for model, adapter in (("one", "one"), ("two", "two"), ("base", None)):
@@ -110,7 +113,13 @@ def test_without_a_limit_the_answer_may_fill_the_model(client):
     [
         ({"tools": []}, "tools", "unsupported_parameter"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
-        ({"n": 2}, "n", "invalid_value"),
+        ({"n": 9}, "n", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"top_k": -1}, "top_k", "invalid_value"),
+        ({"logprobs": 1}, "logprobs", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"stream_options": {"include": True}, "stream": True}, "stream_options.include", "unsupported_parameter"),
         ({"temperature": 2.5}, "temperature", "invalid_value"),
         ({"temperature": "0.5"}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
@@ -123,7 +132,7 @@ def test_without_a_limit_the_answer_may_fill_the_model(client):
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "messages.0.content", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content.str", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages.0.name", "unsupported_parameter"),
         ({"max_tokens": MAX_LENGTH}, "messages", "context_length_exceeded"),
@@ -139,7 +148,7 @@ def test_what_is_not_served_is_refused_by_name(client, change, param, code):
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN', b'{"model": "\\ud800"}'])
 def test_a_body_that_is_no_request_is_a_400(client, body):
-    reply = client.post(CHAT, content=body)
+    reply = client.post(CHAT, content=body, headers=JSON)
     assert reply.status_code == 400 and reply.json()["error"]["message"]
 
 
@@ -148,7 +157,12 @@ def test_other_errors_have_the_same_shape(client):
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     assert "one, two, base" in unknown.json()["error"]["message"]
     assert client.get("/v1/models/three").status_code == 404
-    for reply, status in ((client.get("/v1/nothing"), 404), (client.get(CHAT), 405), (client.post(CHAT, content=b" " * (MAX_BODY + 1)), 413)):
+    for reply, status in (
+        (client.get("/v1/nothing"), 404),
+        (client.get(CHAT), 405),
+        (client.post(CHAT, content=b" " * (MAX_BODY + 1), headers=JSON), 413),
+        (client.post(CHAT, content=b"{}"), 415),
+    ):
         assert reply.status_code == status and "message" in reply.json()["error"]
 
 
@@ -167,12 +181,121 @@ def test_models_health_ready_and_the_page(client):
     assert 'lang="zh-Hant"' in page.text and "://" not in page.text  # it loads nothing from elsewhere
 
 
-def test_a_key_is_demanded_everywhere_but_at_health(runner):
-    guarded = TestClient(build(runner, hashlib.sha256(b"secret").hexdigest()))
-    assert guarded.get("/health").status_code == 200
-    for path in ("/", "/ready", "/v1/models", "/v1/nothing"):
-        assert guarded.get(path).json()["error"]["code"] == "invalid_api_key"
-    for header in ("Bearer wrong", "Bearer ", "secret", "Basic secret", "Bearer sécret".encode()):
-        assert guarded.get("/v1/models", headers={"Authorization": header}).status_code == 401
-    assert guarded.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
-    assert guarded.post(CHAT, json=ASK, headers={"Authorization": "Bearer secret"}).status_code == 200
+def test_a_key_is_demanded_everywhere(spec):
+    keys = Keys.of({"GRAFT_API_KEY": "secret, other", "GRAFT_ADMIN_KEY": "boss"})
+    runner = Runner(spec)
+    with TestClient(build(runner, keys), base_url="http://example.org") as guarded:
+        for path in ("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/v1/nothing", "/admin/adapters"):
+            reply = guarded.get(path)
+            assert reply.json()["error"]["code"] == "invalid_api_key" and "Basic" in reply.headers["www-authenticate"]
+        for header in ("Bearer wrong", "Bearer ", "secret", "Basic secret", "Basic !", "Bearer sécret".encode(), "Bearer secret, other"):
+            assert guarded.get("/v1/models", headers={"Authorization": header}).status_code == 401
+        basic = "Basic " + base64.b64encode(b"anyone:other").decode()
+        for header in ("Bearer secret", "bearer other", "Bearer boss", basic):
+            assert guarded.get("/v1/models", headers={"Authorization": header}).status_code == 200
+        for header, status in (("Bearer secret", 403), (basic, 403), ("Bearer boss", 200)):
+            assert guarded.get("/admin/adapters", headers={"Authorization": header}).status_code == status
+    with pytest.raises(ConfigError, match="GRAFT_API_KEY is not"):
+        Keys.of({"GRAFT_ADMIN_KEY": "boss"})
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:80", "127.0.0.2", ""])
+def test_without_keys_another_name_for_this_machine_is_not_answered(client, host):
+    assert client.get("/v1/models", headers={"Host": host}).status_code == 403
+    for own in ("localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+        assert client.get("/v1/models", headers={"Host": own}).status_code == 200
+
+
+def test_several_choices_are_each_of_their_own_seed(client):
+    one = {**ASK, "temperature": 1.3, "seed": 11}
+    alone = [client.post(CHAT, json={**one, "seed": 11 + i}).json()["choices"][0]["message"]["content"] for i in range(3)]
+    together = client.post(CHAT, json={**one, "n": 3}).json()
+    assert [c["message"]["content"] for c in together["choices"]] == alone and [c["index"] for c in together["choices"]] == [0, 1, 2]
+    streamed = ["", "", ""]
+    for event in events(client.post(CHAT, json={**one, "n": 3, "stream": True}))[:-1]:
+        for choice in json.loads(event)["choices"]:
+            streamed[choice["index"]] += choice["delta"].get("content", "")
+    assert streamed == alone and together["usage"]["completion_tokens"] > 3
+
+
+def test_logprobs_whole_and_streamed(client):
+    asked = {**ASK, "logprobs": True, "top_logprobs": 2}
+    whole = client.post(CHAT, json=asked).json()
+    content = whole["choices"][0]["logprobs"]["content"]
+    assert len(content) == whole["usage"]["completion_tokens"] and all(len(c["top_logprobs"]) == 2 and c["logprob"] <= 0 for c in content)
+    assert all(c["token"] == c["top_logprobs"][0]["token"] and bytes(c["bytes"]).decode() == c["token"] for c in content), (
+        "greedy takes the likeliest"
+    )
+    streamed = [json.loads(e)["choices"][0]["logprobs"] for e in events(client.post(CHAT, json={**asked, "stream": True}))[:-1]]
+    assert [c["token"] for e in streamed if e for c in e["content"]] == [c["token"] for c in content]
+
+
+def test_completions_continue_a_text_or_tokens(client, spec):
+    tokenizer = load_tokenizer(spec.tokenizer)
+    prompt = tokenizer("Draw me", add_special_tokens=False)["input_ids"]
+    asked = {"model": "two", "prompt": "Draw me", "temperature": 0, "max_tokens": 8, "logprobs": 1}
+    by_text, by_ids = client.post("/v1/completions", json=asked).json(), client.post("/v1/completions", json={**asked, "prompt": prompt}).json()
+    assert by_text["choices"] == by_ids["choices"] and by_text["object"] == "text_completion" and by_text["usage"]["prompt_tokens"] == len(prompt)
+    told = by_text["choices"][0]["logprobs"]
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == by_text["usage"]["completion_tokens"]
+    streamed = "".join(json.loads(e)["choices"][0]["text"] for e in events(client.post("/v1/completions", json={**asked, "stream": True}))[:-1])
+    assert streamed == by_text["choices"][0]["text"]
+    assert client.post("/v1/completions", json={**asked, "prompt": [5, 10**6]}).json()["error"]["param"] == "prompt"
+    assert client.post("/v1/completions", json={**asked, "echo": True}).json()["error"]["code"] == "unsupported_parameter"
+
+
+def test_a_version_is_asked_by_its_name(client, spec):
+    card = client.get("/v1/models/one").json()
+    assert card["version"].startswith("one@") and card["verified"] and card["gate"]["difference_nats"] < 1e-4 < 0.1 < card["gate"]["effect_nats"]
+    by_alias, by_version = (client.post(CHAT, json={**ASK, "model": name}).json() for name in ("one", card["version"]))
+    assert by_alias["choices"] == by_version["choices"] and by_alias["system_fingerprint"] == by_version["system_fingerprint"] == card["fingerprint"]
+    assert client.get(f"/v1/models/{card['version']}").json()["version"] == card["version"]
+
+
+def test_parts_of_text_are_one_content(client):
+    parts = [{"type": "text", "text": "畫 "}, {"type": "text", "text": "sea"}]
+    assert (
+        client.post(CHAT, json={**ASK, "messages": [{"role": "user", "content": parts}]}).json()["choices"]
+        == client.post(CHAT, json=ASK).json()["choices"]
+    )
+
+
+def test_metrics_are_told_by_model(client):
+    before = client.get("/metrics").text
+    client.post(CHAT, json=ASK)
+    client.post(CHAT, json={**ASK, "model": "nobody"})
+
+    def of(text, line):
+        return next((float(row.rsplit(" ", 1)[1]) for row in text.splitlines() if row.startswith(line)), 0.0)
+
+    after = client.get("/metrics").text
+    for line, more in (('graft_requests_total{model="one",status="200"}', 1), ('graft_requests_total{model="unknown",status="404"}', 1)):
+        assert of(after, line) - of(before, line) == more
+    assert of(after, 'graft_first_token_seconds_count{model="one"}') - of(before, 'graft_first_token_seconds_count{model="one"}') == 1
+    assert of(after, 'graft_completion_tokens_total{model="one"}') > of(before, 'graft_completion_tokens_total{model="one"}')
+    assert of(after, 'graft_adapters{state="ready"}') == 2
+
+
+def test_too_many_requests_of_one_key_are_refused(tiny, spec):
+    runner = Runner(dataclasses.replace(spec, max_concurrent=3))
+    with TestClient(build(runner), base_url="http://localhost") as few:
+        until_ready(few)
+        with ThreadPoolExecutor(12) as pool:
+            long = {**ASK, "model": "base", "max_tokens": 150, "temperature": 1.0}
+            replies = list(pool.map(lambda n: few.post(CHAT, json={**long, "seed": n}), range(12)))
+    refused = [r for r in replies if r.status_code != 200]
+    assert refused and len(refused) < 12
+    assert all((r.status_code, r.json()["error"]["code"], r.headers["retry-after"]) == (429, "overloaded", "1") for r in refused)
+
+
+def test_a_deadline_ends_a_request(spec):
+    runner = Runner(dataclasses.replace(spec, deadline_s=0.3))
+    with TestClient(build(runner), base_url="http://localhost") as hasty:
+        until_ready(hasty)
+        runner.engine.ends = frozenset()
+        asked = {**ASK, "model": "base", "max_tokens": 230, "n": 8, "temperature": 2.0, "top_k": 50}
+        step = runner.engine.step
+        runner.engine.step = lambda: (time.sleep(0.02), step())[1]
+        reply = hasty.post(CHAT, json=asked)
+        assert reply.status_code == 503 and "longer than 0.3 s" in reply.json()["error"]["message"]
+        assert not runner.engine.busy or hasty.post(CHAT, json={**asked, "max_tokens": 1, "n": 1}).status_code == 200

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from graft.core.errors import ConfigError
 
@@ -309,7 +309,13 @@ class Serve(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     prompt: str = "幫我畫一隻在海邊散步的柴犬"  # what `graft run` asks the finished server
-    max_batch: Count = 16
+    replicas: Count = 1  # engines; on a cluster that was joined, 1 stands for one a GPU, or a machine
+    max_batch: Count = 16  # rows of an engine that are under way at once
+    max_adapters: Count = 8  # in memory at once; others of the store are loaded when they are asked for
+    max_rank: Annotated[int, Field(ge=1, le=512)] = 64
+    kv_tokens: Count | None = None  # of all rows' keys and values, an engine; absent: what the memory allows
+    max_concurrent: Count = 128  # requests of one key
+    deadline_s: Annotated[float, Field(gt=0, le=86400)] = 600.0  # for a request
 
 
 class Tracking(Section):
@@ -317,8 +323,14 @@ class Tracking(Section):
     project: str = "graft"
 
 
+def _not_reserved(name: str) -> str:
+    if name == "served":
+        raise ValueError("'served' is where the adapters of all recipes are (checkpoints/served): choose another name")
+    return name
+
+
 class Recipe(Section):
-    name: Name
+    name: Annotated[Name, AfterValidator(_not_reserved)]
     seed: int = 0
     deepspeed: str = "../deepspeed/zero2.json"  # relative to the recipe
     task: Task = Task()
@@ -365,6 +377,10 @@ class Recipe(Section):
                 raise ValueError(f"{section}.corpora names {missing[0]!r}, but [corpora] has {sorted(self.corpora)}")
             if missing := [c for c in train.weights if c not in (*train.corpora, *(["rows"] if section == "sft" else []))]:
                 raise ValueError(f"{section}.weights names {missing[0]!r}, which {section}.corpora does not")
+        if self.sft.lora and self.sft.lora.r > self.serve.max_rank:
+            raise ValueError(
+                f"sft.lora.r = {self.sft.lora.r} and serve.max_rank = {self.serve.max_rank}: what is trained could not be served; raise it"
+            )
         if self.base and self.base.train.lora:
             raise ValueError("base.train.lora is set, but an embedded base is trained whole: write lora = false")
         for section, train in (("cpt", self.cpt), ("sft", self.sft)):

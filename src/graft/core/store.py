@@ -26,7 +26,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[0-9a-f]{12}")
 WEIGHTS = "adapter_model.safetensors"
 FILES = re.compile(
-    r"adapter_model\.safetensors|adapter_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|probes\.json|parity\.json"
+    r"adapter_model\.safetensors|adapter_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|chat_template\.jinja|probes\.json|parity\.json"
 )
 LIST, ALIAS = "version.json", "alias"
 MAX_BYTES, MAX_TENSORS, MAX_HEADER = 8 << 30, 20_000, 16 << 20

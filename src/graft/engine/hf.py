@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graft.core.errors import ConfigError, DataError
 from graft.engine.cache import RowCache
-from graft.engine.protocol import Chunk, Completion, Finish, Request
+from graft.engine.protocol import Chunk, Completion, Finish, NotLoaded, Request
 from graft.engine.sampling import Picked, pick
 from graft.engine.slots import Slots
 from graft.engine.text import Text
@@ -74,8 +74,8 @@ class HFEngine:
     def adapters(self) -> list[str]:
         return self.slots.names
 
-    def load(self, name: str, folder: Path) -> str | None:
-        return self.slots.load(name, folder)
+    def load(self, name: str, folder: Path, again: bool = False) -> str | None:
+        return self.slots.load(name, folder, again)
 
     def unload(self, name: str) -> None:
         self.slots.unload(name)
@@ -153,7 +153,7 @@ class HFEngine:
     # ---- inside ---------------------------------------------------------------------------------------------------------
     def _check(self, row: int, request: Request) -> None:
         if request.adapter not in self.slots:
-            raise DataError(f"request {row} asks for adapter {request.adapter!r}: the engine has {self.adapters or 'the base alone'}")
+            raise NotLoaded(f"request {row} asks for adapter {request.adapter!r}: the engine has {self.adapters or 'the base alone'}")
         if not request.prompt_ids or request.max_new_tokens < 1:
             raise DataError(
                 f"request {row} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_new_tokens}: both must be at least 1"
@@ -244,6 +244,7 @@ class _Row:
         self.number, self.request, self.engine = number, request, engine
         self.generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same draws on every device
         self.text = Text(engine.tokenizer, request.stop)
+        self.ends = engine.ends if request.ends is None else request.ends
         self.slot = engine.slots.take(request.adapter)
         self.length = len(request.prompt_ids)  # tokens in the cache, once it has joined
         self.most = self.length + request.max_new_tokens
@@ -253,7 +254,7 @@ class _Row:
         self.engine.slots.release(self.slot)
 
     def push(self, picked: Picked) -> Chunk:
-        if picked.token in self.engine.ends:
+        if picked.token in self.ends:
             self.over = True
             return Chunk(self.number, self.text.end(), None, "stop")
         last = len(self.text.tokens) + 1 == self.request.max_new_tokens

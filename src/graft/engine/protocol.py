@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from graft.core.errors import DataError, ServeError
+
 Finish = Literal["stop", "length"]
+
+
+class NotLoaded(DataError):
+    """A request asks for an adapter that the engine does not have."""
+
+
+class SlotsBusy(ServeError):
+    """The engine has no room for another adapter: every one that it has is in use."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,7 @@ class Request:
     seed: int = 0
     adapter: str | None = None
     stop: tuple[str, ...] = ()  # texts that end the row; they are not part of it
+    ends: tuple[int, ...] | None = None  # ids that end the answer; None: those of the engine's tokenizer
     logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token's own; None: not even that
 
 
@@ -59,8 +70,8 @@ class Engine(Protocol):
     @property
     def adapters(self) -> list[str]: ...
 
-    def load(self, name: str, folder: Path) -> str | None:
-        """Have an adapter ready; the name of an idle one that had to go. ArtifactError where it does not fit the base, SlotsBusy."""
+    def load(self, name: str, folder: Path, again: bool = False) -> str | None:
+        """Have an adapter ready, read anew if `again`; the name of an idle one that had to go. ArtifactError where it does not fit, SlotsBusy."""
         ...
 
     def unload(self, name: str) -> None:

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import ArtifactError, ServeError
+from graft.core.errors import ArtifactError
+from graft.engine.protocol import SlotsBusy
 from graft.model.lora import Rows, SlotLoraLinear, inject_slots, read_adapter
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
-
-
-class SlotsBusy(ServeError):
-    """Every slot holds an adapter that some request uses."""
 
 
 class Slots:
@@ -51,12 +48,13 @@ class Slots:
                 raise ArtifactError(f"adapter {name!r} ({folder}): A and B of {module} are {found}, this base needs {((r, ins), (outs, r))}")
         return config, pairs
 
-    def load(self, name: str, folder: Path) -> str | None:
+    def load(self, name: str, folder: Path, again: bool = False) -> str | None:
         """Put an adapter into a free slot, or in place of the idle one that was used least recently; returns the name of that.
 
-        Raises ArtifactError where it does not fit, with all slots as they were, and SlotsBusy.
+        again: also where it is there; requests under way end with what they began with. Raises ArtifactError where it does not fit, and
+        SlotsBusy, with all slots as they were.
         """
-        if name in self._slot:
+        if name in self._slot and not again:
             return None
         config, pairs = self.read(name, folder)
         slot, evicted = self._room()
@@ -70,8 +68,9 @@ class Slots:
                     layer.clear(slot)
         if evicted:
             del self._slot[evicted]
+        self.unload(name)
         self._slot[name] = slot
-        return evicted
+        return evicted if evicted != name else None
 
     def _room(self) -> tuple[int, str | None]:
         taken = {*self._slot.values(), *self._retired}

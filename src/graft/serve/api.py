@@ -1,105 +1,52 @@
-"""The HTTP side: OpenAI's chat completions over a Runner, as a plain ASGI app that knows nothing of Ray.
+"""The HTTP side: OpenAI's API over a Catalog and its Runner, as a plain ASGI app that knows nothing of Ray.
 
-What a request may hold is what the server does; a field that it would ignore is refused by name, in OpenAI's error shape.
+What a request may hold is what the server does (requests.py); who may ask, and how much, stands in front (guard.py); adapters are loaded, unloaded
+and named under /admin while others answer (admin.py).
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import hmac
-import json
 import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from graft.core.errors import ServeError
-from graft.engine.protocol import Request
+from graft.core.errors import DataError, ServeError
+from graft.engine.protocol import NotLoaded, Request, SlotsBusy
 from graft.model.chat import render_prompt
-from graft.serve.runner import Overloaded, Runner, ServeSpec, Ticket
+from graft.serve import admin
+from graft.serve.catalog import Catalog, Entry, Model, UnknownModel
+from graft.serve.gate import Refused
+from graft.serve.guard import Guard, Keys, answer
+from graft.serve.metrics import Metrics
+from graft.serve.openapi import document
+from graft.serve.replies import Reply
+from graft.serve.requests import ApiError, ChatRequest, CompletionRequest, Sampled, parse
+from graft.serve.runner import Overloaded, Runner, Ticket
 
-MAX_BODY = 2 << 20  # bytes; a prompt of 128k tokens is about a quarter of it
-BURST_S = 0.025  # streamed tokens of this long go out together
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"}
+TRIES = 5  # to ask an adapter that was evicted while it was asked for
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Message(Strict):
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class StreamOptions(Strict):
-    include_usage: bool = False
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class ChatRequest(Strict):
-    """The fields of https://platform.openai.com/docs/api-reference/chat/create that are served."""
-
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None  # None is 1, as there
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    user: str | None = None
-
-
-class ApiError(ServeError):
-    """An HTTP error in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status = status
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def response(self) -> Response:
-        return JSONResponse(self.body, self.status, headers={"Retry-After": "1"} if self.status in (429, 503) else None)
-
-
-def build(runner: Runner, key_sha256: str | None = None) -> ASGIApp:
-    """The app; with `key_sha256`, every route but /health needs `Authorization: Bearer` and the key of that hash."""
-    spec, created = runner.spec, int(time.time())
-    cards = [
-        {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "graft",
-            "root": spec.base_name,
-            "parent": spec.base_name if adapter else None,
-        }
-        | {"fingerprint": spec.fingerprint(name)}
-        for name, adapter in spec.models().items()
-    ]
-    fingerprints = {card["id"]: card["fingerprint"] for card in cards}
+def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
+    """The app. Its lifespan starts the catalog and stops the runner."""
+    catalog, metrics, created = Catalog(runner), Metrics(), int(time.time())
     html = resources.files("graft.serve").joinpath("chat.html").read_text(encoding="utf-8")
+    service = Service(catalog, metrics)
 
     async def page(http: HTTPRequest) -> Response:
         return HTMLResponse(html, headers=PAGE_HEADERS)
@@ -108,179 +55,230 @@ def build(runner: Runner, key_sha256: str | None = None) -> ASGIApp:
         return JSONResponse({"status": "up"})
 
     async def ready(http: HTTPRequest) -> Response:
-        return JSONResponse({"status": runner.state, "error": runner.error}, 200 if runner.state == "ready" else 503)
+        error = catalog.error or runner.error
+        state = "failed" if catalog.error else runner.state if runner.state != "ready" else "ready" if catalog.started else "loading"
+        return JSONResponse({"status": state, "error": error}, 200 if state == "ready" else 503)
+
+    async def told(http: HTTPRequest) -> Response:
+        metrics.under_way.set(runner.under_way)
+        for state in ("ready", "cold", "refused"):
+            metrics.adapters.labels(state).set(sum(e.state == state for e in catalog.entries.values()))
+        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(http: HTTPRequest) -> Response:
+        return JSONResponse(document())
 
     async def models(http: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": cards})
+        return JSONResponse({"object": "list", "data": [card(name, entry, catalog, created) for name, entry in catalog.listed().items()]})
 
     async def model(http: HTTPRequest) -> Response:
-        found = [card for card in cards if card["id"] == http.path_params["id"]]
-        if not found:
-            raise unknown_model(http.path_params["id"], spec)
-        return JSONResponse(found[0])
+        name = http.path_params["id"]
+        listed = catalog.listed()
+        entry = listed[name] if name in listed else catalog.entry(name)
+        return JSONResponse(card(name, entry, catalog, created))
 
     async def chat(http: HTTPRequest) -> Response:
-        asked = parse(await read_body(http))
-        if asked.model not in spec.models():
-            raise unknown_model(asked.model, spec)
-        try:
-            ticket = runner.submit(to_request(asked, runner))
-        except Overloaded as e:
-            raise ApiError(429, str(e), code="overloaded") from None
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": asked.model,
-            "system_fingerprint": fingerprints[asked.model],
-        }
-        if asked.stream:
-            usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return StreamingResponse(events(ticket, head, usage), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return JSONResponse(await whole(ticket, head))
+        return await service.answer(http, parse(await http.body(), ChatRequest))
+
+    async def completions(http: HTTPRequest) -> Response:
+        return await service.answer(http, parse(await http.body(), CompletionRequest))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        following = asyncio.create_task(catalog.run())
         yield
+        following.cancel()
         runner.stop()
 
     routes = [
         Route("/", page),
         Route("/health", health),
         Route("/ready", ready),
+        Route("/metrics", told),
+        Route("/openapi.json", openapi),
         Route("/v1/models", models),
         Route("/v1/models/{id}", model),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        *admin.routes(catalog),
     ]
-    handlers: dict[Any, Any] = {ApiError: on_api_error, ServeError: on_serve_error, HTTPException: on_http_error, 500: on_bug}
-    middleware = [Middleware(Guard, key_sha256=key_sha256)] if key_sha256 else []
+    handlers: dict[Any, Any] = {ServeError: on_serve_error, HTTPException: on_http_error, 500: on_bug}
+    middleware = [Middleware(Guard, keys=keys or Keys(), max_concurrent=runner.spec.max_concurrent)]
     return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware, lifespan=lifespan)
 
 
-async def read_body(http: HTTPRequest) -> bytes:
-    body = b""
-    async for part in http.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
-    return body
+def card(name: str, entry: Entry | None, catalog: Catalog, created: int) -> dict[str, Any]:
+    """A model of /v1/models; OpenAI's fields and, of an adapter, what is known of it."""
+    spec = catalog.spec
+    found: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "graft", "root": spec.base_name, "parent": None}
+    if entry is None:
+        return found | {"version": None, "fingerprint": _fingerprint(spec.identity), "state": "ready", "verified": True}
+    version, verdict = entry.version, entry.verdict
+    gate = verdict and {key: round(getattr(verdict, key), 6) for key in ("effect_nats", "difference_nats", "tolerance_nats")}
+    return found | {
+        "created": int(version.about.get("published_unix_s", created)),
+        "parent": spec.base_name,
+        "version": version.id,
+        "fingerprint": _fingerprint(version.id),
+        "state": entry.state,
+        "verified": bool(verdict and verdict.passed),
+        "override": version.notes.get("override"),
+        "gate": gate,
+        "lineage": version.about.get("lineage", {}),
+        "metrics": version.notes.get("evaluation"),
+    }
 
 
-def parse(body: bytes) -> ChatRequest:
-    """The validated request; ApiError 400 names the first field that is wrong or not served."""
-    try:
-        asked = ChatRequest.model_validate_json(body)
-    except ValidationError as e:
-        error = e.errors(include_url=False)[0]
-        param = ".".join(map(str, error["loc"])) or None
-        if error["type"] == "extra_forbidden":
-            fields = ", ".join((Message if "messages" in error["loc"] else ChatRequest).model_fields)
-            raise ApiError(400, f"unsupported field {param!r}: this server takes {fields}", param, "unsupported_parameter") from None
-        if error["type"] == "missing":
-            raise ApiError(400, f"missing field {param!r}", param, "missing_required_parameter") from None
-        raise ApiError(400, f"{param or 'the body'}: {error['msg']}", param, "invalid_value" if param else "invalid_json") from None
-    if asked.stream_options and not asked.stream:
-        raise ApiError(400, "stream_options goes with stream = true only", "stream_options", "invalid_value")
-    if asked.max_tokens and asked.max_completion_tokens:
-        raise ApiError(400, "max_tokens and max_completion_tokens mean the same: give one", "max_tokens", "invalid_value")
-    return asked
+def _fingerprint(identity: str) -> str:
+    return "graft-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def to_request(asked: ChatRequest, runner: Runner) -> Request:
-    """The engine's request; ServeError before the model is ready, ApiError 400 where the conversation does not fit it."""
-    max_length = runner.ready_engine().max_length
-    try:
-        prompt = render_prompt(runner.tokenizer, [m.model_dump() for m in asked.messages])
-    except TemplateError as e:
-        raise ApiError(400, f"the model's chat template refuses the messages: {e}", "messages", "invalid_value") from None
-    wanted, room = asked.max_completion_tokens or asked.max_tokens, max_length - len(prompt)
-    if (wanted or 1) > room:
-        message = f"the messages take {len(prompt)} tokens and {wanted or 1} more are asked for: the model holds {max_length}"
-        raise ApiError(400, message, "messages", "context_length_exceeded")
+class Service:
+    """Answers chat completions and completions."""
+
+    def __init__(self, catalog: Catalog, metrics: Metrics):
+        self.catalog, self.metrics, self.runner = catalog, metrics, catalog.runner
+
+    async def answer(self, http: HTTPRequest, asked: ChatRequest | CompletionRequest) -> Response:
+        known = asked.model if asked.model in self.catalog.listed() else "unknown"
+        try:
+            model, tickets = await self._submitted(asked)
+        except ServeError as e:
+            self.metrics.requests.labels(known, status_of(e)).inc()
+            raise
+        head = {"id": f"{'chatcmpl' if isinstance(asked, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
+        head |= {"model": asked.model, "system_fingerprint": _fingerprint(model.adapter or self.catalog.spec.identity)}
+        reply = Reply(head, tickets, isinstance(asked, ChatRequest), asked.likeliest is not None, model.tokenizer)
+        if asked.stream:
+            usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            events = self._counted(reply.events(usage), known, tickets)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return await self._whole(http, reply, known)
+
+    async def _submitted(self, asked: ChatRequest | CompletionRequest) -> tuple[Model, list[Ticket]]:
+        """The model and the choices' tickets; ServeError where the request cannot be taken."""
+        for _ in range(TRIES):
+            model = await self.catalog.ready(asked.model)
+            request = to_request(asked, model, self.runner)
+            tickets: list[Ticket] = []
+            try:
+                for choice in range(asked.n or 1):
+                    own = Request(**{**vars(request), "seed": request.seed + choice})
+                    tickets.append(await self.runner.submit(own))
+                return model, tickets
+            except NotLoaded:  # another adapter took its place meanwhile
+                self.catalog.evicted(model.id)
+                _drop(tickets)
+            except DataError as e:
+                _drop(tickets)
+                raise ApiError(400, str(e), "messages", "invalid_value") from None
+            except BaseException:
+                _drop(tickets)
+                raise
+        raise SlotsBusy("more adapters are asked for than fit at once: try again soon, or set serve.max_adapters higher")
+
+    async def _whole(self, http: HTTPRequest, reply: Reply, known: str) -> Response:
+        """The reply, whole; a client that closes frees its rows."""
+        answering, leaving = asyncio.create_task(reply.whole()), asyncio.create_task(_left(http))
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                return Response(status_code=499)
+            body = await answering
+            self._count(known, "200", reply.tickets)
+            return JSONResponse(body)
+        except ServeError:
+            self._count(known, "503", reply.tickets)
+            raise
+        finally:
+            answering.cancel()
+            leaving.cancel()
+            _drop(reply.tickets)
+
+    async def _counted(self, events: AsyncIterator[str], known: str, tickets: list[Ticket]) -> AsyncIterator[str]:
+        try:
+            async for event in events:
+                yield event
+        finally:
+            _drop(tickets)
+            self._count(known, "200", tickets)
+
+    def _count(self, model: str, status: str, tickets: Any) -> None:
+        self.metrics.requests.labels(model, status).inc()
+        self.metrics.prompt_tokens.labels(model).inc(len(tickets[0].request.prompt_ids))
+        self.metrics.completion_tokens.labels(model).inc(sum(t.tokens for t in tickets))
+        if first := min((t.first for t in tickets if t.first), default=0.0):
+            self.metrics.first_token_s.labels(model).observe(first - tickets[0].begun)
+        self.metrics.request_s.labels(model).observe(time.monotonic() - tickets[0].begun)
+
+
+def _drop(tickets: Any) -> None:
+    for ticket in tickets:
+        ticket.dropped = True
+
+
+async def _left(http: HTTPRequest) -> None:
+    """Until the client closes."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def to_request(asked: Sampled, model: Model, runner: Runner) -> Request:
+    """The engine's request; ServeError before the model is ready, ApiError 400 where what is asked does not fit it."""
+    engine = runner.ready_engine()
+    assert isinstance(asked, ChatRequest | CompletionRequest)
+    field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+    if isinstance(asked, CompletionRequest):
+        prompt = model.tokenizer(asked.prompt)["input_ids"] if isinstance(asked.prompt, str) else asked.prompt
+        if max(prompt, default=0) >= len(model.tokenizer):
+            raise ApiError(400, f"token {max(prompt)} is none of the {len(model.tokenizer)} that the model knows", "prompt", "invalid_value")
+    else:
+        try:
+            prompt = render_prompt(model.tokenizer, [{"role": m.role, "content": m.text} for m in asked.messages])
+        except TemplateError as e:
+            raise ApiError(400, f"the model's chat template refuses the messages: {e}", "messages", "invalid_value") from None
+    most, room = asked.most, engine.max_length - len(prompt)
+    if not prompt or (most or 1) > room:
+        message = f"the {field} take {len(prompt)} tokens and {most or 1} more are asked for: the model holds {engine.max_length}"
+        raise ApiError(400, message, field, "context_length_exceeded")
     return Request(
         prompt_ids=prompt,
-        max_new_tokens=wanted or room,
+        max_new_tokens=most or room,
         temperature=1.0 if asked.temperature is None else asked.temperature,
         top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_k=asked.top_k or 0,
         seed=secrets.randbits(62) if asked.seed is None else asked.seed,
-        adapter=runner.spec.models()[asked.model],
+        adapter=model.adapter,
         stop=tuple(asked.stop or ()),
+        ends=model.ends,
+        logprobs=asked.likeliest,
     )
 
 
-async def whole(ticket: Ticket, head: dict[str, Any]) -> dict[str, Any]:
-    chunks = []
-    async with aclosing(ticket.bursts()) as bursts:
-        async for burst in bursts:
-            chunks += burst
-    message = {"role": "assistant", "content": "".join(c.text for c in chunks), "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": chunks[-1].finish_reason}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(ticket, sum(c.token is not None for c in chunks))}
+def as_api_error(error: ServeError) -> ApiError:
+    """How an error is told to a client."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UnknownModel):
+        return ApiError(404, str(error), "model", "model_not_found")
+    if isinstance(error, Refused):
+        return ApiError(409, str(error), "model", "adapter_refused")
+    if isinstance(error, Overloaded):
+        return ApiError(429, str(error), code="overloaded")
+    return ApiError(503, str(error))
 
 
-async def events(ticket: Ticket, head: dict[str, Any], include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: the role, the text as it comes, the finish reason, the usage if asked for, [DONE]."""
-
-    def event(delta: dict[str, str] | None, reason: str | None = None, usage: dict[str, int] | None = None) -> str:
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]
-        data = {**head, "object": "chat.completion.chunk", "choices": choices, **({"usage": usage} if include_usage else {})}
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-    tokens, reason = 0, None
-    yield event({"role": "assistant", "content": ""})
-    try:
-        async with aclosing(ticket.bursts(BURST_S)) as bursts:
-            async for burst in bursts:
-                tokens, reason = tokens + sum(c.token is not None for c in burst), burst[-1].finish_reason
-                if text := "".join(c.text for c in burst):
-                    yield event({"content": text})
-    except ServeError as e:  # the status went out long ago: the error goes into the stream, where clients look for it
-        yield f"data: {json.dumps(ApiError(500, str(e)).body)}\n\n"
-        return
-    yield event({}, reason)
-    if include_usage:
-        yield event(None, usage=usage_of(ticket, tokens))
-    yield "data: [DONE]\n\n"
-
-
-def usage_of(ticket: Ticket, completion: int) -> dict[str, int]:
-    prompt = len(ticket.request.prompt_ids)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def unknown_model(name: str, spec: ServeSpec) -> ApiError:
-    return ApiError(404, f"the model {name!r} does not exist: this server has {', '.join(spec.models())}", "model", "model_not_found")
-
-
-async def on_api_error(http: HTTPRequest, error: ApiError) -> Response:
-    return error.response()
+def status_of(error: ServeError) -> str:
+    return str(as_api_error(error).status)
 
 
 async def on_serve_error(http: HTTPRequest, error: ServeError) -> Response:
-    return ApiError(503, str(error)).response()
+    return answer(as_api_error(error))
 
 
 async def on_http_error(http: HTTPRequest, error: HTTPException) -> Response:
-    return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
+    return answer(ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}"))
 
 
 async def on_bug(http: HTTPRequest, error: Exception) -> Response:
-    return ApiError(500, "the server failed on this request: see its log").response()
-
-
-class Guard:
-    """Lets a request pass that carries the key; compares hashes, in constant time."""
-
-    def __init__(self, app: ASGIApp, key_sha256: str):
-        self.app, self.key_sha256 = app, key_sha256
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            scheme, _, key = given.partition(b" ")
-            if not (hmac.compare_digest(hashlib.sha256(key.strip()).hexdigest(), self.key_sha256) and scheme.lower() == b"bearer"):
-                error = ApiError(
-                    401, "this server needs its key: send `Authorization: Bearer` and the server's GRAFT_API_KEY", code="invalid_api_key"
-                )
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+    return answer(ApiError(500, "the server failed on this request: see its log"))

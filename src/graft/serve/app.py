@@ -2,12 +2,11 @@
 replica a GPU, or a machine where there are none.
 
 `with start(spec_of(plan)) as server:` costs about 15 s on two cores, most of it Ray's, and about 1 GB of memory beside
-the model. Only loopback is served unless GRAFT_API_KEY is set; then every route but /health demands that key.
+the model. Only loopback is served unless GRAFT_API_KEY is set; then every route demands that key, and /admin GRAFT_ADMIN_KEY.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import ipaddress
 import json
@@ -21,28 +20,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.core.errors import ServeError
+from graft.core.artifact import Artifact
+from graft.core.errors import GraftError, ServeError
 from graft.core.stages import Plan
-from graft.serve.runner import Runner, ServeSpec
+from graft.core.store import AdapterStore
+from graft.serve.guard import Keys
+from graft.serve.runner import Runner
+from graft.serve.spec import ServeSpec
 
+SHARED = ("host", "replicas", "max_batch", "max_adapters", "max_rank", "kv_tokens", "max_concurrent", "deadline_s")  # recipe.serve's and the spec's
+DRAIN_S = 30.0  # that answers under way have when the server stops
 OBJECT_STORE = 128 << 20  # bytes: nothing large is passed between processes, and Ray's own choice is a third of the memory
 STREAMS_BESIDE = 64  # requests that need no engine (health, models, the page), on top of the engine's own limit
 
 
 def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
-    """What a recipe serves: its adapter under the recipe's name and the model below it as "base"; a fully trained model alone."""
-    recipe, (base, revision, adapters) = plan.recipe, plan.trained()
+    """What a recipe serves: the model below its adapter as "base", and every adapter of the workspace's store that belongs to that, its own
+    first; a fully trained model alone. Its own is published if it is not there yet."""
+    recipe, (base, revision, adapters), sft = plan.recipe, plan.trained(), plan.artifact("sft")
+    store = AdapterStore(plan.served)
+    if adapters and not _published(store, recipe.name, sft):
+        store.publish(recipe.name, sft)
     return ServeSpec(
         base=base,
         revision=revision,
         precision=recipe.model.precision,
-        adapters={name: str(folder) for name, folder in adapters.items()},
-        tokenizer=str(plan.artifact("sft").path),
+        identity=plan.base_identity() if adapters else sft.digest,
+        tokenizer=str(sft.path),
+        store=str(plan.served) if adapters else None,
+        ready=(recipe.name,) if adapters else (),
         base_name="base" if adapters else recipe.name,
-        host=recipe.serve.host,
         port=port or recipe.serve.port,
-        max_batch=recipe.serve.max_batch,
+        **{key: getattr(recipe.serve, key) for key in SHARED},
     )
+
+
+def _published(store: AdapterStore, name: str, artifact: Artifact) -> bool:
+    """Whether `name` stands for this artifact."""
+    try:
+        return bool(store.get(name).about["lineage"].get("digest") == artifact.digest)
+    except GraftError:
+        return False
+
+
+def own_key() -> str | None:
+    """The first of GRAFT_API_KEY's."""
+    return os.environ.get("GRAFT_API_KEY", "").split(",")[0].strip() or None
 
 
 def check_address(host: str, port: int, key: str | None) -> None:
@@ -67,13 +90,13 @@ def check_address(host: str, port: int, key: str | None) -> None:
 class Replica:
     """What Ray Serve runs: the runner's thread and the HTTP app over it, in one process."""
 
-    def __init__(self, spec: ServeSpec, key_sha256: str | None):
-        self.runner, self.key_sha256 = Runner(spec), key_sha256
+    def __init__(self, spec: ServeSpec, keys: Keys):
+        self.runner, self.keys = Runner(spec), keys
 
     def __serve_build_asgi_app__(self) -> Any:
         from graft.serve.api import build
 
-        return build(self.runner, self.key_sha256)
+        return build(self.runner, self.keys)
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces the replica on an error: an engine that ended does not come back by itself."""
@@ -103,7 +126,8 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
     ServeError where the address cannot be had, the model does not load, or nothing is ready after `timeout_s`; then
     everything that was started is stopped again. temp_dir: Ray's session folder, short (its sockets lie in it).
     """
-    key = os.environ.get("GRAFT_API_KEY") or None
+    keys = Keys.of(os.environ)
+    key = own_key()
     check_address(spec.host, spec.port, key)
     began = time.monotonic()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -140,17 +164,18 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": spec.port}, logging_config=quiet)
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        across: Any = {"num_replicas": gpus or machines, **({} if gpus else {"max_replicas_per_node": 1})} if machines else {}
+        count = spec.replicas if spec.replicas > 1 or not machines else gpus or machines
+        across: Any = {"num_replicas": count, **({"max_replicas_per_node": 1} if machines and not gpus and count <= machines else {})}
         deployment = serve.deployment(
             name="graft",
             **across,
             max_ongoing_requests=spec.max_waiting + 2 * spec.max_batch + STREAMS_BESIDE,  # the runner itself says 429, and earlier
             ray_actor_options={"num_cpus": 1, "num_gpus": min(gpus, 1)},
             graceful_shutdown_wait_loop_s=0.1,
-            graceful_shutdown_timeout_s=2,
+            graceful_shutdown_timeout_s=DRAIN_S,
             logging_config=quiet,
         )(serve.ingress()(Replica))
-        serve.run(deployment.bind(spec, key and hashlib.sha256(key.encode()).hexdigest()), name="graft", logging_config=quiet)
+        serve.run(deployment.bind(spec, keys), name="graft", logging_config=quiet)
         undo.callback(serve.delete, "graft")  # answers under way may end
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.host, spec.host)
         wait_until_ready(host, spec.port, key, began + timeout_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 from graft.core.errors import ServeError
 from graft.core.stages import Job, Plan
-from graft.serve.app import Server, spec_of, start
+from graft.serve.app import Server, own_key, spec_of, start
 
 
 def run(job: Job) -> None:
@@ -32,7 +31,7 @@ def ask(url: str, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     """One greedy question through the openai client, streamed and whole; ServeError where the two replies differ."""
     import openai
 
-    key = os.environ.get("GRAFT_API_KEY") or "none"
+    key = own_key() or "none"
     question: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, "temperature": 0}
     with openai.DefaultHttpxClient(trust_env=False) as direct, openai.OpenAI(base_url=f"{url}/v1", api_key=key, http_client=direct) as client:
         try:

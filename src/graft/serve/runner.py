@@ -1,66 +1,43 @@
-"""One thread that owns the engine: requests wait in a queue, and what waits becomes the next batch.
+"""One thread that owns the engine: it adds what was asked for, takes a step, hands the tokens out, and so on.
 
-A batch runs to its end before the next one starts; a request that comes in between waits for it. Loading happens in the
-thread too, so the process answers while its model is still on the way.
+Loading happens in the thread too, so the process answers while its model is still on the way. Whatever else needs the engine, an adapter
+that is loaded, is called between two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import queue
 import threading
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
-from graft.core.artifact import MANIFEST
 from graft.core.errors import GraftError, ServeError
 from graft.engine.protocol import Chunk, Engine, Request
+from graft.serve.spec import ServeSpec
 
-
-@dataclass(frozen=True)
-class ServeSpec:
-    """What is served, and where. adapters: {model name: folder}; tokenizer: the folder whose chat template is used."""
-
-    base: str
-    revision: str | None
-    precision: str
-    adapters: dict[str, str]
-    tokenizer: str
-    base_name: str = "base"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_batch: int = 16
-
-    def models(self) -> dict[str, str | None]:
-        """{model name: its adapter, None for the base}, the adapters first."""
-        return {**{name: name for name in self.adapters}, self.base_name: None}
-
-    def fingerprint(self, model: str) -> str | None:
-        """The fingerprint in the manifest of the artifact behind a model; a hub base is named by its revision."""
-        manifest = Path(self.adapters.get(model, self.base)) / MANIFEST
-        return json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"] if manifest.is_file() else self.revision
-
-    @property
-    def max_waiting(self) -> int:
-        return 8 * self.max_batch
+T = TypeVar("T")
 
 
 class Overloaded(ServeError):
-    """More requests wait than the server will hold."""
+    """More requests are under way than the server will hold."""
 
 
 class Ticket:
-    """One submitted request, on the side of the event loop that waits for it."""
+    """One request under way, on the side of the event loop that waits for it."""
 
-    def __init__(self, request: Request):
-        self.request, self.dropped = request, False
-        self.loop, self.chunks = asyncio.get_running_loop(), asyncio.Queue[Chunk | None]()
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop, deadline: float):
+        """deadline: in time.monotonic's seconds."""
+        self.request, self.dropped, self.deadline, self.why = request, False, deadline, "the engine stopped while it worked on this request"
+        self.loop, self.chunks = loop, asyncio.Queue[Chunk | None]()
+        self.begun, self.first, self.tokens = time.monotonic(), 0.0, 0  # first: when the first chunk came; tokens: so far
 
     def give(self, chunk: Chunk | None) -> None:
-        """Called by the engine's thread; None says that the engine has ended."""
+        """Called by the engine's thread; None says that nothing follows, `why` the reason."""
+        self.first = self.first or time.monotonic()
+        self.tokens += chunk is not None and chunk.token is not None
         try:
             self.loop.call_soon_threadsafe(self.chunks.put_nowait, chunk)
         except RuntimeError:  # the loop was closed, and the client with it
@@ -69,7 +46,7 @@ class Ticket:
     async def bursts(self, pause_s: float = 0.0) -> AsyncGenerator[list[Chunk], None]:
         """All chunks there are, then those of the next `pause_s`, and so on: few messages, the first one at once.
 
-        A reader that leaves gives the row up at the next step. ServeError where the engine ends first.
+        A reader that leaves gives the row up at the next step. ServeError where the engine ends first, or the deadline comes.
         """
         try:
             while True:
@@ -81,27 +58,28 @@ class Ticket:
                     if whole[-1].finish_reason:
                         return
                 if None in burst:
-                    raise ServeError("the engine stopped while it worked on this request: see the server's log")
+                    raise ServeError(self.why)
                 await asyncio.sleep(pause_s)
         finally:
             self.dropped = True
 
 
-@dataclass
 class Runner:
     """Starts loading at once. `state` is "loading", "ready", "stopping" or "failed"; `error` says why it failed."""
 
-    spec: ServeSpec
-    state: str = "loading"
-    error: str | None = None
-    tokenizer: Any = None  # for the event loop; the engine has its own, so that no two threads share one
-    engine: Engine | None = None
-    waiting: queue.SimpleQueue[Ticket | None] = field(default_factory=queue.SimpleQueue)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
+    def __init__(self, spec: ServeSpec):
+        self.spec, self.state, self.error = spec, "loading", None
+        self.tokenizer: Any = None  # for the event loop; the engine has its own, so that no two threads share one
+        self.engine: Engine | None = None
+        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}
+        self._asked = 0  # tickets, and those that are on their way to become one
+        self._lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
+
+    state: str
+    error: str | None
 
     def ready_engine(self) -> Engine:
         """The engine; ServeError while it cannot answer."""
@@ -109,68 +87,120 @@ class Runner:
             raise ServeError(f"the model is {self.state}: {self.error or 'try again soon'}")
         return self.engine
 
-    def submit(self, request: Request) -> Ticket:
-        """Queue a request; Overloaded or ServeError where it cannot be taken now."""
-        with self.lock:  # or a ticket could slip in behind the thread's last look at the queue
+    async def submit(self, request: Request) -> Ticket:
+        """The request under way. Overloaded or ServeError where it cannot be taken now, the engine's DataError where it cannot be run."""
+        with self._lock:
             self.ready_engine()
-            if self.waiting.qsize() >= self.spec.max_waiting:
-                raise Overloaded(f"{self.spec.max_waiting} requests are waiting already, try again soon")
-            ticket = Ticket(request)
-            self.waiting.put(ticket)
-            return ticket
+            if self._asked >= (most := self.spec.max_batch + self.spec.max_waiting):
+                raise Overloaded(f"{most} requests are under way already, try again soon")
+            self._asked += 1
+        ticket = Ticket(request, asyncio.get_running_loop(), time.monotonic() + self.spec.deadline_s)
+
+        def add(engine: Engine) -> None:
+            self._tickets[engine.add(request)] = ticket
+
+        try:
+            await self.call(add)
+        except BaseException:
+            ticket.dropped = True  # the call may be made all the same
+            with self._lock:
+                self._asked -= 1
+            raise
+        return ticket
+
+    async def call(self, act: Callable[[Engine], T]) -> T:
+        """What act(engine) gives, called by the engine's thread between two steps."""
+        future: Future[T] = Future()
+        with self._lock:  # or it could slip in behind the thread's last look at the queue
+            self.ready_engine()
+            self._calls.put((act, future))
+        return await asyncio.wrap_future(future)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that run or wait."""
+        return self._asked
 
     def stop(self) -> None:
-        """Take no more requests, and end the thread after those that wait."""
-        with self.lock:
-            self.state = "stopping"
-            self.waiting.put(None)
+        """Take no more requests, and end the thread after those under way."""
+        with self._lock:
+            if self.state != "failed":
+                self.state = "stopping"
+            self._calls.put(None)
 
     def _run(self) -> None:
-        batch: list[Ticket] = []
         try:
             engine = self._load()
-            while (first := self.waiting.get()) is not None:
-                batch = [first, *self._more()]
-                _answer(engine, batch)
+            stopping = False
+            while not stopping or self._tickets:
+                stopping = self._answer_calls(engine, wait=not self._tickets) or stopping
+                now = time.monotonic()
+                for row, ticket in list(self._tickets.items()):
+                    if ticket.dropped or now > ticket.deadline:
+                        ticket.why = f"the request took longer than {self.spec.deadline_s:g} s (serve.deadline_s)"
+                        ticket.give(None)
+                        engine.drop(row)
+                        self._done(row)
+                for chunk in engine.step():
+                    if found := self._tickets.get(chunk.row):
+                        found.give(chunk)
+                        if chunk.finish_reason:
+                            self._done(chunk.row)
         except GraftError as e:
             self.error = str(e)
         finally:  # whatever ended the thread, nobody waits for ever
-            with self.lock:
+            with self._lock:
                 self.state, self.error = "failed", self.error or "the engine stopped, see the server's log"
-                for ticket in [*batch, *self._more(self.spec.max_waiting)]:
+                for ticket in self._tickets.values():
                     ticket.give(None)
+                while not self._calls.empty():
+                    if call := self._calls.get_nowait():
+                        call[1].set_exception(ServeError(self.error))
+
+    def _done(self, row: int) -> None:
+        del self._tickets[row]
+        with self._lock:
+            self._asked -= 1
+
+    def _answer_calls(self, engine: Engine, wait: bool) -> bool:
+        """Make the calls that wait, at least one if `wait`; whether the sign to stop was among them."""
+        stop = False
+        while wait or not self._calls.empty():
+            call, wait = self._calls.get(), False
+            if call is None:
+                stop = True
+                continue
+            act, future = call
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(act(engine))
+            except GraftError as e:
+                future.set_exception(e)
+            except BaseException as e:
+                future.set_exception(ServeError(f"the engine failed: {type(e).__name__}"))
+                raise
+        return stop
 
     def _load(self) -> Engine:
-        """Load the engine and let every model generate one token; only then is the server ready."""
+        """Load the engine and let the base generate one token; only then is it ready."""
         from graft.engine.hf import HFEngine  # imports torch: seconds in which the process already answers
         from graft.model.chat import load_tokenizer, render_prompt
 
         spec = self.spec
-        folders = {name: Path(folder) for name, folder in spec.adapters.items()}
-        engine = HFEngine(spec.base, spec.revision, spec.precision, folders, load_tokenizer(spec.tokenizer), max_batch=spec.max_batch)
+        engine = HFEngine(
+            spec.base,
+            spec.revision,
+            spec.precision,
+            {},
+            load_tokenizer(spec.tokenizer),
+            max_batch=spec.max_batch,
+            max_adapters=spec.max_adapters,
+            max_rank=spec.max_rank,
+            kv_tokens=spec.kv_tokens,
+        )
         self.tokenizer = load_tokenizer(spec.tokenizer)
-        hello = render_prompt(self.tokenizer, [{"role": "user", "content": "hello"}])
-        engine.generate([Request(hello, 1, adapter=adapter) for adapter in spec.models().values()])
-        with self.lock:
+        engine.generate([Request(render_prompt(self.tokenizer, [{"role": "user", "content": "hello"}]), 1)])
+        with self._lock:
             self.engine, self.state = engine, "ready" if self.state == "loading" else self.state
         return engine
-
-    def _more(self, most: int | None = None) -> list[Ticket]:
-        """Tickets that wait now, at most `most`; by default the rest of a batch."""
-        found: list[Ticket] = []
-        while len(found) < (self.spec.max_batch - 1 if most is None else most):
-            try:
-                ticket = self.waiting.get_nowait()
-            except queue.Empty:
-                break
-            if ticket is None:  # the sign to stop is always the last: leave it for the loop
-                self.waiting.put(None)
-                break
-            found.append(ticket)
-        return found
-
-
-def _answer(engine: Engine, batch: list[Ticket]) -> None:
-    for chunks in engine.stream([ticket.request for ticket in batch], dropped=lambda row: batch[row].dropped):
-        for chunk in chunks:
-            batch[chunk.row].give(chunk)

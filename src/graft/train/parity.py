@@ -36,16 +36,22 @@ def record(job: Job, model: PackedLM, tokenizer: Any, folder: Path) -> None:
     canaries = packed([(p["ids"], p["loss_mask"]) for p in probes], job.recipe.shard.seq_len)
     if canaries is None:  # no chat among the rows, or none that a bin holds
         canaries = packed(documents(ShardSet.open(shards / "train", verify=False).bin(0)), job.recipe.shard.seq_len)
-    parity = {
+    found = effects(model, canaries, folder) if canaries else []
+    told = parity(tokenizer, job.plan.base_identity(job.stage.name), job.recipe.train_precision(job.stage.name), found)
+    (folder / FILE).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+
+
+def parity(tokenizer: Any, base: str, precision: str, canaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What parity.json holds. base: what tells it from others; canaries: as effects() gives them."""
+    return {
         "format": 1,
-        "base": job.plan.base_identity(job.stage.name),
+        "base": base,
         "tokenizer": tokenizer_digest(tokenizer),
         "chat_template": digest_of(tokenizer.chat_template),
         "special_tokens": {str(i): token.content for i, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special},
-        "precision": job.recipe.train_precision(job.stage.name),
-        "canaries": effects(model, canaries, folder) if canaries else [],
+        "precision": precision,
+        "canaries": canaries,
     }
-    (folder / FILE).write_text(json.dumps(parity, ensure_ascii=False), encoding="utf-8")
 
 
 def packed(documents: list[tuple[list[int], list[int]]], seq_len: int) -> Bin | None:

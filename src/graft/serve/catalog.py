@@ -1,0 +1,227 @@
+"""The models of one replica: the base, and the adapters of the store that belong to it. The store says what there is; this says what is ready.
+
+A version is examined and judged (gate.py) before it first answers, whether a request or the store's news asked for it. Slots are fewer than
+adapters may be: an idle one goes when another comes, and is loaded again when it is asked for, without a new verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.core.errors import GraftError, ServeError
+from graft.core.store import AdapterStore, Version
+from graft.engine.protocol import SlotsBusy
+from graft.model.chat import end_of_turn_ids
+from graft.serve.gate import Candidate, Refused, Verdict, examined, judged, unexamined
+from graft.serve.runner import Runner
+
+POLL_S = 1.0  # how soon what was published elsewhere is seen
+
+
+class UnknownModel(ServeError):
+    """No model of that name is served."""
+
+
+@dataclass
+class Entry:
+    """One version. state: "cold" (not in memory), "ready" or "refused", with the reason."""
+
+    version: Version
+    state: str = "cold"
+    reason: str | None = None
+    candidate: Candidate | None = None
+    verdict: Verdict | None = None
+    load_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a request is answered with. adapter: the engine's name of it, None for the base."""
+
+    id: str
+    adapter: str | None
+    tokenizer: Any
+    ends: tuple[int, ...]
+
+
+class Catalog:
+    """Lives on the event loop. run() is its task; until it has loaded what the server must have, `started` is false."""
+
+    def __init__(self, runner: Runner):
+        self.runner, self.spec = runner, runner.spec
+        self.store = AdapterStore(Path(self.spec.store)) if self.spec.store else None
+        self.names: dict[str, str] = {}  # name -> version's id, of this base alone
+        self.entries: dict[str, Entry] = {}
+        self.started, self.error = False, None
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._base: Model | None = None
+
+    error: str | None
+
+    # ---- what there is --------------------------------------------------------------------------------------------------
+    def refresh(self) -> None:
+        """Read the store's names; versions of other bases are not of this server."""
+        if self.store is None:
+            return
+        names = {}
+        for name, identity in self.store.names().items():
+            try:
+                version = self.store.get(identity)
+            except GraftError:
+                continue
+            if name == self.spec.base_name or version.notes.get("withdrawn"):
+                continue
+            entry = self.entries.get(version.id)
+            if entry is None:
+                entry = self.entries[version.id] = Entry(version)
+                if not self._of_this_base(version):
+                    entry.state, entry.reason = "refused", "it was trained on another base"
+            entry.version = version
+            names[name] = version.id
+        self.names = names
+
+    def _of_this_base(self, version: Version) -> bool:
+        try:
+            return bool(json.loads((version.folder / "parity.json").read_text(encoding="utf-8"))["base"] == self.spec.identity)
+        except (OSError, ValueError, KeyError, TypeError):
+            return True  # the gate will say what is wrong with it
+
+    def listed(self) -> dict[str, Entry | None]:
+        """{model id: its entry, None for the base}: names first, the adapters that answer."""
+        found: dict[str, Entry | None] = {name: self.entries[i] for name, i in self.names.items() if self.entries[i].state != "refused"}
+        return found | {self.spec.base_name: None}
+
+    # ---- what is asked for ----------------------------------------------------------------------------------------------
+    async def ready(self, model: str) -> Model:
+        """The model, in memory; it may be evicted again before it is used. UnknownModel, Refused, SlotsBusy."""
+        if model == self.spec.base_name:
+            return self._base_model()
+        entry = self.entry(model)
+        if entry.state != "ready":
+            entry = await self.load(entry.version.id)
+        candidate = entry.candidate
+        assert candidate
+        return Model(entry.version.id, entry.version.id, candidate.tokenizer, candidate.ends)
+
+    def _base_model(self) -> Model:
+        if self._base is None:
+            self.runner.ready_engine()
+            tokenizer = self.runner.tokenizer
+            self._base = Model(self.spec.base_name, None, tokenizer, tuple(end_of_turn_ids(tokenizer)))
+        return self._base
+
+    def entry(self, model: str) -> Entry:
+        identity = self.names.get(model, model)
+        if "@" in identity and identity not in self.entries and self.store:
+            try:
+                version = self.store.get(identity)
+                if not version.notes.get("withdrawn"):
+                    self.entries[identity] = Entry(version)
+            except GraftError:
+                pass
+        if identity not in self.entries or self.entries[identity].version.notes.get("withdrawn"):
+            raise UnknownModel(f"the model {model!r} does not exist: this server has {', '.join(self.listed())}")
+        return self.entries[identity]
+
+    async def load(self, identity: str, again: bool = False) -> Entry:
+        """Have a version in memory. again: examine and judge it anew, whatever was found before; Refused where it must not answer."""
+        entry = self.entries[identity]
+        async with self._locks.setdefault(identity, asyncio.Lock()):
+            if again:
+                entry.candidate = entry.verdict = None
+            elif entry.state == "ready":
+                return entry
+            elif entry.state == "refused":
+                raise Refused(entry.reason or "")
+            began = time.perf_counter()
+            override = entry.version.notes.get("override")
+            try:
+                if entry.candidate is None:
+                    entry.candidate = await self._examine(identity, override)
+                known = entry.verdict
+                verdict, evicted = await self.runner.call(
+                    lambda engine: _loaded(engine, entry.candidate, self.spec.precision, known, bool(override), again)
+                )
+            except SlotsBusy:
+                raise
+            except GraftError as e:
+                entry.state, entry.reason = "refused", str(e)
+                raise Refused(str(e)) from None
+            entry.verdict, entry.state, entry.reason = verdict, "ready", None
+            entry.load_s = time.perf_counter() - began
+            if evicted and evicted in self.entries:
+                self.entries[evicted].state = "cold"
+            return entry
+
+    async def _examine(self, identity: str, override: str | None) -> Candidate:
+        self.runner.ready_engine()
+        assert self.store
+        try:
+            return await asyncio.to_thread(examined, self.store, identity, self.spec, self.runner.tokenizer)
+        except Refused as e:
+            if not override:
+                raise
+            return unexamined(self.store, identity, self.runner.tokenizer, str(e))
+
+    async def unload(self, identity: str) -> None:
+        """Out of memory; what is under way with it ends as it would have."""
+        await self.runner.call(lambda engine: engine.unload(identity))
+        if self.entries[identity].state == "ready":
+            self.entries[identity].state = "cold"
+
+    def evicted(self, identity: str) -> None:
+        """The engine said that it has this adapter no more."""
+        if identity in self.entries and self.entries[identity].state == "ready":
+            self.entries[identity].state = "cold"
+
+    # ---- its task -------------------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Load what the server must have, then follow the store: a new version is loaded as it is published, while slots are free."""
+        while self.runner.state == "loading":
+            await asyncio.sleep(0.02)
+        try:
+            await asyncio.to_thread(self.refresh)
+            for name in self.spec.ready:
+                await self.ready(name)
+            self.started = True
+        except ServeError as e:
+            self.error = str(e)
+            return
+        while True:
+            await self.follow()
+            await asyncio.sleep(POLL_S)
+
+    async def follow(self) -> None:
+        """Once: what is new in the store, and what was withdrawn."""
+        await asyncio.to_thread(self.refresh)
+        wanted = set(self.names.values())
+        for identity, entry in list(self.entries.items()):
+            try:
+                if entry.state == "ready" and entry.version.notes.get("withdrawn"):
+                    await self.unload(identity)
+                elif entry.state == "cold" and identity in wanted and entry.candidate is None and self._room():
+                    await self.load(identity)
+            except ServeError:  # it stands in the entry, or the engine has ended
+                continue
+
+    def _room(self) -> bool:
+        return sum(entry.state == "ready" for entry in self.entries.values()) < self.spec.max_adapters
+
+
+def _loaded(
+    engine: Any, candidate: Candidate | None, precision: str, known: Verdict | None, override: bool, again: bool
+) -> tuple[Verdict, str | None]:
+    """(verdict, name of the adapter that had to go) of an adapter that is now in the engine; Refused where it must not be."""
+    assert candidate
+    name = candidate.version.id
+    evicted = engine.load(name, candidate.version.folder, again)
+    verdict = known or judged(engine, candidate, precision)
+    if not verdict.passed and not override:
+        engine.unload(name)
+        raise Refused(verdict.reason or "")
+    return verdict, evicted

@@ -1,0 +1,35 @@
+"""What is served, where, and within which limits; it travels to every replica."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServeSpec:
+    """base: a folder or hub id, `identity` what tells it from others; tokenizer: the folder whose chat template the base is asked by.
+
+    store: of the adapters (core/store.py), None for a model that takes none; ready: their names that the server does not start without.
+    """
+
+    base: str
+    revision: str | None
+    precision: str
+    identity: str
+    tokenizer: str
+    store: str | None = None
+    ready: tuple[str, ...] = ()
+    base_name: str = "base"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    max_batch: int = 16  # rows under way
+    max_adapters: int = 8  # in memory at once
+    max_rank: int = 64
+    kv_tokens: int | None = None  # None: what the memory allows
+    max_concurrent: int = 128  # requests of one key
+    deadline_s: float = 600.0  # for a request
+
+    @property
+    def max_waiting(self) -> int:
+        return 8 * self.max_batch
