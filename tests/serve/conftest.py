@@ -1,21 +1,30 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))  # for tiny_model: pytest imports by file and adds no folder
 
-from tiny_model import build, recorded
+import uvicorn
+from tiny_model import build as build_tiny
+from tiny_model import random_adapter, recorded
 
+from graft.core.recipe import Lora
 from graft.core.stages import Plan
 from graft.core.store import AdapterStore
+from graft.serve.api import build
+from graft.serve.app import wait_until_ready
+from graft.serve.runner import Runner
 from graft.serve.spec import ServeSpec
 
 RECIPE = """
@@ -43,7 +52,7 @@ IDENTITY = "hub:tiny/base@0"
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(base folder, {adapter name: its folder, with what training would have recorded of it})"""
-    base, adapters = build(tmp_path_factory.mktemp("served"))
+    base, adapters = build_tiny(tmp_path_factory.mktemp("served"))
     for folder in adapters.values():
         recorded(base, folder, IDENTITY)
     return base, adapters
@@ -56,6 +65,48 @@ def spec(tiny, tmp_path_factory):
     for name, folder in adapters.items():
         store.add(name, folder, {"recipe": name})
     return ServeSpec(str(base), None, "fp32", IDENTITY, str(adapters["one"]), str(store.root), ("one", "two"), max_batch=4)
+
+
+@pytest.fixture(scope="session")
+def eight(tiny, tmp_path_factory):
+    """Folders of eight adapters, a0 to a7."""
+    root = tmp_path_factory.mktemp("eight")
+    for seed in range(8):
+        folder = random_adapter(tiny[0], Lora(r=4 + 4 * (seed % 2), alpha=8), root / f"a{seed}", 10 + seed)
+        recorded(tiny[0], folder, IDENTITY)
+    return [root / f"a{seed}" for seed in range(8)]
+
+
+class Listening:
+    """An app on a port of its own, in a thread."""
+
+    def __init__(self, app):
+        self.port = free_port()
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error", backlog=1024))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        wait_until_ready("127.0.0.1", self.port, None, time.monotonic() + 60)
+        return f"http://127.0.0.1:{self.port}"
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def listening(spec, eight, tmp_path_factory):
+    """serve(**settings) -> a context that gives the URL of a server of the base and eight adapters."""
+    store = AdapterStore(tmp_path_factory.mktemp("listening"))
+    for folder in eight:
+        store.add(folder.name, folder, {})
+
+    def serve(**settings):
+        own = {"store": str(store.root), "ready": tuple(f.name for f in eight), **settings}
+        return Listening(build(Runner(dataclasses.replace(spec, **own))))
+
+    return serve
 
 
 @pytest.fixture(scope="module")

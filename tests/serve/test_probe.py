@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 
 from graft.core.errors import ServeError
+from graft.core.store import AdapterStore
 from graft.serve import probe
 from graft.serve.app import spec_of
 
@@ -18,7 +20,7 @@ from graft.serve import probe
 from graft.serve.app import spec_of, start
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 try:
-    start(dataclasses.replace(spec_of(plan), adapters={"one": "nowhere"}))
+    start(dataclasses.replace(spec_of(plan), ready=("nobody",)))
 except ServeError as e:
     (plan.root / "said").write_text(str(e))
 probe.run(plan.resolve("serve"))
@@ -28,15 +30,15 @@ ray.shutdown()
 
 
 @pytest.mark.campaign  # in the suite the quickstart runs this very stage
-def test_the_stage_asks_the_served_adapter_and_keeps_the_reply(spec, finished, process):
+def test_the_stage_asks_the_served_adapter_and_keeps_the_reply(tiny, finished, process):
     """In a process that has a Ray of its own, which must outlive both a start that fails and one that works."""
-    plan = finished(spec.adapters["two"])
+    plan = finished(tiny[1]["two"])
     served = spec_of(plan)
-    assert served.models() == {"tiny": "tiny", "base": None} and served.base == str(plan.root / "base")
-    assert served.fingerprint("tiny") == plan.artifact("sft").manifest["fingerprint"]
+    assert (served.ready, served.base_name, served.base) == (("tiny",), "base", str(plan.root / "base"))
+    assert AdapterStore(Path(served.store)).get("tiny").about["lineage"]["fingerprint"] == plan.artifact("sft").manifest["fingerprint"]
     assert process(SCENE, plan).wait(150) == 0
     said = (plan.root / "said").read_text()
-    assert "cannot be served" in said and "holds no readable adapter" in said
+    assert "cannot be served" in said and "'nobody' does not exist" in said
     made = plan.artifact("serve")
     reply = json.loads((made.path / "reply.json").read_text())
     assert (reply["model"], reply["prompt"], reply["path"]) == ("tiny", "畫 sea", "/v1/chat/completions")
@@ -44,8 +46,8 @@ def test_the_stage_asks_the_served_adapter_and_keeps_the_reply(spec, finished, p
     assert made.counts["reply"] == reply["reply"] != ""
 
 
-def test_a_port_in_use_leaves_nothing_half_written(spec, finished):
-    job = finished(spec.adapters["one"]).resolve("serve")
+def test_a_port_in_use_leaves_nothing_half_written(tiny, finished):
+    job = finished(tiny[1]["one"]).resolve("serve")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", job.recipe.serve.port))
         taken.listen()
@@ -56,4 +58,4 @@ def test_a_port_in_use_leaves_nothing_half_written(spec, finished):
 
 def test_a_model_trained_whole_is_served_under_the_recipes_name(spec, finished):
     served = spec_of(finished(spec.base, "lora = false"), port=9)
-    assert served.models() == {"tiny": None} and served.adapters == {} and served.base == served.tokenizer and served.port == 9
+    assert (served.base_name, served.ready, served.store, served.port) == ("tiny", (), None, 9) and served.base == served.tokenizer

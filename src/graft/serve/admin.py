@@ -46,8 +46,8 @@ def routes(catalog: Catalog) -> list[Route]:
         entry = catalog.entries[identity]
         return {
             "id": identity,
-            "state": entry.state,
-            "reason": entry.reason,
+            "state": catalog.state(entry),
+            "reason": entry.refused,
             "aliases": sorted(name for name, of in catalog.names.items() if of == identity),
             "notes": entry.version.notes,
             "gate": entry.verdict and asdict(entry.verdict),
@@ -61,7 +61,7 @@ def routes(catalog: Catalog) -> list[Route]:
         if anew:
             await changed(store().note, version.id, withdrawn=None, **({"override": asked.override} if asked.override else {}))
         entry = catalog.entry(version.id)
-        await catalog.load(version.id, again=anew or entry.state == "refused")
+        await catalog.load(version.id, again=anew or bool(entry.refused))
         return JSONResponse(about(version.id))
 
     async def unload(http: HTTPRequest) -> Response:

@@ -13,6 +13,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -25,11 +27,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from graft.core.errors import DataError, ServeError
-from graft.engine.protocol import NotLoaded, Request, SlotsBusy
+from graft.core.errors import ArtifactError, DataError, ServeError
+from graft.engine.protocol import Request
 from graft.model.chat import render_prompt
 from graft.serve import admin
-from graft.serve.catalog import Catalog, Entry, Model, UnknownModel
+from graft.serve.catalog import Catalog, Entry, Model, UnknownModel, patient
 from graft.serve.gate import Refused
 from graft.serve.guard import Guard, Keys, answer
 from graft.serve.metrics import Metrics
@@ -39,7 +41,6 @@ from graft.serve.requests import ApiError, ChatRequest, CompletionRequest, Sampl
 from graft.serve.runner import Overloaded, Runner, Ticket
 
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"}
-TRIES = 5  # to ask an adapter that was evicted while it was asked for
 
 
 def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
@@ -62,7 +63,7 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
     async def told(http: HTTPRequest) -> Response:
         metrics.under_way.set(runner.under_way)
         for state in ("ready", "cold", "refused"):
-            metrics.adapters.labels(state).set(sum(e.state == state for e in catalog.entries.values()))
+            metrics.adapters.labels(state).set(sum(catalog.state(e) == state for e in catalog.entries.values()))
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(http: HTTPRequest) -> Response:
@@ -120,7 +121,7 @@ def card(name: str, entry: Entry | None, catalog: Catalog, created: int) -> dict
         "parent": spec.base_name,
         "version": version.id,
         "fingerprint": _fingerprint(version.id),
-        "state": entry.state,
+        "state": catalog.state(entry),
         "verified": bool(verdict and verdict.passed),
         "override": version.notes.get("override"),
         "gate": gate,
@@ -147,7 +148,7 @@ class Service:
             self.metrics.requests.labels(known, status_of(e)).inc()
             raise
         head = {"id": f"{'chatcmpl' if isinstance(asked, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
-        head |= {"model": asked.model, "system_fingerprint": _fingerprint(model.adapter or self.catalog.spec.identity)}
+        head |= {"model": asked.model, "system_fingerprint": _fingerprint(model.id if model.folder else self.catalog.spec.identity)}
         reply = Reply(head, tickets, isinstance(asked, ChatRequest), asked.likeliest is not None, model.tokenizer)
         if asked.stream:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -157,25 +158,23 @@ class Service:
 
     async def _submitted(self, asked: ChatRequest | CompletionRequest) -> tuple[Model, list[Ticket]]:
         """The model and the choices' tickets; ServeError where the request cannot be taken."""
-        for _ in range(TRIES):
-            model = await self.catalog.ready(asked.model)
-            request = to_request(asked, model, self.runner)
-            tickets: list[Ticket] = []
-            try:
-                for choice in range(asked.n or 1):
-                    own = Request(**{**vars(request), "seed": request.seed + choice})
-                    tickets.append(await self.runner.submit(own))
-                return model, tickets
-            except NotLoaded:  # another adapter took its place meanwhile
-                self.catalog.evicted(model.id)
-                _drop(tickets)
-            except DataError as e:
-                _drop(tickets)
-                raise ApiError(400, str(e), "messages", "invalid_value") from None
-            except BaseException:
-                _drop(tickets)
-                raise
-        raise SlotsBusy("more adapters are asked for than fit at once: try again soon, or set serve.max_adapters higher")
+        model = await self.catalog.ready(asked.model)
+        request = to_request(asked, model, self.runner)
+        tickets: list[Ticket] = []
+        try:
+            for choice in range(asked.n or 1):
+                own = replace(request, seed=request.seed + choice)
+                tickets.append(await patient(partial(self.runner.submit, own, model.folder)))
+            return model, tickets
+        except DataError as e:
+            _drop(tickets)
+            raise ApiError(400, str(e), "messages", "invalid_value") from None
+        except ArtifactError as e:  # it was whole when the gate saw it
+            _drop(tickets)
+            raise Refused(str(e)) from None
+        except BaseException:
+            _drop(tickets)
+            raise
 
     async def _whole(self, http: HTTPRequest, reply: Reply, known: str) -> Response:
         """The reply, whole; a client that closes frees its rows."""
@@ -248,7 +247,7 @@ def to_request(asked: Sampled, model: Model, runner: Runner) -> Request:
         top_p=1.0 if asked.top_p is None else asked.top_p,
         top_k=asked.top_k or 0,
         seed=secrets.randbits(62) if asked.seed is None else asked.seed,
-        adapter=model.adapter,
+        adapter=model.id if model.folder else None,
         stop=tuple(asked.stop or ()),
         ends=model.ends,
         logprobs=asked.likeliest,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from graft.core.errors import GraftError, ServeError
 from graft.core.store import AdapterStore, Version
@@ -20,6 +21,8 @@ from graft.model.chat import end_of_turn_ids
 from graft.serve.gate import Candidate, Refused, Verdict, examined, judged, unexamined
 from graft.serve.runner import Runner
 
+T = TypeVar("T")
+SLOT_WAIT_S = 10.0  # for an adapter that is not in memory, until another one is idle
 POLL_S = 1.0  # how soon what was published elsewhere is seen
 
 
@@ -29,11 +32,10 @@ class UnknownModel(ServeError):
 
 @dataclass
 class Entry:
-    """One version. state: "cold" (not in memory), "ready" or "refused", with the reason."""
+    """One version, with why it is refused, or what was found of it."""
 
     version: Version
-    state: str = "cold"
-    reason: str | None = None
+    refused: str | None = None
     candidate: Candidate | None = None
     verdict: Verdict | None = None
     load_s: float | None = None
@@ -41,10 +43,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Model:
-    """What a request is answered with. adapter: the engine's name of it, None for the base."""
+    """What a request is answered with. folder: of an adapter, which has the engine's name `id`; None for the base."""
 
     id: str
-    adapter: str | None
+    folder: Path | None
     tokenizer: Any
     ends: tuple[int, ...]
 
@@ -74,14 +76,15 @@ class Catalog:
                 version = self.store.get(identity)
             except GraftError:
                 continue
+            if version.id in self.entries:
+                self.entries[version.id].version = version  # its notes may be new
             if name == self.spec.base_name or version.notes.get("withdrawn"):
                 continue
             entry = self.entries.get(version.id)
             if entry is None:
                 entry = self.entries[version.id] = Entry(version)
                 if not self._of_this_base(version):
-                    entry.state, entry.reason = "refused", "it was trained on another base"
-            entry.version = version
+                    entry.refused = "it was trained on another base"
             names[name] = version.id
         self.names = names
 
@@ -93,20 +96,24 @@ class Catalog:
 
     def listed(self) -> dict[str, Entry | None]:
         """{model id: its entry, None for the base}: names first, the adapters that answer."""
-        found: dict[str, Entry | None] = {name: self.entries[i] for name, i in self.names.items() if self.entries[i].state != "refused"}
+        found: dict[str, Entry | None] = {name: self.entries[i] for name, i in self.names.items() if not self.entries[i].refused}
         return found | {self.spec.base_name: None}
+
+    def state(self, entry: Entry) -> str:
+        """ "ready" (in memory), "cold" or "refused"."""
+        return "refused" if entry.refused else "ready" if entry.version.id in self.runner.adapters else "cold"
 
     # ---- what is asked for ----------------------------------------------------------------------------------------------
     async def ready(self, model: str) -> Model:
-        """The model, in memory; it may be evicted again before it is used. UnknownModel, Refused, SlotsBusy."""
+        """The model, which passed the gate; whether it is in memory is seen when it is asked. UnknownModel, Refused, SlotsBusy."""
         if model == self.spec.base_name:
             return self._base_model()
         entry = self.entry(model)
-        if entry.state != "ready":
-            entry = await self.load(entry.version.id)
+        if entry.verdict is None:
+            await self.load(entry.version.id)
         candidate = entry.candidate
         assert candidate
-        return Model(entry.version.id, entry.version.id, candidate.tokenizer, candidate.ends)
+        return Model(entry.version.id, entry.version.folder, candidate.tokenizer, candidate.ends)
 
     def _base_model(self) -> Model:
         if self._base is None:
@@ -129,33 +136,25 @@ class Catalog:
         return self.entries[identity]
 
     async def load(self, identity: str, again: bool = False) -> Entry:
-        """Have a version in memory. again: examine and judge it anew, whatever was found before; Refused where it must not answer."""
+        """Have a version in memory. again: examined and judged anew, whatever was found before; Refused where it must not answer."""
         entry = self.entries[identity]
         async with self._locks.setdefault(identity, asyncio.Lock()):
-            if again:
-                entry.candidate = entry.verdict = None
-            elif entry.state == "ready":
+            if entry.refused and not again:
+                raise Refused(entry.refused)
+            if entry.verdict and identity in self.runner.adapters and not again:
                 return entry
-            elif entry.state == "refused":
-                raise Refused(entry.reason or "")
             began = time.perf_counter()
             override = entry.version.notes.get("override")
             try:
-                if entry.candidate is None:
-                    entry.candidate = await self._examine(identity, override)
-                known = entry.verdict
-                verdict, evicted = await self.runner.call(
-                    lambda engine: _loaded(engine, entry.candidate, self.spec.precision, known, bool(override), again)
-                )
+                candidate = entry.candidate if entry.candidate and not again else await self._examine(identity, override)
+                verdict = await self._into_the_engine(candidate, None if again else entry.verdict, bool(override), again)
             except SlotsBusy:
                 raise
             except GraftError as e:
-                entry.state, entry.reason = "refused", str(e)
+                entry.refused = str(e)
                 raise Refused(str(e)) from None
-            entry.verdict, entry.state, entry.reason = verdict, "ready", None
+            entry.candidate, entry.verdict, entry.refused = candidate, verdict, None
             entry.load_s = time.perf_counter() - began
-            if evicted and evicted in self.entries:
-                self.entries[evicted].state = "cold"
             return entry
 
     async def _examine(self, identity: str, override: str | None) -> Candidate:
@@ -168,16 +167,13 @@ class Catalog:
                 raise
             return unexamined(self.store, identity, self.runner.tokenizer, str(e))
 
+    async def _into_the_engine(self, candidate: Candidate, known: Verdict | None, override: bool, again: bool) -> Verdict:
+        """As _loaded(), as soon as a slot is idle; SlotsBusy where none is for long."""
+        return await patient(lambda: self.runner.call(lambda engine: _loaded(engine, candidate, self.spec.precision, known, override, again)))
+
     async def unload(self, identity: str) -> None:
         """Out of memory; what is under way with it ends as it would have."""
         await self.runner.call(lambda engine: engine.unload(identity))
-        if self.entries[identity].state == "ready":
-            self.entries[identity].state = "cold"
-
-    def evicted(self, identity: str) -> None:
-        """The engine said that it has this adapter no more."""
-        if identity in self.entries and self.entries[identity].state == "ready":
-            self.entries[identity].state = "cold"
 
     # ---- its task -------------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -202,26 +198,33 @@ class Catalog:
         wanted = set(self.names.values())
         for identity, entry in list(self.entries.items()):
             try:
-                if entry.state == "ready" and entry.version.notes.get("withdrawn"):
+                state = self.state(entry)
+                if state == "ready" and entry.version.notes.get("withdrawn"):
                     await self.unload(identity)
-                elif entry.state == "cold" and identity in wanted and entry.candidate is None and self._room():
+                elif state == "cold" and identity in wanted and entry.verdict is None and len(self.runner.adapters) < self.spec.max_adapters:
                     await self.load(identity)
             except ServeError:  # it stands in the entry, or the engine has ended
                 continue
 
-    def _room(self) -> bool:
-        return sum(entry.state == "ready" for entry in self.entries.values()) < self.spec.max_adapters
+
+async def patient(act: Callable[[], Awaitable[T]]) -> T:
+    """act(), again while every slot is in use; SlotsBusy where that lasts."""
+    deadline = time.monotonic() + SLOT_WAIT_S
+    while True:
+        try:
+            return await act()
+        except SlotsBusy:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.005)
 
 
-def _loaded(
-    engine: Any, candidate: Candidate | None, precision: str, known: Verdict | None, override: bool, again: bool
-) -> tuple[Verdict, str | None]:
-    """(verdict, name of the adapter that had to go) of an adapter that is now in the engine; Refused where it must not be."""
-    assert candidate
+def _loaded(engine: Any, candidate: Candidate, precision: str, known: Verdict | None, override: bool, again: bool) -> Verdict:
+    """Of an adapter that is now in the engine; Refused where it must not be."""
     name = candidate.version.id
-    evicted = engine.load(name, candidate.version.folder, again)
+    engine.load(name, candidate.version.folder, again)
     verdict = known or judged(engine, candidate, precision)
     if not verdict.passed and not override:
         engine.unload(name)
         raise Refused(verdict.reason or "")
-    return verdict, evicted
+    return verdict

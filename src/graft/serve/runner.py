@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from graft.core.errors import GraftError, ServeError
@@ -71,6 +72,7 @@ class Runner:
         self.spec, self.state, self.error = spec, "loading", None
         self.tokenizer: Any = None  # for the event loop; the engine has its own, so that no two threads share one
         self.engine: Engine | None = None
+        self.adapters: tuple[str, ...] = ()  # that are in memory
         self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._asked = 0  # tickets, and those that are on their way to become one
@@ -87,8 +89,9 @@ class Runner:
             raise ServeError(f"the model is {self.state}: {self.error or 'try again soon'}")
         return self.engine
 
-    async def submit(self, request: Request) -> Ticket:
-        """The request under way. Overloaded or ServeError where it cannot be taken now, the engine's DataError where it cannot be run."""
+    async def submit(self, request: Request, folder: Path | None = None) -> Ticket:
+        """The request under way; folder: of its adapter, which is loaded if it is not in memory. Overloaded, SlotsBusy or ServeError where it cannot
+        be taken now, the engine's DataError where it cannot be run."""
         with self._lock:
             self.ready_engine()
             if self._asked >= (most := self.spec.max_batch + self.spec.max_waiting):
@@ -97,6 +100,8 @@ class Runner:
         ticket = Ticket(request, asyncio.get_running_loop(), time.monotonic() + self.spec.deadline_s)
 
         def add(engine: Engine) -> None:
+            if request.adapter and folder:
+                engine.load(request.adapter, folder)
             self._tickets[engine.add(request)] = ticket
 
         try:
@@ -174,7 +179,9 @@ class Runner:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(act(engine))
+                found = act(engine)
+                self.adapters = tuple(engine.adapters)
+                future.set_result(found)
             except GraftError as e:
                 future.set_exception(e)
             except BaseException as e:

@@ -1,0 +1,147 @@
+"""Adapters while the server runs: what is published is picked up, more of them than fit take turns, and nobody who asks notices."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from graft.core.store import AdapterStore
+from graft.serve.api import build
+from graft.serve.runner import Runner
+
+ASK = {"messages": [{"role": "user", "content": "sea"}], "max_tokens": 12, "temperature": 0}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def serve(spec, tmp_path):
+    """serve(adapters, **settings) -> (client, store), of a server of its own."""
+    running = []
+
+    def start(adapters, **settings):
+        store = AdapterStore(tmp_path / "store")
+        for folder in adapters:
+            store.add(folder.name, folder, {})
+        client = TestClient(build(Runner(dataclasses.replace(spec, store=str(store.root), ready=(), **settings))), base_url="http://localhost")
+        running.append(client.__enter__())
+        until(lambda: client.get("/ready").json()["status"] == "ready")
+        return client, store
+
+    yield start
+    for client in running:
+        client.__exit__(None, None, None)
+
+
+def until(what, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+    return found
+
+
+def states(client):
+    return {a["id"].partition("@")[0]: a["state"] for a in client.get("/admin/adapters").json()["data"]}
+
+
+def said(client, model, **more):
+    reply = client.post(CHAT, json={**ASK, "model": model, **more})
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def test_a_finished_training_run_is_picked_up_by_itself(serve, eight):
+    client, store = serve(eight[:1])
+    assert client.get("/v1/models").json()["data"][-1]["id"] == "base"
+    store.add("fresh", eight[1], {})
+    card = until(lambda: next((m for m in client.get("/v1/models").json()["data"] if m["id"] == "fresh" and m["state"] == "ready"), None))
+    assert card["verified"]
+    before = said(client, "fresh")
+    store.add("fresh", eight[2], {})
+    until(lambda: client.get("/v1/models/fresh").json()["version"] != card["version"])
+    assert said(client, card["version"]) == before != said(client, "fresh"), "an older version is still there by its own name"
+
+
+def test_more_adapters_than_fit_take_turns(serve, eight):
+    alone = {}
+    client, _ = serve(eight, max_adapters=8)
+    for folder in eight:
+        alone[folder.name] = said(client, folder.name)
+    assert len(set(alone.values())) == 8
+    small, _ = serve(eight, max_adapters=2)
+    with ThreadPoolExecutor(8) as pool:
+        names = [folder.name for folder in eight] * 4
+        replies = list(pool.map(lambda name: small.post(CHAT, json={**ASK, "model": name}), names))
+    for name, reply in zip(names, replies, strict=True):
+        assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"] == alone[name], reply.text
+    assert sum(state == "ready" for state in states(small).values()) <= 2
+    for folder in eight:  # one after the other, all are answered
+        assert said(small, folder.name) == alone[folder.name]
+
+
+def test_reload_and_alias_under_load_fail_no_request(serve, eight):
+    client, store = serve(eight[:3], max_adapters=4)
+    one, two = (store.get(folder.name).id for folder in eight[:2])
+    client.post("/admin/alias", json={"alias": "prod", "model": one})
+    answers = {said(client, one), said(client, two)}
+    over = False
+
+    def ask(n):
+        found = []
+        while not over:
+            reply = client.post(CHAT, json={**ASK, "model": "prod" if n % 2 else eight[2].name})
+            found.append((reply.status_code, reply.json().get("choices", [{}])[0].get("message", {}).get("content")))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask, n) for n in range(4)]
+        for n in range(12):
+            assert client.post("/admin/reload", json={"model": one if n % 2 else eight[2].name}).status_code == 200
+            assert client.post("/admin/alias", json={"alias": "prod", "model": two if n % 2 else one}).status_code == 200
+        over = True
+        replies = [reply for done in asking for reply in done.result()]
+    assert len(replies) > 12 and {status for status, _ in replies} == {200}
+    assert {text for _, text in replies} == answers | {said(client, eight[2].name)}
+    print(f"{len(replies)} requests answered while 12 reloads and 12 aliases were made, 0 failed")
+
+
+def test_unload_takes_an_adapter_off_every_server_and_load_brings_it_back(serve, eight):
+    client, store = serve(eight[:2])
+    other, _ = serve(eight[:2])
+    name = eight[0].name
+    until(lambda: states(client)[name] == states(other)[name] == "ready")
+    before = said(client, name)
+    assert client.post("/admin/unload", json={"model": name}).json()["state"] == "cold"
+    for server in (client, other):
+        until(lambda server=server: name not in [m["id"] for m in server.get("/v1/models").json()["data"]])
+        assert server.post(CHAT, json={**ASK, "model": name}).status_code == 404
+        assert server.post(CHAT, json={**ASK, "model": store.get(name).id}).status_code == 404
+    assert client.post("/admin/load", json={"model": name}).json()["state"] == "ready"
+    assert said(client, name) == before
+    until(lambda: name in [m["id"] for m in other.get("/v1/models").json()["data"]])
+    assert said(other, name) == before
+
+
+def test_a_model_trained_whole_takes_no_adapters(spec):
+    whole = dataclasses.replace(spec, store=None, ready=(), base_name="whole")
+    with TestClient(build(Runner(whole)), base_url="http://localhost") as client:
+        until(lambda: client.get("/ready").json()["status"] == "ready")
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["whole"]
+        assert client.post("/admin/load", json={"model": "one"}).json()["error"]["code"] == "no_adapters"
+        assert client.post(CHAT, json={**ASK, "model": "whole"}).json()["usage"]["prompt_tokens"] > 3
+
+
+def test_a_store_that_disappears_leaves_what_is_loaded(serve, eight):
+    client, store = serve(eight[:1])
+    version = store.get(eight[0].name).id
+    until(lambda: states(client)[eight[0].name] == "ready")
+    before = said(client, version)
+    shutil.move(store.root, Path(store.root).with_name("gone"))
+    time.sleep(1.2)
+    assert said(client, version) == before
