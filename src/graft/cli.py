@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     with_recipe(base, needed=False)
     base.add_argument("--like", metavar="SHAPE", help="random weights of a real model's shape, such as llama-3.1-8b, written to --out")
     base.add_argument("--out", metavar="DIR")
-    with_recipe(verb("evaluate", lambda a: _until(a, "evaluate"), "evaluate the recipe's adapter"))
+    evaluate = with_recipe(verb("evaluate", _evaluate, "evaluate the recipe's adapter"))
+    evaluate.add_argument("--server", metavar="URL", help="ask a running server the same, and compare; exit code 1 where an answer differs")
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
     serve.add_argument("--port", type=int)
     verb("lineage", _lineage, "print an artifact's chain of manifests").add_argument("path")
@@ -221,6 +222,16 @@ def _check(args: argparse.Namespace) -> int:
     for line in lines:
         print(line)
     return 0 if fits else 2
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.server is None:
+        return _until(args, "evaluate")
+    from graft.evaluate.served import compare
+
+    lines, equal = compare(_plan(args, "recorded"), args.server)
+    print("\n".join(lines))
+    return 0 if equal else 1
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from graft.engine.protocol import Request, SlotsBusy
 from graft.engine.text import HALF, Text
 from graft.model.base import load_base
 from graft.model.chat import load_tokenizer, render_prompt
+from graft.model.lora import merge_into, read_adapter
 
 PROMPTS = ["Draw", "What is the weather like today?", "幫我畫一隻在海邊散步的柴犬", "a" * 60, "sea", "今天", "me", "walking by the sea"]
 
@@ -63,6 +64,23 @@ def test_logits_and_greedy_tokens_equal_those_of_peft(tiny, engine, name):
         assert theirs.abs().max() > 1  # something was compared
         found = engine.generate([Request(prompt, 24, adapter=name)])[0]
         assert found.token_ids == [t for t in tokens[0, len(prompt) :].tolist() if t not in engine.ends]
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_merged_weights_peft_and_the_engine_give_the_same_logits(tiny, engine, name):
+    base, adapters = tiny
+    prompt = render_prompt(engine.tokenizer, [{"role": "user", "content": PROMPTS[1]}])
+    merged = load_base(str(base), None, "fp32", "cpu")
+    layers = dict(merged.named_modules())
+    for layer, weight in merge_into(lambda n: layers[n].weight.data, *read_adapter(adapters[name])).items():
+        layers[layer].weight.data = weight
+    peft = PeftModel.from_pretrained(load_base(str(base), None, "fp32", "cpu"), adapters[name]).eval()
+    with torch.inference_mode():
+        ours, theirs, whole = logits_of(engine, prompt, name), peft(torch.tensor([prompt])).logits, merged(torch.tensor([prompt])).logits
+        plain = logits_of(engine, prompt, None)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole, theirs, atol=1e-4, rtol=1e-4)
+    assert (ours - plain).abs().max() > 0.1
 
 
 def logits_of(engine, prompt, name):

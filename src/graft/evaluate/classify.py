@@ -16,6 +16,7 @@ from rich.progress import track
 from graft.core.calls import parse_answer
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.stages import Job
+from graft.core.store import AdapterStore
 from graft.engine.hf import HFEngine
 from graft.engine.protocol import Request
 from graft.model.chat import load_tokenizer, render_prompt
@@ -64,6 +65,9 @@ def run(job: Job) -> None:
             rows=len(rows), strict_f1=strict["f1"], strict_precision=strict["precision"], strict_recall=strict["recall"], intent_f1=table[trained]["intent"]["f1"],
             accuracy=table[trained]["accuracy"], best_constant_f1=best_constant, beats_constants=strict["f1"] > best_constant, failures=sum(p["predicted"] != p["label"] for p in ours),
         )  # fmt: skip
+        if adapters:  # beside the version that servers find
+            store, told = AdapterStore(plan.served), {k: v for k, v in draft.counts.items() if isinstance(v, int | float)}
+            store.note(store.publish(recipe.name, job.parents["sft"]).id, evaluation=told)
 
 
 def _predict(engine: HFEngine, tokenizer: Any, rows: list[dict[str, Any]], adapter: str | None, job: Job) -> list[dict[str, Any]]:

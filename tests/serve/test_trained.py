@@ -1,0 +1,52 @@
+"""From a training run to the server by themselves: what was trained is what answers, and its evaluation is the offline one."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from graft.cli import main
+from graft.core.store import AdapterStore
+from graft.evaluate import classify
+from graft.serve.api import build
+from graft.serve.app import spec_of
+from graft.serve.runner import Runner
+
+from ..train.small import small_plan, train
+from .conftest import Listening
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Trained and evaluated."""
+    plan = small_plan(tmp_path_factory.mktemp("trained"), "evaluate.max_new_tokens=12", "sft.lr=0.1", "sft.epochs=6")
+    train(plan, 1)
+    classify.run(plan.resolve("evaluate"))
+    return plan
+
+
+def test_the_evaluation_through_the_server_equals_the_offline_one(plan, capsys):
+    spec = spec_of(plan)
+    assert spec.ready == ("small",) and spec.store == str(plan.served)
+    words = ["evaluate", str(plan.path), "--workspace", str(plan.root), *(w for o in plan.overrides for w in ("--set", o)), "--server"]
+    with Listening(build(Runner(spec))) as url:
+        assert main([*words, url]) == 0
+    assert "3 of 3 answers are equal to the letter" in capsys.readouterr().out
+    predictions = plan.artifact("evaluate").path / "predictions.jsonl"
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len({line["answer"] for line in lines}) > 1 and all(line["answer"] for line in lines)
+    assert main([*words, url]) == 2 and "did not answer" in capsys.readouterr().err
+
+
+def test_lineage_and_evaluation_stand_beside_the_model(plan):
+    with TestClient(build(Runner(spec_of(plan))), base_url="http://localhost") as client:
+        while client.get("/ready").json()["status"] == "loading":
+            time.sleep(0.02)
+        card = client.get("/v1/models/small").json()
+    sft = plan.artifact("sft")
+    assert card["verified"] and card["lineage"]["digest"] == sft.digest and card["lineage"]["counts"]["steps"] == 21
+    assert card["metrics"]["rows"] == 3 and card["version"] == AdapterStore(Path(plan.served)).get("small").id
