@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import stat
+import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
+from pathlib import Path
 
 import openai
 import pytest
@@ -38,7 +42,7 @@ def url(plan, process):
         assert f"{url}/v1  (model 'tiny')" in said[0] and f"{url}/" in said[1] and "http://127.0.0.1:" in said[2], said
         yield url
         served.send_signal(signal.SIGTERM)
-        assert (served.wait(30), served.stdout.read()) == (0, "stopping\n")
+        assert served.wait(40) == 0 and served.stdout.read().endswith("stopping\n")  # behind what Ray says of the replica that was killed
         with pytest.raises(urllib.error.URLError):
             DIRECT.open(f"{url}/health", timeout=2)
     finally:
@@ -110,6 +114,51 @@ def test_the_page_the_probes_and_the_token(url, plan):
         assert page.headers["content-type"].startswith("text/html") and "送出 Send" in page.read().decode()
     assert DIRECT.open(f"{url}/health", timeout=10).status == DIRECT.open(f"{url}/ready", timeout=10).status == 200
     assert stat.S_IMODE((plan.root / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+def replica_pid(plan):
+    """Of the engine's replica of this plan's server."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            home = f"HOME={plan.root}".encode()
+            if b"ServeReplica:graft" in (entry / "cmdline").read_bytes() and home in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+    return None
+
+
+def test_a_replica_killed_under_load_gives_no_wrong_answer_and_comes_back(url, plan, expected):
+    async def scene():
+        direct = openai.DefaultAsyncHttpxClient(trust_env=False)
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", http_client=direct, max_retries=0, timeout=60) as client:
+            over, right, failed = False, [], []
+
+            async def ask(model):
+                while not over:
+                    try:
+                        reply = await client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=16, temperature=0)
+                        assert reply.choices[0].message.content == expected[model], "a wrong answer"
+                        right.append(time.monotonic())
+                    except openai.APIError as e:
+                        failed.append(e)
+                        await asyncio.sleep(0.05)
+
+            asking = [asyncio.create_task(ask(model)) for model in expected for _ in range(3)]
+            async with asyncio.timeout(120):
+                while len(right) < 12:
+                    await asyncio.sleep(0.05)
+                killed, before = time.monotonic(), replica_pid(plan)
+                os.kill(before, signal.SIGKILL)
+                while not right or right[-1] < killed + 0.5:  # answered by another one
+                    await asyncio.sleep(0.05)
+                back_s = next(at for at in right if at > killed + 0.5) - killed
+            over = True
+            await asyncio.gather(*asking)
+            assert replica_pid(plan) not in (None, before)
+            return back_s, len(right), len(failed)
+
+    back_s, right, failed = asyncio.run(scene())
+    print(f"replica killed under load: answers again after {back_s:.1f} s; {right} right, {failed} failed, 0 wrong")
+    assert failed
 
 
 def test_a_second_server_on_the_same_port_is_one_line(url, plan):
