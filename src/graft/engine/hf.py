@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ class HFEngine:
             self._check(row, request)
         of = {self.add(requests[row]): row for row in sorted(range(len(requests)), key=lambda row: len(requests[row].prompt_ids))}
         while self.busy:
-            if chunks := [Chunk(**{**vars(c), "row": of[c.row]}) for c in self.step()]:
+            if chunks := [replace(c, row=of[c.row]) for c in self.step()]:
                 yield chunks
             for number, row in of.items():
                 if dropped(row):

@@ -35,11 +35,11 @@ def routes(catalog: Catalog) -> list[Route]:
             raise
         except GraftError as e:
             raise Refused(str(e)) from None
-        await asyncio.to_thread(catalog.refresh)
+        await catalog.refresh()
         return found
 
     async def listed(http: HTTPRequest) -> Response:
-        await asyncio.to_thread(catalog.refresh)
+        await catalog.refresh()
         return JSONResponse({"data": [about(identity) for identity in catalog.entries], "aliases": catalog.names})
 
     def about(identity: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +53,9 @@ class Model:
 
 
 class Catalog:
-    """Lives on the event loop. run() is its task; until it has loaded what the server must have, `started` is false."""
+    """Lives on the event loop. run() is its task; until it has loaded what the server must have, `started` is false, and `error` may say why."""
+
+    error: str | None
 
     def __init__(self, runner: Runner):
         self.runner, self.spec = runner, runner.spec
@@ -63,36 +66,32 @@ class Catalog:
         self._locks: dict[str, asyncio.Lock] = {}
         self._base: Model | None = None
 
-    error: str | None
-
     # ---- what there is --------------------------------------------------------------------------------------------------
-    def refresh(self) -> None:
-        """Read the store's names; versions of other bases are not of this server."""
+    async def refresh(self) -> None:
+        """Read the store's names, and the notes of what is known; versions of other bases are not of this server."""
         if self.store is None:
             return
-        names = {}
-        for name, identity in self.store.names().items():
-            try:
-                version = self.store.get(identity)
-            except GraftError:
-                continue
+        named, versions = await asyncio.to_thread(self._read, self.store, list(self.entries))
+        for version in versions:
             if version.id in self.entries:
-                self.entries[version.id].version = version  # its notes may be new
-            if name == self.spec.base_name or version.notes.get("withdrawn"):
-                continue
-            entry = self.entries.get(version.id)
-            if entry is None:
-                entry = self.entries[version.id] = Entry(version)
-                if not self._of_this_base(version):
-                    entry.refused = "it was trained on another base"
-            names[name] = version.id
-        self.names = names
+                self.entries[version.id].version = version
+            else:
+                other = _base_of(version) not in (None, self.spec.identity)
+                self.entries[version.id] = Entry(version, "it was trained on another base" if other else None)
+        self.names = {
+            name: i
+            for name, i in named.items()
+            if i in self.entries and name != self.spec.base_name and not self.entries[i].version.notes.get("withdrawn")
+        }
 
-    def _of_this_base(self, version: Version) -> bool:
-        try:
-            return bool(json.loads((version.folder / "parity.json").read_text(encoding="utf-8"))["base"] == self.spec.identity)
-        except (OSError, ValueError, KeyError, TypeError):
-            return True  # the gate will say what is wrong with it
+    @staticmethod
+    def _read(store: AdapterStore, known: list[str]) -> tuple[dict[str, str], list[Version]]:
+        """({name: version's id}, the versions of all names and of `known`, as far as they can be read)."""
+        named, versions = store.names(), []
+        for identity in dict.fromkeys([*named.values(), *known]):
+            with suppress(GraftError):
+                versions.append(store.get(identity))
+        return named, versions
 
     def listed(self) -> dict[str, Entry | None]:
         """{model id: its entry, None for the base}: names first, the adapters that answer."""
@@ -100,7 +99,7 @@ class Catalog:
         return found | {self.spec.base_name: None}
 
     def state(self, entry: Entry) -> str:
-        """ "ready" (in memory), "cold" or "refused"."""
+        """One of "ready" (in memory), "cold" and "refused"."""
         return "refused" if entry.refused else "ready" if entry.version.id in self.runner.adapters else "cold"
 
     # ---- what is asked for ----------------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ class Catalog:
         if model == self.spec.base_name:
             return self._base_model()
         entry = self.entry(model)
-        if entry.verdict is None:
+        if entry.refused or entry.verdict is None:
             await self.load(entry.version.id)
         candidate = entry.candidate
         assert candidate
@@ -181,7 +180,7 @@ class Catalog:
         while self.runner.state == "loading":
             await asyncio.sleep(0.02)
         try:
-            await asyncio.to_thread(self.refresh)
+            await self.refresh()
             for name in self.spec.ready:
                 await self.ready(name)
             self.started = True
@@ -194,7 +193,7 @@ class Catalog:
 
     async def follow(self) -> None:
         """Once: what is new in the store, and what was withdrawn."""
-        await asyncio.to_thread(self.refresh)
+        await self.refresh()
         wanted = set(self.names.values())
         for identity, entry in list(self.entries.items()):
             try:
@@ -205,6 +204,14 @@ class Catalog:
                     await self.load(identity)
             except ServeError:  # it stands in the entry, or the engine has ended
                 continue
+
+
+def _base_of(version: Version) -> str | None:
+    try:
+        found: str = json.loads((version.folder / "parity.json").read_text(encoding="utf-8"))["base"]
+        return found
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # the gate will say what is wrong with it
 
 
 async def patient(act: Callable[[], Awaitable[T]]) -> T:

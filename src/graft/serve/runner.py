@@ -68,6 +68,9 @@ class Ticket:
 class Runner:
     """Starts loading at once. `state` is "loading", "ready", "stopping" or "failed"; `error` says why it failed."""
 
+    state: str
+    error: str | None
+
     def __init__(self, spec: ServeSpec):
         self.spec, self.state, self.error = spec, "loading", None
         self.tokenizer: Any = None  # for the event loop; the engine has its own, so that no two threads share one
@@ -79,9 +82,6 @@ class Runner:
         self._lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
-
-    state: str
-    error: str | None
 
     def ready_engine(self) -> Engine:
         """The engine; ServeError while it cannot answer."""
