@@ -10,6 +10,7 @@ import stat
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,13 +42,23 @@ def url(plan, process):
         said = [served.stdout.readline() for _ in range(4)]
         assert f"{url}/v1  (model 'tiny')" in said[0] and f"{url}/" in said[1] and "http://127.0.0.1:" in said[2], said
         yield url
-        served.send_signal(signal.SIGTERM)
+        with ThreadPoolExecutor(1) as pool:  # what is under way ends as it would have
+            asking = pool.submit(long_answer, url)
+            time.sleep(0.3)
+            assert not asking.done()
+            served.send_signal(signal.SIGTERM)
+            assert sum(choice.finish_reason in ("length", "stop") for choice in asking.result(60).choices) == 8
         assert served.wait(40) == 0 and served.stdout.read().endswith("stopping\n")  # behind what Ray says of the replica that was killed
         with pytest.raises(urllib.error.URLError):
             DIRECT.open(f"{url}/health", timeout=2)
     finally:
         served.kill()
         served.wait()
+
+
+def long_answer(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False), max_retries=0) as client:
+        return client.chat.completions.create(model="base", messages=MESSAGES, temperature=2, seed=1, n=8, max_tokens=200, extra_body={"top_k": 90})
 
 
 @pytest.fixture(scope="module")

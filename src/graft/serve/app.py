@@ -171,6 +171,7 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
             **across,
             max_ongoing_requests=spec.max_waiting + 2 * spec.max_batch + STREAMS_BESIDE,  # the runner itself says 429, and earlier
             ray_actor_options={"num_cpus": 1, "num_gpus": min(gpus, 1)},
+            health_check_period_s=2,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=DRAIN_S,
             logging_config=quiet,
