@@ -92,7 +92,7 @@ class Watch(threading.Thread):
 
 
 def run_graft(folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Through its launcher, as users start it; timed by its own metrics.jsonl."""
+    """Through its launcher, as users start it; timed by its own metrics.jsonl. What it saved before --limit counts, if that ends it."""
     given = [f"sft.save_every={args.every}", *args.set]
     settings = argparse.Namespace(gpus=args.processes, micro=1, steps=args.every * (args.saves + 1), set=given)
     row = "full-whole-ckpt" if args.full else f"{args.precision}-whole"
@@ -102,12 +102,16 @@ def run_graft(folder: Path, base: Path, args: argparse.Namespace) -> dict[str, A
     watch.start()
     overrides = [word for o in plan.overrides for word in ("--set", o)]
     command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *overrides]
+    ended_by_limit = False
     try:
         finished(command, args.limit)
+    except TimeoutError:
+        ended_by_limit = True
     finally:
         watch.close()
-    lines = (plan.artifact("sft").path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return watch.found([json.loads(line)["ended_unix_s"] for line in lines])
+    at = job.run_directory if ended_by_limit else plan.artifact("sft").path
+    lines = (at / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"ended_by_limit": ended_by_limit, **watch.found([json.loads(line)["ended_unix_s"] for line in lines])}
 
 
 def run_peer(peer: str, folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of graft's recipe")
     parser.add_argument("--discard", action="store_true", help="delete graft's checkpoints as they are whole, for small disks")
-    parser.add_argument("--limit", type=float, default=600, help="seconds that one contestant may take")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that one contestant may take; graft's saves until then count")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/graft-checkpoint"))
     parser.add_argument("--out", type=Path, default=Path("checkpoint.json"))
     parser.add_argument("--table", type=Path, nargs="+", help="of earlier calls' --out, and run nothing")

@@ -68,7 +68,7 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
         stalls = r["stalls_s"]
         found.append(
             [
-                r["of"],
+                r["of"] + (", ended by --limit" if r.get("ended_by_limit") else ""),
                 f"{r['bytes'] / 1e6:,.1f}",
                 f"1/{whole / r['bytes']:.1f}" if whole else "",
                 f"{r['step_time_s'] * 1e3:,.0f} ± {r['step_spread_s'] * 5e2:,.0f} ms",
