@@ -39,7 +39,8 @@ POLL_S = 0.005
 class Watch(threading.Thread):
     """Looks at a run's folders from outside: when a checkpoint is written by all ranks, when it is whole, and its bytes.
 
-    graft's are seen by their names; of peers a line in the log says it, and then they are deleted. discard: graft's too.
+    graft's are seen by their names, also those that never became whole; of peers a line in the log says it, and then they are deleted.
+    discard: graft's too.
     """
 
     def __init__(self, folder: Path, log: Path | None, processes: int, discard: bool):
@@ -47,6 +48,7 @@ class Watch(threading.Thread):
         self.folder, self.log, self.processes, self.discard = folder, log, processes, discard or bool(log)
         self.saves: dict[int, Saved] = {}
         self.bytes = 0
+        self._begun: set[int] = set()
         self._written: dict[int, float] = {}
         self._over = threading.Event()
 
@@ -67,9 +69,11 @@ class Watch(threading.Thread):
                     self._whole(line["saved"], Path(line["folder"]), line["whole_unix_s"], line["whole_unix_s"])
             return
         for draft in self.folder.glob(".step-*.writing"):
+            step = int(draft.name[len(".step-") : -len(".writing")])
+            self._begun.add(step)
             with suppress(FileNotFoundError):  # it is renamed at this moment
                 if len(list(draft.glob("rank-*.sums"))) == self.processes:
-                    self._written.setdefault(int(draft.name[len(".step-") : -len(".writing")]), now)
+                    self._written.setdefault(step, now)
         for found in sorted(self.folder.glob("step-*")):
             step = int(found.name.removeprefix("step-"))
             if step not in self.saves:
@@ -87,12 +91,13 @@ class Watch(threading.Thread):
         return [json.loads(line) for line in lines]
 
     def found(self, ends_unix_s: list[float]) -> dict[str, Any]:
-        saves = [self.saves[step] for step in sorted(self.saves) if step < len(ends_unix_s)]
+        steps = sorted(step for step in self._begun | self.saves.keys() if step < len(ends_unix_s))
+        saves = [self.saves.get(step, Saved(step, None, None)) for step in steps]
         return {"bytes": self.bytes, **figures(ends_unix_s, saves), "ends_unix_s": ends_unix_s, "saves": saves}
 
 
 def run_graft(folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Through its launcher, as users start it; timed by its own metrics.jsonl."""
+    """Through its launcher, as users start it; timed by its own metrics.jsonl. What it saved counts, whatever ends it."""
     given = [f"sft.save_every={args.every}", *args.set]
     settings = argparse.Namespace(gpus=args.processes, micro=1, steps=args.every * (args.saves + 1), set=given)
     row = "full-whole-ckpt" if args.full else f"{args.precision}-whole"
@@ -102,12 +107,18 @@ def run_graft(folder: Path, base: Path, args: argparse.Namespace) -> dict[str, A
     watch.start()
     overrides = [word for o in plan.overrides for word in ("--set", o)]
     command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *overrides]
+    ended = ""
     try:
         finished(command, args.limit)
+    except (TimeoutError, RuntimeError) as why:
+        ended = str(why)
     finally:
         watch.close()
-    lines = (plan.artifact("sft").path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return watch.found([json.loads(line)["ended_unix_s"] for line in lines])
+    metrics = job.run_directory / "metrics.jsonl"
+    if not metrics.exists():
+        raise RuntimeError(ended)
+    ends_unix_s = [json.loads(line)["ended_unix_s"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return {"ended": ended, **watch.found(ends_unix_s)}
 
 
 def run_peer(peer: str, folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of graft's recipe")
     parser.add_argument("--discard", action="store_true", help="delete graft's checkpoints as they are whole, for small disks")
-    parser.add_argument("--limit", type=float, default=600, help="seconds that one contestant may take")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that one contestant may take; graft's saves until then count")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/graft-checkpoint"))
     parser.add_argument("--out", type=Path, default=Path("checkpoint.json"))
     parser.add_argument("--table", type=Path, nargs="+", help="of earlier calls' --out, and run nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from math import inf
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,11 +16,12 @@ HEAD = (
 
 
 class Saved(NamedTuple):
-    """A checkpoint begun when `step` steps were done; Unix times in seconds. written: by all ranks; whole: under its own name."""
+    """A checkpoint begun when `step` steps were done; Unix times in seconds, None where the run ended before. written: by all ranks;
+    whole: under its own name."""
 
     step: int
-    written_unix_s: float
-    whole_unix_s: float
+    written_unix_s: float | None
+    whole_unix_s: float | None
 
 
 def figures(ends_unix_s: list[float], saves: list[Saved]) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def figures(ends_unix_s: list[float], saves: list[Saved]) -> dict[str, Any]:
     held = {s.step for s in saves} & lasts_s.keys()
     after: set[int] = set()
     for s in saves:
-        writes = {n for n in lasts_s if n > s.step and ends_unix_s[n - 1] < s.whole_unix_s}
+        writes = {n for n in lasts_s if n > s.step and ends_unix_s[n - 1] < (s.whole_unix_s or inf)}
         after |= (writes | {s.step + 1}) & lasts_s.keys() - held
     quiet = [lasts_s[n] for n in lasts_s if n >= SETTLE and n not in held | after]
     if not quiet:
@@ -52,8 +54,8 @@ def figures(ends_unix_s: list[float], saves: list[Saved]) -> dict[str, Any]:
         "steps_after": len(slower),
         "slower_after": median(slower) if slower else 0.0,
         "slower_after_max": max(slower, default=0.0),
-        "written_s": median(s.written_unix_s - ends_unix_s[s.step - 1] for s in saves),
-        "whole_s": median(s.whole_unix_s - ends_unix_s[s.step - 1] for s in saves),
+        "written_s": median(written) if (written := [s.written_unix_s - ends_unix_s[s.step - 1] for s in saves if s.written_unix_s]) else None,
+        "whole_s": median(whole) if (whole := [s.whole_unix_s - ends_unix_s[s.step - 1] for s in saves if s.whole_unix_s]) else None,
     }
 
 
@@ -68,7 +70,7 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
         stalls = r["stalls_s"]
         found.append(
             [
-                r["of"],
+                r["of"] + (f", ended: {r['ended'][:60]}" if r.get("ended") else ""),
                 f"{r['bytes'] / 1e6:,.1f}",
                 f"1/{whole / r['bytes']:.1f}" if whole else "",
                 f"{r['step_time_s'] * 1e3:,.0f} ± {r['step_spread_s'] * 5e2:,.0f} ms",
@@ -78,8 +80,7 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
                 f"1 + {len(stalls)}",
                 f"{r['slower_after']:+.1%} of {r['steps_after']}",
                 f"{r['slower_after_max']:+.1%}",
-                f"{r['written_s']:.2f} s",
-                f"{r['whole_s']:.2f} s",
+                *(f"{r[key]:.2f} s" if r[key] is not None else "" for key in ("written_s", "whole_s")),
             ]
         )
     return found

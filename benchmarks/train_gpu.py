@@ -132,7 +132,7 @@ def write_workspace(folder: Path, base: Path, row: str, args: argparse.Namespace
 
 
 def finished(command: list[str], limit_s: float, environment: dict[str, str] | None = None) -> str:
-    """What a command printed; RuntimeError with its last line where it fails, or where it outlasts the limit and is ended."""
+    """What a command printed; RuntimeError with its last line where it fails, TimeoutError where it outlasts the limit and is ended."""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         try:
@@ -145,7 +145,7 @@ def finished(command: list[str], limit_s: float, environment: dict[str, str] | N
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             if isinstance(stop, subprocess.TimeoutExpired):
-                raise RuntimeError(f"not done after {limit_s:.0f} s") from None
+                raise TimeoutError(f"not done after {limit_s:.0f} s") from None
             raise
         log.seek(0)
         said = log.read()

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -11,7 +12,7 @@ from graft.core.stages import Plan
 from ..e2e.kills import SMALL
 from ..e2e.tree import RECIPE, Tree
 from .cluster import missing, until
-from .training import said
+from .training import attempts, said
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 DATA = ["augment", "prepare", "init", "shard-base", "shard-cpt", "shard-sft"]
@@ -48,16 +49,48 @@ def test_one_command_makes_what_a_local_run_makes(cluster, project, tmp_path_fac
         found = cluster.wait(job, 300)
         assert found["JobState"] == "COMPLETED", f"{graft(cluster, project, 'status', RECIPE, *overrides())}\n{said(project, job)}"
         print(f"job {job} {found['JobName']} on {found['NodeList']}: {found['RunTime']}")
-    ours, theirs = (Plan(tree.path / RECIPE, tuple(SMALL), tree.path) for tree in (project, local))
-    patterns = {"augment": "rows.jsonl", "base": "model*", "cpt": "adapter_model*", "sft": "adapter_model*", "evaluate": "predictions*"}
-    for stage in [*DATA, "base"] if last == "base" else [stage for stage in ours.stages if stage != "serve"]:
-        pattern = patterns.get(stage, "*")
-        assert ours.artifact(stage).digest_of_files(pattern) == theirs.artifact(stage).digest_of_files(pattern), stage
+    same_artifacts(project, local, [*DATA, "base"] if last == "base" else None)
     assert "complete" in graft(cluster, project, "status", RECIPE, *overrides())
     if last == "serve":
         serve_over_two_nodes(cluster, project)
     project.none_alive()
     assert not list((project.path / "slurm/logs").glob("*/*/ray-token"))
+
+
+def same_artifacts(project, local, stages=None):
+    """By SHA-256. stages: all but serving."""
+    ours, theirs = (Plan(tree.path / RECIPE, tuple(SMALL), tree.path) for tree in (project, local))
+    patterns = {"augment": "rows.jsonl", "base": "model*", "cpt": "adapter_model*", "sft": "adapter_model*", "evaluate": "predictions*"}
+    for stage in stages or [stage for stage in ours.stages if stage != "serve"]:
+        pattern = patterns.get(stage, "*")
+        assert ours.artifact(stage).digest_of_files(pattern) == theirs.artifact(stage).digest_of_files(pattern), stage
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("fault", ["requeued", "a machine lost", "the head lost"])
+def test_a_data_job_goes_on_where_it_was(cluster, project, tmp_path_factory, fault):
+    local = Tree(tmp_path_factory.mktemp("local"), project.extra)
+    local.run(*local.graft("run", RECIPE, *overrides(), "--data"))
+    cluster.wait_idle()
+    (project.path / "slurm/site.env").write_text("BACKOFF_S=1\nLINGER_S=10\n")
+    told = graft(cluster, project, "run", RECIPE, *overrides(), "--slurm", "--data-nodes", "2", "--until", "shard-sft")
+    (job,) = (line.split()[0] for line in told.splitlines() if line.split()[0].isdigit())
+    plan = Plan(project.path / RECIPE, tuple(SMALL), project.path)
+    until_true(lambda: plan.resolve("augment").artifact)
+    began = time.monotonic()
+    if fault == "requeued":
+        cluster.run("scontrol", "requeue", job)
+    else:
+        node = "n2" if fault == "a machine lost" else "n1"
+        cluster.power_off(node)
+        until(lambda: cluster.states()[node].startswith("down"), 60)
+        cluster.boot(node)
+    found = cluster.wait(job, 300)
+    assert found["JobState"] == "COMPLETED" and attempts(project, job) == 2, said(project, job)
+    print(f"data job, {fault}: complete {time.monotonic() - began:.1f} s after it")
+    same_artifacts(project, local, DATA)
+    cluster.wait_idle()
+    project.none_alive()
 
 
 ASK = """
