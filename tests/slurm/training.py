@@ -8,6 +8,7 @@ from pathlib import Path
 from graft.core.artifact import Artifact, sha256_file
 from graft.core.metrics import read_metrics
 from graft.core.stages import Plan
+from graft.train.checkpoint import fault, steps
 
 from ..e2e.tree import Tree
 from ..train.small import curve, small_plan
@@ -47,11 +48,13 @@ def wait_for_step(cluster: Cluster, plan: Plan, job: str, step: int, within_s: f
 
 
 def complete(cluster: Cluster, project: Tree, plan: Plan, job: str, within_s: float = 300) -> Artifact:
-    """The artifact of a job that ends well."""
+    """The artifact of a job that ends well, with no checkpoint torn."""
     found = cluster.wait(job, within_s)
     assert found["JobState"] == "COMPLETED", said(project, job)
     artifact = plan.resolve("sft").artifact
     assert artifact, said(project, job)
+    kept = steps(run_of(plan))
+    assert kept and [fault(folder) for folder in kept] == [None] * len(kept)
     return artifact
 
 
