@@ -12,6 +12,9 @@ bin="${GRAFT_VENV:-.venv}/bin"
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then # for tests/slurm, which is skipped without
   apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2 >/dev/null || echo "no SLURM here: tests/slurm is skipped"
 fi
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromedriver >/dev/null; then # for tests/serve/test_page.py, skipped without
+  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null || echo "no Chromium here: tests/serve/test_page.py is skipped"
+fi
 if command -v shellcheck >/dev/null; then shellcheck launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run; fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 pytest() { "$bin/python" -m pytest --dist loadfile --no-loadscope-reorder "$@"; }
