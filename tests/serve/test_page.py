@@ -45,7 +45,7 @@ class Server:
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
         self.thread.start()
         until(lambda: self.http.get("/ready").status_code == 200)
-        self.runner.submit = lambda request: Runner.submit(self.runner, dataclasses.replace(request, ends=()))
+        self.runner.submit = lambda request, folder=None: Runner.submit(self.runner, dataclasses.replace(request, ends=()), folder)
         self.real, self.runner.engine.step = self.runner.engine.step, self.step
 
     def step(self):
