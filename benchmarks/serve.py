@@ -10,7 +10,8 @@ The base is random, of --like's shape, and speaks text (serve_bases.py); adapter
 spread over the base and 8 adapters, HFEngine.generate against PeftModel.generate(adapter_names = …), in turn; with --answer LOW HIGH the lengths
 differ, and PEFT's rows wait for the longest of their batch. ttft: chat completions, streamed, over uvicorn (and --ray), each server in a process of
 its own, clients in another, against the same engine asked through its Runner. hotload: into an idle engine, from RAM (the page
-cache) and from disk (its pages dropped first), and through Catalog.load with and without the gate. Figures go into --out after each run.
+cache) and from disk (its pages dropped first), and through Catalog.load with and without the gate; then beside a row under way. Figures go into --out
+after each run.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ import numpy as np
 from serve_bases import IDENTITY, Served, lengths, publish, text_of
 from serve_table import BARE
 
-TRIES = 50
+LOADS = ("engine.load", "Catalog.load, judged before", "Catalog.load with the gate")
+TRIES, SETTLED = 50, 8
 Keep = Callable[[dict[str, Any]], None]  # a run's figures
 
 
@@ -123,9 +124,7 @@ def free_port() -> int:
 
 # ---- hotload ---------------------------------------------------------------------------------------------------------------
 def hotload(args: argparse.Namespace, served: Served, keep: Keep) -> None:
-    """Each way of loading, from RAM and from disk in turn, of adapter after adapter."""
-    import torch
-
+    """Each way of loading, from RAM and from disk in turn, of adapter after adapter; then what a load holds up of a row under way."""
     from graft.serve.catalog import Catalog
     from graft.serve.runner import Runner
     from graft.serve.spec import ServeSpec
@@ -136,42 +135,79 @@ def hotload(args: argparse.Namespace, served: Served, keep: Keep) -> None:
         time.sleep(0.02)
     catalog = Catalog(runner)
     catalog.refresh()
-
-    def loaded(engine: Any, name: str, folder: Path) -> float:
-        began = time.perf_counter()
-        engine.load(name, folder)
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+    identities = list(catalog.names.values())
 
     async def scene() -> None:
+        await loaded(catalog, identities[0], "engine.load", "from RAM")  # slots are made
         for n in range(args.loads):
-            identity = list(catalog.names.values())[n % len(catalog.names)]
-            folder = catalog.entries[identity].version.folder
             for source in ("from RAM", "from disk"):
-                for of in ("engine.load", "Catalog.load, judged before", "Catalog.load with the gate"):
-                    await runner.call(lambda engine, i=identity: engine.unload(i))
-                    entry = catalog.entries[identity]
-                    if of == "engine.load":
-                        ready(folder, source)
-                        load_s = await runner.call(lambda engine, i=identity, f=folder: loaded(engine, i, f))
-                        await runner.call(lambda engine, i=identity: engine.unload(i))
-                    else:
-                        if entry.verdict is None:
-                            await catalog.load(identity)
-                        await catalog.unload(identity)
-                        ready(folder, source)
-                        began = time.perf_counter()
-                        await catalog.load(identity, again="gate" in of)
-                        load_s = time.perf_counter() - began
-                    first = not n and source == "from RAM" and of == "engine.load"
-                    keep({"of": f"{of}, first of all: slots are made" if first else of, "source": source, "load_ms": load_s * 1e3})
+                for of in LOADS:
+                    load_s = await loaded(catalog, identities[n % len(identities)], of, source)
+                    keep({"of": of, "source": source, "load_ms": load_s * 1e3})
+        for n in range(max(1, args.loads // 4)):
+            for of in LOADS:
+                load_s, pauses_s = await watched(catalog, identities[n % len(identities)], of, served.words)
+                figures = {"of": f"{of}, beside a row", "source": "from RAM", "load_ms": load_s * 1e3, "pause_ms": max(pauses_s) * 1e3}
+                keep(figures | {"step_ms": float(np.median(pauses_s)) * 1e3})
 
     try:
         asyncio.run(scene())
     finally:
         runner.stop()
         runner.thread.join()
+
+
+async def loaded(catalog: Any, identity: str, of: str, source: str) -> float:
+    """Seconds of one load of a version that is not in memory; of the engine's own they run in its thread."""
+    runner, entry = catalog.runner, catalog.entries[identity]
+
+    def into(engine: Any) -> float:
+        began = time.perf_counter()
+        engine.load(identity, entry.version.folder)
+        if engine.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    if of != "engine.load" and entry.verdict is None:
+        await catalog.load(identity)
+    await catalog.unload(identity)
+    ready(entry.version.folder, source)
+    if of == "engine.load":
+        load_s: float = await runner.call(into)
+        await catalog.unload(identity)
+        return load_s
+    began = time.perf_counter()
+    await catalog.load(identity, again="gate" in of)
+    return time.perf_counter() - began
+
+
+async def watched(catalog: Any, identity: str, of: str, prompt: list[int]) -> tuple[float, list[float]]:
+    """loaded() from RAM while a row of the base is under way, and the seconds between its tokens meanwhile."""
+    from graft.engine.protocol import Request
+
+    came: list[float] = []
+    prompt = prompt[:32]
+    if of != "engine.load" and catalog.entries[identity].verdict is None:
+        await catalog.load(identity)
+    ticket = await catalog.runner.submit(Request(prompt, catalog.runner.engine.max_length - len(prompt), ends=()))
+
+    async def read() -> None:
+        async for _ in ticket.bursts():
+            came.append(time.perf_counter())
+
+    reading = asyncio.create_task(read())
+    try:
+        while len(came) < SETTLED:
+            await asyncio.sleep(0.001)
+        load_s = await loaded(catalog, identity, of, "from RAM")
+        more = len(came) + 2
+        while len(came) < more and not reading.done():
+            await asyncio.sleep(0.001)
+    finally:
+        reading.cancel()
+    return load_s, np.diff(came).tolist()
 
 
 def ready(folder: Path, source: str) -> None:

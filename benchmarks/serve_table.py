@@ -35,11 +35,14 @@ def ttft(runs: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def hotload(runs: list[dict[str, Any]]) -> list[list[str]]:
-    found = [["adapter load", "from", "median", "min–max", "runs", "goal"]]
+    found = [["adapter load", "from", "median", "min–max", "runs", "goal", "longest pause between a row's tokens", "usual"]]
     for (of, source), its in _by(runs, "of", "source").items():
         took = [r["load_ms"] for r in its]
         goal = f"{GOALS[source]} ms" if of == "engine.load" else ""
-        found.append([of, source.removeprefix("from "), f"{median(took):,.1f} ms", f"{min(took):,.1f}–{max(took):,.1f}", str(len(its)), goal])
+        pauses = [f"{median(r[key] for r in its):,.1f} ms" if key in its[0] else "" for key in ("pause_ms", "step_ms")]
+        found.append(
+            [of, source.removeprefix("from "), f"{median(took):,.1f} ms", f"{min(took):,.1f}–{max(took):,.1f}", str(len(its)), goal, *pauses]
+        )
     return found
 
 
@@ -48,7 +51,8 @@ LEGEND = {
     "mixed": "Both greedy, the same prompts, adapters, batch size and number of new tokens; no answer ends before its length. PEFT's batches are sorted by prompt, as the engine does.",
     "ttft": "From before a request is written, or handed to the engine's runner, to its first text. Closed loop, one process of clients, connections kept; the first request of each\n"
     "is not counted. Clients share the machine's cores with the server, and the engine alone has its clients in its own process.",
-    "hotload": "From disk: the adapter's pages were dropped from the page cache before, which is looked after. The gate: files hashed, conversations rendered, canaries scored twice.",
+    "hotload": "From disk: the adapter's pages were dropped from the page cache before, which is looked after. The gate: files hashed, conversations rendered, canaries scored twice.\n"
+    "Beside a row: one row of the base generates meanwhile; its longest pause counts the unloading before, too, and its usual one is the median.",
 }
 
 
