@@ -64,7 +64,7 @@ def made(args: argparse.Namespace) -> Served:
     for seed, folder in enumerate(adapters.values()):
         if not (folder / "adapter_config.json").exists():
             write_adapter(base, folder, seed, args.precision)
-    return Served(base, adapters, home / args.precision / "store", words)
+    return Served(base, adapters, home / args.precision / f"store-{args.adapters}", words)
 
 
 def spoken(tokenizer: Any) -> list[int]:
