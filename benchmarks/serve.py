@@ -101,6 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--answer", type=int, nargs="+", default=[64], help="tokens: one length, or from, to")
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 32], help="ttft: clients")
     parser.add_argument("--rounds", type=int, default=6, help="ttft: requests a client that count, of a client alone four times as many")
+    parser.add_argument("--think", type=float, default=0.2, help="ttft: seconds that a client waits at most before it asks again")
     parser.add_argument("--ray", action="store_true", help="ttft: also the server that graft serve starts")
     parser.add_argument("--loads", type=int, default=16, help="hotload: of each kind")
     parser.add_argument("--repeat", type=int, default=3)

@@ -36,7 +36,8 @@ def spec_of(args: argparse.Namespace, served: Served) -> dict[str, Any]:
 
 
 def load_of(args: argparse.Namespace, served: Served, concurrent: int) -> dict[str, Any]:
-    """--rounds requests a client and one that is not counted, answers of half to one and a half of --answer, so that clients fall out of step."""
+    """--rounds requests a client and one that is not counted, answers of half to one and a half of --answer, and pauses before each, so that clients fall
+    out of step: who asks again as soon as an answer ends finds the engine between two steps, which over HTTP nobody does."""
     from graft.model.chat import render_prompt
 
     rng, tokenizer = np.random.default_rng(concurrent), served.tokenizer()
@@ -45,7 +46,8 @@ def load_of(args: argparse.Namespace, served: Served, concurrent: int) -> dict[s
     for n in range(concurrent * (1 + (args.rounds if concurrent > 1 else 4 * args.rounds))):
         messages = [{"role": "user", "content": text_of(served, tokenizer, lengths(args.prompt, 1, rng)[0], rng)}]
         answer = int(rng.integers(max(1, args.answer[0] // 2), args.answer[-1] * 3 // 2 + 1))
-        requests.append({"messages": messages, "ids": render_prompt(tokenizer, messages), "answer": answer, "model": names[n % len(names)]})
+        request = {"messages": messages, "ids": render_prompt(tokenizer, messages), "answer": answer, "model": names[n % len(names)]}
+        requests.append(request | {"pause_s": float(rng.uniform(0, args.think))})
     return {"concurrent": concurrent, "requests": requests}
 
 

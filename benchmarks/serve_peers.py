@@ -71,6 +71,7 @@ async def offered(load: dict[str, Any], client: Callable[[], Awaitable[Ask]]) ->
     async def one(own: list[dict[str, Any]]) -> list[float]:
         ask, took = await client(), []
         for request in own:
+            await asyncio.sleep(request["pause_s"])
             began = time.perf_counter()
             took.append(await ask(request) - began)
         return took

@@ -49,7 +49,7 @@ def hotload(runs: list[dict[str, Any]]) -> list[list[str]]:
 PARTS = {"mixed": mixed, "ttft": ttft, "hotload": hotload}
 LEGEND = {
     "mixed": "Both greedy, the same prompts, adapters, batch size and number of new tokens; no answer ends before its length. PEFT's batches are sorted by prompt, as the engine does.",
-    "ttft": "From before a request is written, or handed to the engine's runner, to its first text. Closed loop, one process of clients, connections kept; the first request of each\n"
+    "ttft": "From before a request is written, or handed to the engine's runner, to its first text. Clients of one process ask again after a random pause, connections kept; the first request of each\n"
     "is not counted. Clients share the machine's cores with the server, and the engine alone has its clients in its own process.",
     "hotload": "From disk: the adapter's pages were dropped from the page cache before, which is looked after. The gate: files hashed, conversations rendered, canaries scored twice.\n"
     "Beside a row: one row of the base generates meanwhile; its longest pause counts the unloading before, too, and its usual one is the median.",
