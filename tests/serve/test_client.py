@@ -91,6 +91,9 @@ def test_logprobs_and_choices_through_the_client(client):
         assert all(len(t.top_logprobs) == 3 and t.logprob == max(u.logprob for u in t.top_logprobs) for t in choice.logprobs.content)
     reply = client.completions.create(model="a1", prompt="sea", max_tokens=5, temperature=0, logprobs=2)
     assert len(reply.choices[0].logprobs.tokens) == reply.usage.completion_tokens
+    streamed = client.completions.create(model="a1", prompt="sea", max_tokens=5, temperature=0, logprobs=2, stream=True)
+    told = [token for event in streamed for choice in event.choices if choice.logprobs for token in choice.logprobs.tokens]
+    assert told == reply.choices[0].logprobs.tokens, "also of tokens that show no text"
 
 
 def test_the_client_raises_what_openai_would(client):

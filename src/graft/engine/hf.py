@@ -27,6 +27,7 @@ from graft.model.base import DTYPES, load_base
 from graft.model.chat import end_of_turn_ids
 
 PROMPT_TOKENS = 8192  # padding counted, of rows that join in one step, where it is more than one
+FEW_TOKENS, PADDING = 256, 0.1
 CPU_CACHE_GIB = 2.0
 GPU_CACHE_SHARE = 0.7  # of the memory that is free once the base is there
 
@@ -66,6 +67,8 @@ class HFEngine:
         self.max_length: int = min(config.max_position_embeddings, self.kv_tokens)
         self._windows = _windows(config, base)
         self._cache = RowCache(config.num_hidden_layers)
+        self._last: Tensor | None = None  # [rows]: the one place of each row whose logits are wanted
+        self.model.get_output_embeddings().register_forward_pre_hook(self._pick_last)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # under way, by lane
         self._numbers, self._joined = count(), False
@@ -191,16 +194,31 @@ class HFEngine:
                 self._rows[lane] = last
 
     def _prompts(self, joining: list[_Row]) -> list[Picked]:
-        """The first token of each row. Prompts are padded behind their ends, which no token before them sees."""
-        prompts = [row.request.prompt_ids for row in joining]
-        longest = max(map(len, prompts))
+        """The first token of each row; those of about one length at once."""
+        found: list[Picked] = []
+        for start, end in _alike([len(row.request.prompt_ids) for row in joining]):
+            found += self._padded(joining[start:end], joining[:start])
+        return found
+
+    def _padded(self, rows: list[_Row], before: list[_Row]) -> list[Picked]:
+        """Prompts are padded behind their ends, which no token before them sees. before: rows that have just joined."""
+        prompts = [row.request.prompt_ids for row in rows]
+        longest, there = max(map(len, prompts)), (*self._rows, *before)
         ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=self.device)
-        self._cache.prompts(len(self._rows), len(joining), max(row.most for row in (*self._rows, *joining)), self.kv_tokens)
-        ends = sorted({len(p) - 1 for p in prompts})
+        self._cache.prompts(len(there), len(rows), max(row.most for row in (*there, *rows)), self.kv_tokens)
         at = torch.arange(longest, device=self.device)[None]
-        logits = self._forward(ids, at, [row.slot for row in joining], torch.tensor(ends, device=self.device), self._cache)
-        own = torch.tensor([ends.index(len(p) - 1) for p in prompts], device=self.device)
-        return self._pick(logits[torch.arange(len(joining), device=self.device), own], joining)
+        self._last = torch.tensor([len(p) - 1 for p in prompts], device=self.device)
+        try:
+            logits = self._forward(ids, at, [row.slot for row in rows], 0, self._cache)
+        finally:
+            self._last = None
+        return self._pick(logits[:, 0], rows)
+
+    def _pick_last(self, _: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the head sees of hidden states [rows, length, width]: logits of a prompt's other tokens are never made."""
+        if self._last is None:
+            return given
+        return (given[0][torch.arange(len(self._last), device=self.device), self._last][:, None],)
 
     def _next_tokens(self) -> list[Picked]:
         at = self._cache.next_tokens([row.length for row in self._rows], self.device)
@@ -263,6 +281,18 @@ class _Row:
         self.over = last or stopped
         reason: Finish | None = "stop" if stopped else "length" if last else None
         return Chunk(self.number, shown, picked.token, reason, picked.logprob, picked.top)
+
+
+def _alike(lengths: list[int]) -> list[tuple[int, int]]:
+    """Stretches (start, end) of neighbours of which at most a tenth would be padding; few tokens go together however they differ."""
+    found: list[tuple[int, int]] = []
+    for end in range(1, len(lengths) + 1):
+        own = lengths[found[-1][0] : end] if found else []
+        if own and (sum(own) < FEW_TOKENS or max(own) * len(own) <= (1 + PADDING) * sum(own)):
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((end - 1, end))
+    return found
 
 
 def _windows(config: Any, base: str) -> dict[str, int | None]:

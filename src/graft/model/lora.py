@@ -53,48 +53,63 @@ class LoraLinear(nn.Module):
 class Rows:
     """Which slot each row of the current batch uses; one object shared by all layers of a model."""
 
-    slots: Tensor  # [batch] long
     only: int | None = 0  # the slot of all rows, None where they differ
+    slots: Tensor  # [batch] long
+    used: Tensor  # [u] long: the slots that some row uses
+    of: Tensor  # [u * m] long: the rows of each of these, at most m, filled up with any
+    back: Tensor  # [batch] long: where in `of` each row stands
 
     def use(self, slots: list[int], device: torch.device | str) -> None:
-        self.only = slots[0] if len(set(slots)) == 1 else None
+        used = sorted(set(slots))
+        self.only = used[0] if len(used) == 1 else None
         if self.only is None:
-            self.slots = torch.tensor(slots, device=device)
+            rows = [[n for n, s in enumerate(slots) if s == slot] for slot in used]
+            most = max(map(len, rows))
+            places = {n: i * most + k for i, own in enumerate(rows) for k, n in enumerate(own)}
+            filled = [n for own in rows for n in own + own[:1] * (most - len(own))]
+            self.slots, self.used, self.of = (torch.tensor(v, device=device) for v in (slots, used, filled))
+            self.back = torch.tensor([places[n] for n in range(len(slots))], device=device)
 
 
 class SlotLoraLinear(nn.Module):
     """A frozen linear layer and `n` adapters of rank `r` at most, stacked in slots; slot 0 is the base itself (all zeros)."""
 
-    A: Tensor
-    B: Tensor
+    A: Tensor  # [n + 1, r, in]
+    B: Tensor  # [n + 1, r, out], scaled
 
     def __init__(self, base: Any, n: int, r: int, rows: Rows, dtype: torch.dtype):
         super().__init__()
         self.base, self.rows = base, rows
         device = next(base.parameters()).device
         self.register_buffer("A", torch.zeros(n + 1, r, base.in_features, dtype=dtype, device=device))
-        self.register_buffer("B", torch.zeros(n + 1, base.out_features, r, dtype=dtype, device=device))
+        self.register_buffer("B", torch.zeros(n + 1, r, base.out_features, dtype=dtype, device=device))
 
     def put(self, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
         """a [r, in], b [out, r], of a rank that need not be the slots': a smaller one is padded with zeros, for a larger one all grow."""
         if (more := a.shape[0] - self.A.shape[1]) > 0:
-            self.A, self.B = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more))
+            self.A, self.B = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, 0, 0, more))
         self.clear(slot)
         self.A[slot, : a.shape[0]] = a.to(self.A)
-        self.B[slot, :, : a.shape[0]] = (b.to(self.B.device).float() * scale).to(self.B.dtype)
+        self.B[slot, : a.shape[0]] = (b.to(self.B.device).float() * scale).T.to(self.B.dtype)
 
     def clear(self, slot: int) -> None:
         self.A[slot], self.B[slot] = 0.0, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, length, in]; returns [batch, length, out]."""
-        y, only = self.base(x), self.rows.only
-        if only == 0:
+        """x: [batch, length, in]; returns [batch, length, out]. The adapters' part is added to what the base gave, in place."""
+        y, rows = self.base(x).contiguous(), self.rows
+        if rows.only == 0:
             return y
-        if only is not None:
-            return y + F.linear(F.linear(x, self.A[only]), self.B[only])
-        a, b = self.A[self.rows.slots], self.B[self.rows.slots]
-        return y + torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        flat = y.view(-1, y.shape[-1])
+        if rows.only is not None:
+            flat.addmm_(F.linear(x.reshape(-1, x.shape[-1]), self.A[rows.only]), self.B[rows.only])
+        elif x.shape[1] > 1:
+            y.baddbmm_(torch.bmm(x, self.A[rows.slots].transpose(1, 2)), self.B[rows.slots])
+        else:  # a token a row: by slot, so that an adapter is read once, however many rows use it
+            grouped = x.reshape(-1, x.shape[-1])[rows.of].view(len(rows.used), -1, x.shape[-1])
+            z = torch.bmm(torch.bmm(grouped, self.A[rows.used].transpose(1, 2)), self.B[rows.used])
+            flat += z.view(-1, z.shape[-1])[rows.back]
+        return y
 
 
 def targets(model: nn.Module, names: tuple[str, ...] | list[str]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

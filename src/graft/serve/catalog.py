@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,8 +168,27 @@ class Catalog:
             return unexamined(self.store, identity, self.runner.tokenizer, str(e))
 
     async def _into_the_engine(self, candidate: Candidate, known: Verdict | None, override: bool, again: bool) -> Verdict:
-        """As _loaded(), as soon as a slot is idle; SlotsBusy where none is for long."""
-        return await patient(lambda: self.runner.call(lambda engine: _loaded(engine, candidate, self.spec.precision, known, override, again)))
+        """In memory, and judged canary by canary, so that others are answered meanwhile; Refused, or SlotsBusy where no slot is idle for long."""
+        name, folder = candidate.version.id, candidate.version.folder
+
+        async def ask(act: Callable[[Any], T]) -> T:
+            """act(engine), with the adapter in memory, which another may have taken the slot of since."""
+            return await patient(lambda: self.runner.call(lambda engine: (engine.load(name, folder), act(engine))[1]))
+
+        await patient(lambda: self.runner.call(lambda engine: engine.load(name, folder, again)))
+        if known:
+            return known
+        scores = []
+        for canary in candidate.parity.get("canaries", []) if not candidate.fault else []:
+            given = (canary["ids"], min(canary["at"]))
+            scores.append(
+                (await ask(lambda engine, given=given: engine.score(*given, name)), await ask(lambda engine, given=given: engine.score(*given)))
+            )
+        verdict = judged(candidate, self.spec.precision, scores)
+        if not verdict.passed and not override:
+            await self.unload(name)
+            raise Refused(verdict.reason or "")
+        return verdict
 
     async def unload(self, identity: str) -> None:
         """Out of memory; what is under way with it ends as it would have."""
@@ -214,6 +234,11 @@ def _base_of(version: Version) -> str | None:
         return None  # the gate will say what is wrong with it
 
 
+def _score(canary: dict[str, Any], adapter: str | None, engine: Any) -> list[float]:
+    found: list[float] = engine.score(canary["ids"], min(canary["at"]), adapter)
+    return found
+
+
 async def patient(act: Callable[[], Awaitable[T]]) -> T:
     """act(), again while every slot is in use; SlotsBusy where that lasts."""
     deadline = time.monotonic() + SLOT_WAIT_S
@@ -224,14 +249,3 @@ async def patient(act: Callable[[], Awaitable[T]]) -> T:
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.005)
-
-
-def _loaded(engine: Any, candidate: Candidate, precision: str, known: Verdict | None, override: bool, again: bool) -> Verdict:
-    """Of an adapter that is now in the engine; Refused where it must not be."""
-    name = candidate.version.id
-    engine.load(name, candidate.version.folder, again)
-    verdict = known or judged(engine, candidate, precision)
-    if not verdict.passed and not override:
-        engine.unload(name)
-        raise Refused(verdict.reason or "")
-    return verdict

@@ -15,7 +15,6 @@ from typing import Any
 from graft.core.artifact import digest_of
 from graft.core.errors import GraftError, ServeError
 from graft.core.store import AdapterStore, Version
-from graft.engine.protocol import Engine
 from graft.model.chat import end_of_turn_ids, load_tokenizer, render, render_prompt, tokenizer_digest
 from graft.serve.spec import ServeSpec
 
@@ -94,17 +93,16 @@ def unexamined(store: AdapterStore, model: str, base_tokenizer: Any, fault: str)
         return Candidate(version, base_tokenizer, tuple(end_of_turn_ids(base_tokenizer)), {}, fault)
 
 
-def judged(engine: Engine, candidate: Candidate, precision: str) -> Verdict:
-    """Of an adapter that the engine has loaded, under its version's id."""
+def judged(candidate: Candidate, precision: str, scores: list[tuple[list[float], list[float]]]) -> Verdict:
+    """scores: of each canary, from its first target on, with the adapter and without, as the engine gives them."""
     parity, name = candidate.parity, candidate.version.id
     if candidate.fault:
         return Verdict(0.0, 0.0, 0.0, False, candidate.fault)
     tolerance = TOLERANCE_NATS.get((parity["precision"], precision), OTHER_TOLERANCE_NATS)
     here: list[float] = []
     recorded: list[float] = []
-    for canary in parity["canaries"]:
+    for canary, (own, base) in zip(parity["canaries"], scores, strict=True):
         first = min(canary["at"])
-        own, base = (engine.score(canary["ids"], first, of) for of in (name, None))
         here += [own[at - first] - base[at - first] for at in canary["at"]]
         recorded += [a - b for a, b in zip(canary["adapter"], canary["base"], strict=True)]
     effect, wanted = _rms(here), _rms(recorded)

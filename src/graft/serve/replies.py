@@ -60,7 +60,7 @@ class Reply:
                     text, reason = "".join(c.text for c in burst), burst[-1].finish_reason
                     logprobs = self._logprobs(burst, shown[index])
                     shown[index] += len(text)
-                    if text or (logprobs and (self.chat and logprobs["content"])):
+                    if text or (logprobs and logprobs["content" if self.chat else "tokens"]):
                         yield event(choice(index, {"content": text}, None, logprobs))
                     if reason:
                         yield event(choice(index, {}, reason))
