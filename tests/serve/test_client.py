@@ -116,8 +116,9 @@ def test_a_client_that_closes_frees_its_row(url, client, stream):
         async with async_client(url) as leaving:
             asked = {"model": "base", "messages": MESSAGES, "temperature": 2, "max_tokens": 200, "n": 8, "extra_body": {"top_k": 50}}
             asking = [asyncio.create_task(leaving.chat.completions.create(**asked, seed=s, stream=stream)) for s in range(3)]
-            await asyncio.sleep(0.1)
-            busy = await asyncio.to_thread(under_way)
+            async with asyncio.timeout(30):
+                while not (busy := await asyncio.to_thread(under_way)):
+                    await asyncio.sleep(0.005)
             for task in asking:
                 if task.done():
                     await task.result().close()

@@ -101,7 +101,7 @@ class Catalog:
 
     def state(self, entry: Entry) -> str:
         """One of "ready" (in memory), "cold" and "refused"."""
-        return "refused" if entry.refused else "ready" if entry.version.id in self.runner.adapters else "cold"
+        return "refused" if entry.refused else "ready" if entry.verdict and entry.version.id in self.runner.adapters else "cold"
 
     # ---- what is asked for ----------------------------------------------------------------------------------------------
     async def ready(self, model: str) -> Model:
@@ -180,10 +180,7 @@ class Catalog:
             return known
         scores = []
         for canary in candidate.parity.get("canaries", []) if not candidate.fault else []:
-            given = (canary["ids"], min(canary["at"]))
-            scores.append(
-                (await ask(lambda engine, given=given: engine.score(*given, name)), await ask(lambda engine, given=given: engine.score(*given)))
-            )
+            scores.append((await ask(partial(_score, canary, name)), await ask(partial(_score, canary, None))))
         verdict = judged(candidate, self.spec.precision, scores)
         if not verdict.passed and not override:
             await self.unload(name)
