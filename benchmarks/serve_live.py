@@ -136,10 +136,10 @@ def hotload(args: argparse.Namespace, served: Served, keep: Keep) -> None:
     while runner.state == "loading":
         time.sleep(0.02)
     catalog = Catalog(runner)
-    catalog.refresh()
-    identities = list(catalog.names.values())
 
     async def scene() -> None:
+        await catalog.refresh()
+        identities = list(catalog.names.values())
         await loaded(catalog, identities[0], "engine.load", "from RAM")  # slots are made
         for n in range(args.loads):
             for source in ("from RAM", "from disk"):

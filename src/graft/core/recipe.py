@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from graft.core.errors import ConfigError
 
@@ -323,14 +323,8 @@ class Tracking(Section):
     project: str = "graft"
 
 
-def _not_reserved(name: str) -> str:
-    if name == "served":
-        raise ValueError("'served' is where the adapters of all recipes are (checkpoints/served): choose another name")
-    return name
-
-
 class Recipe(Section):
-    name: Annotated[Name, AfterValidator(_not_reserved)]
+    name: Name
     seed: int = 0
     deepspeed: str = "../deepspeed/zero2.json"  # relative to the recipe
     task: Task = Task()
@@ -351,6 +345,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        if self.name == "served":
+            raise ValueError("name = 'served': 'served' is where the adapters of all recipes are (checkpoints/served), choose another")
         if self.augment is None and not self.corpora:
             raise ValueError("neither [augment] nor [corpora]: a recipe makes rows, reads corpora, or does both")
         if self.sft is None:

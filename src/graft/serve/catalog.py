@@ -69,10 +69,10 @@ class Catalog:
 
     # ---- what there is --------------------------------------------------------------------------------------------------
     async def refresh(self) -> None:
-        """Read the store's names, and the notes of what is known; versions of other bases are not of this server."""
+        """Read the store's names and versions, with their notes; those of other bases are not of this server."""
         if self.store is None:
             return
-        named, versions = await asyncio.to_thread(self._read, self.store, list(self.entries))
+        named, versions = await asyncio.to_thread(self._read, self.store)
         for version in versions:
             if version.id in self.entries:
                 self.entries[version.id].version = version
@@ -86,13 +86,13 @@ class Catalog:
         }
 
     @staticmethod
-    def _read(store: AdapterStore, known: list[str]) -> tuple[dict[str, str], list[Version]]:
-        """({name: version's id}, the versions of all names and of `known`, as far as they can be read)."""
-        named, versions = store.names(), []
-        for identity in dict.fromkeys([*named.values(), *known]):
+    def _read(store: AdapterStore) -> tuple[dict[str, str], list[Version]]:
+        """({name: version's id}, the versions that can be read)."""
+        versions = []
+        for identity in store.versions():
             with suppress(GraftError):
                 versions.append(store.get(identity))
-        return named, versions
+        return store.names(), versions
 
     def listed(self) -> dict[str, Entry | None]:
         """{model id: its entry, None for the base}: names first, the adapters that answer."""
