@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -50,3 +51,15 @@ def test_lineage_and_evaluation_stand_beside_the_model(plan):
     sft = plan.artifact("sft")
     assert card["verified"] and card["lineage"]["digest"] == sft.digest and card["lineage"]["counts"]["steps"] == 21
     assert card["metrics"]["rows"] == 3 and card["version"] == AdapterStore(Path(plan.served)).get("small").id
+
+
+def test_what_a_name_stands_for_outlives_a_restart_and_an_evaluation(plan, tmp_path):
+    store, trained = AdapterStore(Path(plan.served)), AdapterStore(Path(plan.served)).get("small")
+    shutil.copytree(trained.folder, tmp_path / "other")
+    (tmp_path / "other/probes.json").write_text("[]")
+    other = store.add("small", tmp_path / "other", {})
+    assert store.publish("small", plan.artifact("sft")) == trained and spec_of(plan).ready == ("small",)
+    assert store.get("small").id == other.id != trained.id, "whoever set it back would find it moved"
+    (store.root / "small/alias").unlink()  # published, and cut short
+    spec_of(plan)
+    assert store.get("small") == trained

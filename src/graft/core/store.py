@@ -59,7 +59,12 @@ class AdapterStore:
 
     # ---- writing --------------------------------------------------------------------------------------------------------
     def publish(self, name: str, artifact: Artifact) -> Version:
-        """Copy a trained adapter in and let its name stand for it; nothing is copied that is there already."""
+        """Copy a trained adapter in and let its name stand for it; one that is there already is left as it is, and so is what its name stands for."""
+        for found in (self.get(model) for model in self.versions() if model.startswith(f"{name}@")):
+            if found.about["lineage"].get("digest") == artifact.digest:
+                if name not in self.names():  # it was cut short
+                    self.alias(name, found.id)
+                return found
         counts = {k: v for k, v in artifact.counts.items() if isinstance(v, int | float | str)}
         manifest = artifact.manifest
         lineage = {k: manifest.get(k) for k in ("kind", "fingerprint", "digest", "graft", "commit", "created_unix_s", "wall_s")}

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.core.artifact import Artifact
-from graft.core.errors import GraftError, ServeError
+from graft.core.errors import ServeError
 from graft.core.stages import Plan
 from graft.core.store import AdapterStore
 from graft.serve.guard import Keys
@@ -39,7 +38,7 @@ def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
     first; a fully trained model alone. Its own is published if it is not there yet."""
     recipe, (base, revision, adapters), sft = plan.recipe, plan.trained(), plan.artifact("sft")
     store = AdapterStore(plan.served)
-    if adapters and not _published(store, recipe.name, sft):
+    if adapters:
         store.publish(recipe.name, sft)
     return ServeSpec(
         base=base,
@@ -53,14 +52,6 @@ def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
         port=port or recipe.serve.port,
         **{key: getattr(recipe.serve, key) for key in SHARED},
     )
-
-
-def _published(store: AdapterStore, name: str, artifact: Artifact) -> bool:
-    """Whether `name` stands for this artifact."""
-    try:
-        return bool(store.get(name).about["lineage"].get("digest") == artifact.digest)
-    except GraftError:
-        return False
 
 
 def own_key() -> str | None:

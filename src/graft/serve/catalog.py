@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from graft.core.errors import GraftError, ServeError
+from graft.core.errors import ArtifactError, GraftError, ServeError
 from graft.core.store import AdapterStore, Version
 from graft.engine.protocol import SlotsBusy
 from graft.model.chat import end_of_turn_ids
@@ -72,7 +72,10 @@ class Catalog:
         """Read the store's names and versions, with their notes; those of other bases are not of this server."""
         if self.store is None:
             return
-        named, versions = await asyncio.to_thread(self._read, self.store)
+        try:
+            named, versions = await asyncio.to_thread(self._read, self.store)
+        except OSError:  # it changes underfoot, or is gone: what is known stays until the next look
+            return
         for version in versions:
             if version.id in self.entries:
                 self.entries[version.id].version = version
@@ -148,9 +151,7 @@ class Catalog:
             try:
                 candidate = entry.candidate if entry.candidate and not again else await self._examine(identity, override)
                 verdict = await self._into_the_engine(candidate, None if again else entry.verdict, bool(override), again)
-            except SlotsBusy:
-                raise
-            except GraftError as e:
+            except (Refused, ArtifactError) as e:  # not an engine that stops, or whose slots are all in use
                 entry.refused = str(e)
                 raise Refused(str(e)) from None
             entry.candidate, entry.verdict, entry.refused = candidate, verdict, None
