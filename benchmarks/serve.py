@@ -3,6 +3,9 @@
     python benchmarks/serve.py mixed                                    (8B in bf16 on one GPU; else a shape of 124M in fp32 on the CPU: some 5 minutes)
     python benchmarks/serve.py ttft --ray                               (the same shape, 1 and 32 clients; Ray too: some 5 minutes on two cores)
     python benchmarks/serve.py hotload --precision bf16                 (a minute)
+    python benchmarks/serve.py solo --rows 40 --without vllm            (what batch mates change; with vLLM too where it is installed)
+    python benchmarks/serve.py vllm --rows 512 --prompt 256 --answer 128 (8B beside `vllm serve`, one GPU of 120 GiB: six minutes)
+    python benchmarks/serve.py gate                                     (trains in bf16, fp8 and nf4, serves each in bf16 and nf4: five minutes)
     python benchmarks/serve.py mixed ttft hotload --tiny                (under a minute on a CPU: does it run)
     python benchmarks/serve.py --table a.json b.json --append           (earlier calls into RESULTS.md)
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -33,12 +37,14 @@ from typing import Any
 import numpy as np
 from checkpoint_table import appended
 from serve_bases import Served, lengths, made
+from serve_gate import gate
 from serve_live import Keep, hotload, ttft
 from serve_peers import Peft
 from serve_table import ENGINE, PARTS, PEFT, alike, report
+from serve_vllm import vllm
 from train_gpu import ROOT, attempt, gpus
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes", "uvicorn", "uvloop", "ray")
+PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes", "uvicorn", "uvloop", "ray", "vllm")
 
 
 # ---- mixed -----------------------------------------------------------------------------------------------------------------
@@ -85,10 +91,54 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float
     }
 
 
+# ---- solo ------------------------------------------------------------------------------------------------------------------
+def solo(args: argparse.Namespace, served: Served, keep: Keep) -> None:
+    """--rows rows over the base and the adapters, all mixed, then each alone: what batch mates change."""
+    from graft.engine.hf import HFEngine
+    from graft.engine.protocol import Engine, Request
+
+    rng = np.random.default_rng(2)
+    names: list[str | None] = [None, *served.adapters]
+    prompts = [rng.choice(served.words, n).tolist() for n in lengths(args.prompt, args.rows, rng)]
+    ways = zip(prompts, lengths(args.answer, args.rows, rng), strict=True)
+    requests = [Request(p, n, adapter=names[i % len(names)], ends=(), logprobs=20) for i, (p, n) in enumerate(ways)]
+
+    def told(engine: Engine, rows: list[Request]) -> list[list[Any]]:
+        found: list[list[Any]] = [[] for _ in rows]
+        for chunks in engine.stream(rows):
+            for chunk in chunks:
+                found[chunk.row].append(chunk)
+        return found
+
+    def compared(of: str, engine: Engine) -> None:
+        gaps, differences = [], []
+        for own, request in zip(told(engine, requests), requests, strict=True):
+            for mixed, alone in zip(own, told(engine, [request])[0], strict=True):
+                if mixed.token != alone.token:
+                    gaps.append(alone.logprob - dict(alone.top).get(mixed.token, -math.inf))
+                    break
+                differences.append(abs(mixed.logprob - alone.logprob))
+        figures = {"of": of, "rows": len(requests), "tokens": len(differences), "parted": len(gaps), "gap_nats": max(gaps, default=0.0)}
+        keep(figures | {"difference_nats": max(differences)})
+
+    if "hf" not in args.without:
+        compared(ENGINE, HFEngine(str(served.base), None, args.precision, served.adapters, served.tokenizer(), max_batch=args.batch))
+        gc.collect()
+    if "vllm" not in args.without:
+        from graft.engine.vllm import VLLMEngine
+
+        kv_tokens = args.rows * (args.prompt[-1] + args.answer[-1] + 64)
+        engine = VLLMEngine(str(served.base), None, args.precision, served.tokenizer(), args.batch, len(served.adapters), kv_tokens=kv_tokens)
+        for name, folder in served.adapters.items():
+            engine.load(name, folder)
+        compared("VLLMEngine", engine)
+        engine.close()
+
+
 # ---- the call --------------------------------------------------------------------------------------------------------------
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*PARTS, []], help="all, one after another")
+    parser.add_argument("what", nargs="*", choices=[*PARTS, []], help="mixed, ttft and hotload by default")
     parser.add_argument("--like", help="a shape of graft base build --like, or cpu-124m; llama-3.1-8b where there is a GPU")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--precision", choices=["fp32", "bf16", "nf4"], help="bf16 where there is a GPU, else fp32")
@@ -96,7 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rows", type=int, default=64, help="mixed: requests")
     parser.add_argument("--batch", type=int, default=16, help="mixed: rows under way")
-    parser.add_argument("--without", nargs="*", default=[], choices=["peft", "base"], help="mixed: contestants to leave out")
+    parser.add_argument("--without", nargs="*", default=[], choices=["peft", "base", "hf", "vllm", "uvicorn"], help="contestants to leave out")
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 128], help="tokens: one length, or from, to")
     parser.add_argument("--answer", type=int, nargs="+", default=[64], help="tokens: one length, or from, to")
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 32], help="ttft: clients")
@@ -112,7 +162,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--append", action="store_true", help="put the entry into RESULTS.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/RESULTS.md")
     args = parser.parse_args()
-    args.what, args.folder, gpu = args.what or list(PARTS), args.folder.absolute(), gpus()[0] != "no GPU"
+    args.what, args.folder, gpu = args.what or ["mixed", "ttft", "hotload"], args.folder.absolute(), gpus()[0] != "no GPU"
     if args.tiny:
         args.like, args.prompt, args.answer, args.rows, args.batch, args.rounds, args.loads, args.repeat = "tiny", [8, 32], [8], 18, 6, 2, 2, 1
         args.concurrent = [1, 4]
@@ -144,6 +194,9 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+RUN = {"mixed": mixed, "solo": solo, "ttft": ttft, "hotload": hotload, "vllm": vllm, "gate": gate}
+
+
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """This call, and its file after each run: the call may be cut off."""
     served, runs = made(args), list[dict[str, Any]]()
@@ -156,7 +209,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{part}:", shown, flush=True)
             args.out.write_text(json.dumps([call], indent=1), encoding="utf-8")
 
-        failed = attempt(lambda part=part, keep=keep: {"mixed": mixed, "ttft": ttft, "hotload": hotload}[part](args, served, keep) or {})
+        failed = attempt(lambda part=part, keep=keep: RUN[part](args, served, keep) or {})
         if failed:
             keep({"of": part, **failed})
         gc.collect()

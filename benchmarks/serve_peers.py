@@ -1,6 +1,6 @@
 """What benchmarks/serve.py sets against graft's engine and app, and the processes that its times to first token are taken in.
 
-PEFT generates for mixed batches in the caller's process. `python serve_peers.py server|bare|client FILE` are processes of their own: the app over
+PEFT generates for mixed batches in the caller's process. `python serve_peers.py server|bare|client|burst FILE` are processes of their own: the app over
 uvicorn, or the server that `graft serve` starts (`ray`); the engine behind its Runner alone; and the clients, one process and one asyncio loop over
 raw connections, which imports nothing but the standard library and looks at no more of an answer than its first text and its end.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 FIRST = re.compile(rb'"(?:content|text)":\s*"(?!")')  # an event with text in it
 END = b"0\r\n\r\n"  # of a chunked body
+LENGTH, USAGE = re.compile(rb"(?i)content-length: *(\d+)"), re.compile(rb'"completion_tokens": *(\d+)')
 
 
 class Peft:
@@ -140,6 +141,55 @@ def over_http(load: dict[str, Any]) -> dict[str, Any]:
     return asyncio.run(offered(load, client))
 
 
+class Answer(asyncio.Protocol):
+    """One connection, one request, its answer to the end; `over` gives (when its first text came, by perf_counter; its tokens by its own usage)."""
+
+    def __init__(self, request: bytes):
+        self.request, self.seen, self.size, self.first = request, bytearray(), 0, 0.0
+        self.over: asyncio.Future[tuple[float, int]] = asyncio.get_running_loop().create_future()
+        self.connected: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.connected.set_result(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.first:
+            self.first = time.perf_counter()
+            found = LENGTH.search(data)  # none of a stream
+            self.size = data.index(b"\r\n\r\n") + 4 + int(found[1]) if found else 0
+        self.seen += data
+        if not self.over.done() and (len(self.seen) >= self.size if self.size else self.seen.endswith(END)):
+            usage = USAGE.findall(self.seen)
+            if self.seen.startswith(b"HTTP/1.1 200") and usage:
+                self.over.set_result((self.first, int(usage[-1])))
+            else:
+                self.over.set_exception(RuntimeError(bytes(self.seen[:500]).decode(errors="replace")))
+        elif not self.size and len(self.seen) > 16384:
+            del self.seen[2048:-2048]  # its head and its end are looked at
+
+    def connection_lost(self, why: Exception | None) -> None:
+        if not self.over.done():
+            self.over.set_exception(RuntimeError(f"the server closed: {why}"))
+
+
+async def all_at_once(load: dict[str, Any]) -> dict[str, Any]:
+    """Every request on a connection of its own, all sent at one moment; seconds from there to each first byte and to the last end."""
+    host, port = load["host"], load["port"]
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    answers = []
+    for request in load["requests"]:
+        body = json.dumps(request).encode()
+        answers.append(Answer(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body))
+    for own in answers:
+        await asyncio.get_running_loop().create_connection(lambda own=own: own, host, port)  # type: ignore[misc]
+    began = time.perf_counter()
+    for own in answers:
+        own.connected.result().write(own.request)
+    found = await asyncio.gather(*(own.over for own in answers))
+    wall_s = time.perf_counter() - began
+    return {"wall_s": wall_s, "first_s": [first - began for first, _ in found], "tokens": sum(tokens for _, tokens in found)}
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------------
 def spec_of(told: dict[str, Any]) -> Any:
     from graft.serve.spec import ServeSpec
@@ -211,8 +261,9 @@ def server(told: dict[str, Any]) -> None:
 def main() -> None:
     what, file = sys.argv[1], Path(sys.argv[2])
     told = json.loads(file.read_text(encoding="utf-8"))
-    if what == "client":
-        file.with_suffix(".out").write_text(json.dumps(over_http(told)), encoding="utf-8")
+    if what in ("client", "burst"):
+        found = over_http(told) if what == "client" else asyncio.run(all_at_once(told))
+        file.with_suffix(".out").write_text(json.dumps(found), encoding="utf-8")
     else:
         {"bare": bare, "server": server}[what](told)
 

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 ENGINE, PEFT, BARE = "HFEngine", "PEFT adapter_names", "engine"
+APP, VLLM = "graft serve over VLLMEngine", "vllm serve"
 GOALS = {"from disk": 150, "from RAM": 20}  # ms, of a load into the engine
 
 
@@ -46,9 +47,52 @@ def hotload(runs: list[dict[str, Any]]) -> list[list[str]]:
     return found
 
 
-PARTS = {"mixed": mixed, "ttft": ttft, "hotload": hotload}
+def gate(runs: list[dict[str, Any]]) -> list[list[str]]:
+    found = [["trained in", "served in", "effect in training", "here", "difference", "allowed", "gate"]]
+    for r in runs:
+        nats = [f"{r[key]:.4f}" for key in ("recorded_nats", "effect_nats", "difference_nats", "tolerance_nats")]
+        found.append([r["trained_in"], f"{r['served_in']}, {r['of']}", *nats, "passed" if r["passed"] else "refused"])
+    return found
+
+
+def vllm(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Output tokens/s from the first request sent to the last answer's end; a ratio is to vllm serve's median."""
+    found = [["all at once", "answers", "output tokens/s", "min–max", "runs", "to vllm serve", "goal", "first byte", "its p50"]]
+    started = {r["of"]: f"; ready after {r['start_s']:.0f} s" for r in runs if "start_s" in r}
+    pace = {key: [r["tokens_per_s"] for r in its] for key, its in _by((r for r in runs if "stream" in r), "of", "stream").items()}
+    for (of, stream), its in _by((r for r in runs if "stream" in r), "of", "stream").items():
+        own, peer = pace[of, stream], pace.get((VLLM, stream))
+        ratio = [f"{median(own) / median(peer):.3f}", "0.9" if stream else "0.98"] if peer and of != VLLM else ["", ""]
+        first = [f"{median(r[key] for r in its):,.0f} ms" for key in ("first_ms", "first_p50_ms")]
+        how = "streamed" if stream else "whole"
+        found.append([of + started.get(of, ""), how, f"{median(own):,.0f}", f"{min(own):,.0f}–{max(own):,.0f}", str(len(own)), *ratio, *first])
+    return found
+
+
+def solo(runs: list[dict[str, Any]]) -> list[list[str]]:
+    found = [
+        [
+            "each row alone against all mixed",
+            "rows",
+            "equal to the token",
+            "tokens compared",
+            "largest difference of a logprob",
+            "largest gap where two texts part",
+        ]
+    ]
+    for r in runs:
+        gap = f"{r['gap_nats']:.4f} nats" if r["parted"] else "none parted"
+        found.append([r["of"], str(r["rows"]), str(r["rows"] - r["parted"]), str(r["tokens"]), f"{r['difference_nats']:.4f} nats", gap])
+    return found
+
+
+PARTS = {"mixed": mixed, "solo": solo, "ttft": ttft, "hotload": hotload, "vllm": vllm, "gate": gate}
 LEGEND = {
     "mixed": "Both greedy, the same prompts, adapters, batch size and number of new tokens; no answer ends before its length. PEFT's batches are sorted by prompt, as the engine does.",
+    "solo": "Greedy. Tokens of a row are compared up to the first other one; there, the gap is between the logprobs of the two tokens, by the row alone.",
+    "gate": "Adapters of a few steps through the ordinary training path, on random tokens; nats, root mean square over the canaries' targets.",
+    "vllm": "The same adapters, rank, rows under way, bytes of keys and values and sampling; each server's process holds its own model on the one GPU, and idles while the other\n"
+    "answers. Prompts of token ids to /v1/completions, none twice; one process of clients. The first burst of each kind is not counted.",
     "ttft": "From before a request is written, or handed to the engine's runner, to its first text. Clients of one process ask again after a random pause, connections kept; the first request of each\n"
     "is not counted. Clients share the machine's cores with the server, and the engine alone has its clients in its own process.",
     "hotload": "From disk: the adapter's pages were dropped from the page cache before, which is looked after. The gate: files hashed, conversations rendered, canaries scored twice.\n"

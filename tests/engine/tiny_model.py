@@ -36,10 +36,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Save the base (with its tokenizer) and the adapters; returns (base folder, {name: adapter folder})."""
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "layers": 2, "heads": 4, "kv_heads": 2}
+
+
+def build(folder: Path, **other: int) -> tuple[Path, dict[str, Path]]:
+    """Save the base (with its tokenizer; other: than SHAPE's numbers) and the adapters; returns (base folder, {name: adapter folder})."""
     tokenizer = tiny_tokenizer()
-    shape = EmbeddedBase(hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2, train=Train(lora=None))
+    shape = EmbeddedBase(**{**SHAPE, **other}, train=Train(lora=None))
     model = random_llama(shape, len(tokenizer), MAX_LENGTH, seed=3)
     with torch.no_grad():
         for p in model.parameters():

@@ -263,15 +263,17 @@ def test_parts_of_text_are_one_content(client):
 def test_metrics_are_told_by_model(client):
     before = client.get("/metrics").text
     client.post(CHAT, json=ASK)
+    client.post(CHAT, json={**ASK, "stream": True})
     client.post(CHAT, json={**ASK, "model": "nobody"})
 
     def of(text, line):
         return next((float(row.rsplit(" ", 1)[1]) for row in text.splitlines() if row.startswith(line)), 0.0)
 
     after = client.get("/metrics").text
-    for line, more in (('graft_requests_total{model="one",status="200"}', 1), ('graft_requests_total{model="unknown",status="404"}', 1)):
+    for line, more in (('graft_requests_total{model="one",status="200"}', 2), ('graft_requests_total{model="unknown",status="404"}', 1)):
         assert of(after, line) - of(before, line) == more
-    assert of(after, 'graft_first_token_seconds_count{model="one"}') - of(before, 'graft_first_token_seconds_count{model="one"}') == 1
+    first = 'graft_first_token_seconds_count{model="one"}'
+    assert of(after, first) - of(before, first) == 1, "of the streamed one alone"
     assert of(after, 'graft_completion_tokens_total{model="one"}') > of(before, 'graft_completion_tokens_total{model="one"}')
     assert of(after, 'graft_adapters{state="ready"}') == 2
 

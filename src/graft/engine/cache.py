@@ -17,6 +17,13 @@ from transformers.cache_utils import CacheLayerMixin
 ROUND = 64  # tokens that a lane grows by
 
 
+def kv_bytes(config: Any, bytes_each: int) -> int:
+    """Bytes that a token's keys and values take in all layers of a text model."""
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads: int = config.num_key_value_heads or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * heads * width * bytes_each
+
+
 class Lanes(CacheLayerMixin):
     """One layer. What update() does is said by `step`, which all layers of a cache share."""
 

@@ -8,8 +8,6 @@ It is for CPUs, small GPUs and bases in nf4, and no second vLLM: lanes are as lo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError, DataError
-from graft.engine.cache import RowCache
-from graft.engine.protocol import Chunk, Completion, Finish, NotLoaded, Request
+from graft.core.errors import ConfigError
+from graft.engine.batched import Batched
+from graft.engine.cache import RowCache, kv_bytes
+from graft.engine.protocol import Chunk, Finish, Request
 from graft.engine.sampling import Picked, pick
 from graft.engine.slots import Slots
 from graft.engine.text import Text
@@ -32,7 +31,7 @@ CPU_CACHE_GIB = 2.0
 GPU_CACHE_SHARE = 0.7  # of the memory that is free once the base is there
 
 
-class HFEngine:
+class HFEngine(Batched):
     """adapters: {name: folder of a saved LoRA adapter}, loaded at once; tokenizer: the one whose template ends the turns.
 
     max_adapters: slots, by default as many as are given; kv_tokens: how many tokens of keys and values are held at most, by default what
@@ -99,7 +98,7 @@ class HFEngine:
     def add(self, request: Request) -> int:
         """Queue a row; its number. DataError names what cannot be run."""
         number = next(self._numbers)
-        self._check(number, request)
+        self.check(number, request)
         self._waiting.append(_Row(number, request, self))
         return number
 
@@ -128,46 +127,13 @@ class HFEngine:
     def busy(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """The completions, in the order of the requests. DataError names a request that cannot be run."""
-        text = [""] * len(requests)
-        tokens: list[list[int]] = [[] for _ in requests]
-        reason: dict[int, Finish] = {}
-        for chunks in self.stream(requests):
-            for chunk in chunks:
-                text[chunk.row] += chunk.text
-                if chunk.token is not None:
-                    tokens[chunk.row].append(chunk.token)
-                if chunk.finish_reason:
-                    reason[chunk.row] = chunk.finish_reason
-        return [Completion(text[i], tokens[i], reason[i], len(r.prompt_ids)) for i, r in enumerate(requests)]
+    def wake(self) -> None:
+        """A step computes here, and never only waits."""
 
-    def stream(self, requests: Sequence[Request], dropped: Callable[[int], bool] = lambda row: False) -> Iterator[list[Chunk]]:
-        """Yield a list of chunks a step. Prompts of about one length join together, so little is padded."""
-        for row, request in enumerate(requests):
-            self._check(row, request)
-        of = {self.add(requests[row]): row for row in sorted(range(len(requests)), key=lambda row: len(requests[row].prompt_ids))}
-        while self.busy:
-            if chunks := [replace(c, row=of[c.row]) for c in self.step()]:
-                yield chunks
-            for number, row in of.items():
-                if dropped(row):
-                    self.drop(number)
+    def close(self) -> None:
+        """All that is held is this process's own."""
 
     # ---- inside ---------------------------------------------------------------------------------------------------------
-    def _check(self, row: int, request: Request) -> None:
-        if request.adapter not in self.slots:
-            raise NotLoaded(f"request {row} asks for adapter {request.adapter!r}: the engine has {self.adapters or 'the base alone'}")
-        if not request.prompt_ids or request.max_new_tokens < 1:
-            raise DataError(
-                f"request {row} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_new_tokens}: both must be at least 1"
-            )
-        if (total := len(request.prompt_ids) + request.max_new_tokens) > self.max_length:
-            raise DataError(
-                f"request {row} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_new_tokens}, together {total}: "
-                f"the model holds {self.max_length}; shorten either"
-            )
-
     def _joining(self) -> list[_Row]:
         """Rows that wait and fit now, in their order."""
         found: list[_Row] = []
@@ -306,7 +272,6 @@ def _windows(config: Any, base: str) -> dict[str, int | None]:
 
 def _affordable(config: Any, bytes_each: int, device: torch.device) -> int:
     """Tokens of keys and values that the memory has room for."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * (config.num_key_value_heads or config.num_attention_heads) * width * bytes_each
+    each = kv_bytes(config, bytes_each)
     free = GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_CACHE_GIB * 2**30
     return int(free / each)

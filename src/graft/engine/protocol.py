@@ -33,6 +33,7 @@ class Request:
     adapter: str | None = None
     stop: tuple[str, ...] = ()  # texts that end the row; they are not part of it
     ends: tuple[int, ...] | None = None  # ids that end the answer; None: those of the engine's tokenizer
+    whole: bool = False  # nobody reads it before it has ended: its chunks may come all at once
     logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token's own; None: not even that
 
 
@@ -92,6 +93,14 @@ class Engine(Protocol):
 
     def drop(self, row: int) -> None:
         """Give a row up at the next step; none that has ended."""
+        ...
+
+    def wake(self) -> None:
+        """A step that only waits returns at once. The one thing that another thread may call."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held outside this process."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

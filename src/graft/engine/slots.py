@@ -14,6 +14,26 @@ from graft.engine.protocol import SlotsBusy
 from graft.model.lora import Rows, SlotLoraLinear, inject_slots, read_adapter
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
+Linears = dict[str, tuple[int, int]]  # name -> (in, out)
+
+
+def linears(model: nn.Module) -> Linears:
+    return {name: (m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "in_features")}
+
+
+def fitted(name: str, folder: Path, known: Linears, max_rank: int) -> tuple[dict[str, Any], Pairs]:
+    """(config, A and B by layer) of a saved adapter; ArtifactError where it does not fit a base of these linear layers, tensor by tensor."""
+    config, pairs = read_adapter(folder)
+    r = config["r"]
+    if r > max_rank:
+        raise ArtifactError(f"adapter {name!r} ({folder}) has rank {r}: this server takes {max_rank} at most (serve.max_rank)")
+    for module, (a, b) in pairs.items():
+        if module not in known:
+            raise ArtifactError(f"adapter {name!r} ({folder}) adapts {module}, which is no linear layer of this base: it belongs to another")
+        ins, outs = known[module]
+        if (found := (tuple(a.shape), tuple(b.shape))) != ((r, ins), (outs, r)):
+            raise ArtifactError(f"adapter {name!r} ({folder}): A and B of {module} are {found}, this base needs {((r, ins), (outs, r))}")
+    return config, pairs
 
 
 class Slots:
@@ -24,7 +44,7 @@ class Slots:
             p.requires_grad_(False)
         self.rows, self.max_rank = Rows(), max_rank
         self._model, self._n, self._dtype = model, n, dtype
-        self._linears = {name: (m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "in_features")}
+        self._linears = linears(model)
         self._layers: dict[str, SlotLoraLinear] = {}
         self._slot: dict[str | None, int] = {None: 0}  # the least recently used first
         self._retired: dict[int, str] = {}  # slots whose adapter takes no more requests, but has some
@@ -34,20 +54,6 @@ class Slots:
     def names(self) -> list[str]:
         return [name for name in self._slot if name is not None]
 
-    def read(self, name: str, folder: Path) -> tuple[dict[str, Any], Pairs]:
-        """(config, A and B by layer) of a saved adapter; ArtifactError where it does not fit this base, tensor by tensor."""
-        config, pairs = read_adapter(folder)
-        r = config["r"]
-        if r > self.max_rank:
-            raise ArtifactError(f"adapter {name!r} ({folder}) has rank {r}: this server takes {self.max_rank} at most (serve.max_rank)")
-        for module, (a, b) in pairs.items():
-            if module not in self._linears:
-                raise ArtifactError(f"adapter {name!r} ({folder}) adapts {module}, which is no linear layer of this base: it belongs to another")
-            ins, outs = self._linears[module]
-            if (found := (tuple(a.shape), tuple(b.shape))) != ((r, ins), (outs, r)):
-                raise ArtifactError(f"adapter {name!r} ({folder}): A and B of {module} are {found}, this base needs {((r, ins), (outs, r))}")
-        return config, pairs
-
     def load(self, name: str, folder: Path, again: bool = False) -> str | None:
         """Put an adapter into a free slot, or in place of the idle one that was used least recently; returns the name of that.
 
@@ -56,7 +62,7 @@ class Slots:
         """
         if name in self._slot and not again:
             return None
-        config, pairs = self.read(name, folder)
+        config, pairs = fitted(name, folder, self._linears, self.max_rank)
         slot, evicted = self._room()
         with torch.inference_mode(False), torch.no_grad():
             for module in pairs.keys() - self._layers.keys():

@@ -21,8 +21,9 @@ class Text:
         self.tokens.append(token)
         return self._give(last)
 
-    def end(self) -> str:
-        """What is left to show after a token that ended the turn."""
+    def end(self, *tokens: int) -> str:
+        """What is left to show, with these last tokens of the row; no stop text is looked for in them."""
+        self.tokens += tokens
         return self._give(True)[0]
 
     def _give(self, last: bool) -> tuple[str, bool]:

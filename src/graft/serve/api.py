@@ -206,7 +206,7 @@ class Service:
         self.metrics.requests.labels(model, status).inc()
         self.metrics.prompt_tokens.labels(model).inc(len(tickets[0].request.prompt_ids))
         self.metrics.completion_tokens.labels(model).inc(sum(t.tokens for t in tickets))
-        if first := min((t.first for t in tickets if t.first), default=0.0):
+        if (first := min((t.first for t in tickets if t.first), default=0.0)) and not tickets[0].request.whole:
             self.metrics.first_token_s.labels(model).observe(first - tickets[0].begun)
         self.metrics.request_s.labels(model).observe(time.monotonic() - tickets[0].begun)
 
@@ -250,6 +250,7 @@ def to_request(asked: Sampled, model: Model, runner: Runner) -> Request:
         adapter=model.id if model.folder else None,
         stop=tuple(asked.stop or ()),
         ends=model.ends,
+        whole=not asked.stream,
         logprobs=asked.likeliest,
     )
 

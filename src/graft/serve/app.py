@@ -1,5 +1,6 @@
 """The server: one Ray Serve deployment over the engine, on a local Ray that is started and stopped with it, or on RAY_ADDRESS's, with a
-replica a GPU, or a machine where there are none.
+replica a GPU, or a machine where there are none. A single replica of a local Ray answers on the port itself (listener.py), several are behind
+Serve's proxy; either way Serve starts, watches and replaces them.
 
 `with start(spec_of(plan)) as server:` costs about 15 s on two cores, most of it Ray's, and about 1 GB of memory beside
 the model. Only loopback is served unless GRAFT_API_KEY is set; then every route demands that key, and /admin GRAFT_ADMIN_KEY.
@@ -27,7 +28,17 @@ from graft.serve.guard import Keys
 from graft.serve.runner import Runner
 from graft.serve.spec import ServeSpec
 
-SHARED = ("host", "replicas", "max_batch", "max_adapters", "max_rank", "kv_tokens", "max_concurrent", "deadline_s")  # recipe.serve's and the spec's
+SHARED = (
+    "host",
+    "engine",
+    "replicas",
+    "max_batch",
+    "max_adapters",
+    "max_rank",
+    "kv_tokens",
+    "max_concurrent",
+    "deadline_s",
+)  # recipe.serve's and the spec's
 DRAIN_S = 30.0  # that answers under way have when the server stops
 OBJECT_STORE = 128 << 20  # bytes: nothing large is passed between processes, and Ray's own choice is a third of the memory
 STREAMS_BESIDE = 64  # requests that need no engine (health, models, the page), on top of the engine's own limit
@@ -79,10 +90,14 @@ def check_address(host: str, port: int, key: str | None) -> None:
 
 
 class Replica:
-    """What Ray Serve runs: the runner's thread and the HTTP app over it, in one process."""
+    """What Ray Serve runs: the runner's thread and the HTTP app over it, in one process. direct: it listens on the server's port itself."""
 
-    def __init__(self, spec: ServeSpec, keys: Keys):
-        self.runner, self.keys = Runner(spec), keys
+    def __init__(self, spec: ServeSpec, keys: Keys, direct: bool = False):
+        self.runner, self.keys, self.listener = Runner(spec), keys, None
+        if direct:
+            from graft.serve.listener import Listener
+
+            self.listener = Listener(self.__serve_build_asgi_app__(), spec.host, spec.port, DRAIN_S)
 
     def __serve_build_asgi_app__(self) -> Any:
         from graft.serve.api import build
@@ -91,8 +106,15 @@ class Replica:
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces the replica on an error: an engine that ended does not come back by itself."""
+        if self.listener and not self.listener.alive:
+            raise ServeError("nothing listens any more")
         if self.runner.engine is not None and not self.runner.thread.is_alive():
             raise ServeError(self.runner.error or "the engine has stopped")
+
+    def __del__(self) -> None:
+        """Called by Ray Serve when the replica shall end."""
+        if listener := getattr(self, "listener", None):
+            listener.stop()
 
 
 @dataclass
@@ -153,9 +175,11 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
                 token.chmod(0o600)  # Ray writes it readable to everyone
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        serve.start(proxy_location="HeadOnly", http_options={"host": spec.host, "port": spec.port}, logging_config=quiet)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = spec.replicas if spec.replicas > 1 or not machines else gpus or machines
+        direct = count == 1 and not machines
+        http_options = {"host": spec.host, "port": spec.port}
+        serve.start(proxy_location="Disabled" if direct else "HeadOnly", http_options=http_options, logging_config=quiet)
         across: Any = {"num_replicas": count, **({"max_replicas_per_node": 1} if machines and not gpus and count <= machines else {})}
         deployment = serve.deployment(
             name="graft",
@@ -166,8 +190,8 @@ def start(spec: ServeSpec, temp_dir: str | None = None, timeout_s: float = 1800.
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=DRAIN_S,
             logging_config=quiet,
-        )(serve.ingress()(Replica))
-        serve.run(deployment.bind(spec, keys), name="graft", logging_config=quiet)
+        )(Replica if direct else serve.ingress()(Replica))
+        serve.run(deployment.bind(spec, keys, direct), name="graft", route_prefix=None if direct else "/", logging_config=quiet)
         undo.callback(serve.delete, "graft")  # answers under way may end
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.host, spec.host)
         wait_until_ready(host, spec.port, key, began + timeout_s)

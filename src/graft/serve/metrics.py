@@ -16,7 +16,7 @@ class Metrics:
         self.prompt_tokens = Counter("graft_prompt_tokens", "Tokens of prompts", ["model"], registry=registry)
         self.completion_tokens = Counter("graft_completion_tokens", "Tokens that were generated", ["model"], registry=registry)
         self.first_token_s = Histogram(
-            "graft_first_token_seconds", "From the request to its first token", ["model"], buckets=SECONDS, registry=registry
+            "graft_first_token_seconds", "From the request to its first token, of streamed answers", ["model"], buckets=SECONDS, registry=registry
         )
         self.request_s = Histogram(
             "graft_request_seconds", "From the request to the end of its answer", ["model"], buckets=SECONDS, registry=registry

@@ -7,6 +7,7 @@ that is loaded, is called between two steps.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import queue
 import threading
 import time
@@ -35,15 +36,6 @@ class Ticket:
         self.loop, self.chunks = loop, asyncio.Queue[Chunk | None]()
         self.begun, self.first, self.tokens = time.monotonic(), 0.0, 0  # first: when the first chunk came; tokens: so far
 
-    def give(self, chunk: Chunk | None) -> None:
-        """Called by the engine's thread; None says that nothing follows, `why` the reason."""
-        self.first = self.first or time.monotonic()
-        self.tokens += chunk is not None and chunk.token is not None
-        try:
-            self.loop.call_soon_threadsafe(self.chunks.put_nowait, chunk)
-        except RuntimeError:  # the loop was closed, and the client with it
-            self.dropped = True
-
     async def bursts(self, pause_s: float = 0.0) -> AsyncGenerator[list[Chunk], None]:
         """All chunks there are, then those of the next `pause_s`, and so on: few messages, the first one at once.
 
@@ -63,6 +55,27 @@ class Ticket:
                 await asyncio.sleep(pause_s)
         finally:
             self.dropped = True
+
+
+def hand_out(given: list[tuple[Ticket, Chunk | None]]) -> None:
+    """Called by the engine's thread, once a step: each loop is woken once. None says that nothing follows, the ticket's `why` the reason."""
+    now = time.monotonic()
+    of: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Chunk | None]]] = {}
+    for ticket, chunk in given:
+        ticket.first = ticket.first or now
+        ticket.tokens += chunk is not None and chunk.token is not None
+        of.setdefault(ticket.loop, []).append((ticket, chunk))
+    for loop, own in of.items():
+        try:
+            loop.call_soon_threadsafe(_put, own)
+        except RuntimeError:  # the loop was closed, and its clients with it
+            for ticket, _ in own:
+                ticket.dropped = True
+
+
+def _put(given: list[tuple[Ticket, Chunk | None]]) -> None:
+    for ticket, chunk in given:
+        ticket.chunks.put_nowait(chunk)
 
 
 class Runner:
@@ -117,8 +130,9 @@ class Runner:
         """What act(engine) gives, called by the engine's thread between two steps."""
         future: Future[T] = Future()
         with self._lock:  # or it could slip in behind the thread's last look at the queue
-            self.ready_engine()
+            engine = self.ready_engine()
             self._calls.put((act, future))
+        engine.wake()
         return await asyncio.wrap_future(future)
 
     @property
@@ -132,8 +146,11 @@ class Runner:
             if self.state != "failed":
                 self.state = "stopping"
             self._calls.put(None)
+        if self.engine:
+            self.engine.wake()
 
     def _run(self) -> None:
+        engine: Engine | None = None
         try:
             engine = self._load()
             stopping = False
@@ -143,24 +160,25 @@ class Runner:
                 for row, ticket in list(self._tickets.items()):
                     if ticket.dropped or now > ticket.deadline:
                         ticket.why = f"the request took longer than {self.spec.deadline_s:g} s (serve.deadline_s)"
-                        ticket.give(None)
+                        hand_out([(ticket, None)])
                         engine.drop(row)
                         self._done(row)
-                for chunk in engine.step():
-                    if found := self._tickets.get(chunk.row):
-                        found.give(chunk)
-                        if chunk.finish_reason:
-                            self._done(chunk.row)
+                given = [(self._tickets[chunk.row], chunk) for chunk in engine.step() if chunk.row in self._tickets]
+                hand_out([*given])
+                for _, chunk in given:
+                    if chunk.finish_reason:
+                        self._done(chunk.row)
         except GraftError as e:
             self.error = str(e)
         finally:  # whatever ended the thread, nobody waits for ever
             with self._lock:
                 self.state, self.error = "failed", self.error or "the engine stopped, see the server's log"
-                for ticket in self._tickets.values():
-                    ticket.give(None)
+                hand_out([(ticket, None) for ticket in self._tickets.values()])
                 while not self._calls.empty():
                     if call := self._calls.get_nowait():
                         call[1].set_exception(ServeError(self.error))
+            if engine:
+                engine.close()
 
     def _done(self, row: int) -> None:
         del self._tickets[row]
@@ -191,23 +209,31 @@ class Runner:
 
     def _load(self) -> Engine:
         """Load the engine and let the base generate one token; only then is it ready."""
-        from graft.engine.hf import HFEngine  # imports torch: seconds in which the process already answers
-        from graft.model.chat import load_tokenizer, render_prompt
+        from graft.model.chat import load_tokenizer, render_prompt  # imports torch: seconds in which the process already answers
 
         spec = self.spec
-        engine = HFEngine(
-            spec.base,
-            spec.revision,
-            spec.precision,
-            {},
-            load_tokenizer(spec.tokenizer),
-            max_batch=spec.max_batch,
-            max_adapters=spec.max_adapters,
-            max_rank=spec.max_rank,
-            kv_tokens=spec.kv_tokens,
-        )
+        engine = made(spec, load_tokenizer(spec.tokenizer))
         self.tokenizer = load_tokenizer(spec.tokenizer)
         engine.generate([Request(render_prompt(self.tokenizer, [{"role": "user", "content": "hello"}]), 1)])
         with self._lock:
             self.engine, self.state = engine, "ready" if self.state == "loading" else self.state
         return engine
+
+
+def made(spec: ServeSpec, tokenizer: Any) -> Engine:
+    """The engine that the spec names, or that suits this machine: vLLM where it is installed beside a GPU and takes the base's precision."""
+    limits: dict[str, Any] = {"max_batch": spec.max_batch, "max_adapters": spec.max_adapters if spec.store else 0}
+    limits |= {"max_rank": spec.max_rank, "kv_tokens": spec.kv_tokens}
+    if spec.engine == "vllm" or (spec.engine == "auto" and suits_vllm(spec.precision)):
+        from graft.engine.vllm import VLLMEngine
+
+        return VLLMEngine(spec.base, spec.revision, spec.precision, tokenizer, **limits)
+    from graft.engine.hf import HFEngine
+
+    return HFEngine(spec.base, spec.revision, spec.precision, {}, tokenizer, **limits)
+
+
+def suits_vllm(precision: str) -> bool:
+    import torch
+
+    return precision == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None

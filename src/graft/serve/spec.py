@@ -22,6 +22,7 @@ class ServeSpec:
     base_name: str = "base"
     host: str = "127.0.0.1"
     port: int = 8000
+    engine: str = "auto"  # or hf, vllm
     replicas: int = 1
     max_batch: int = 16  # rows under way
     max_adapters: int = 8  # in memory at once
