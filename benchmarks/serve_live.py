@@ -31,6 +31,7 @@ def spec_of(args: argparse.Namespace, served: Served) -> dict[str, Any]:
     return {
         **{"base": str(served.base), "revision": None, "precision": args.precision, "identity": IDENTITY, "tokenizer": str(served.base)},
         **{"store": str(served.store), "ready": list(served.adapters), "max_batch": max(args.concurrent), "max_adapters": len(served.adapters) + 1},
+        "engine": args.engine,
         "kv_tokens": 2 * max(args.concurrent) * longest,
     }
 

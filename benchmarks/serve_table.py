@@ -58,14 +58,13 @@ def gate(runs: list[dict[str, Any]]) -> list[list[str]]:
 def vllm(runs: list[dict[str, Any]]) -> list[list[str]]:
     """Output tokens/s from the first request sent to the last answer's end; a ratio is to vllm serve's median."""
     found = [["all at once", "answers", "output tokens/s", "min–max", "runs", "to vllm serve", "goal", "first byte", "its p50"]]
-    started = {r["of"]: f"; ready after {r['start_s']:.0f} s" for r in runs if "start_s" in r}
-    pace = {key: [r["tokens_per_s"] for r in its] for key, its in _by((r for r in runs if "stream" in r), "of", "stream").items()}
-    for (of, stream), its in _by((r for r in runs if "stream" in r), "of", "stream").items():
+    pace = {key: [r["tokens_per_s"] for r in its] for key, its in _by(runs, "of", "stream").items()}
+    for (of, stream), its in _by(runs, "of", "stream").items():
         own, peer = pace[of, stream], pace.get((VLLM, stream))
         ratio = [f"{median(own) / median(peer):.3f}", "0.9" if stream else "0.98"] if peer and of != VLLM else ["", ""]
         first = [f"{median(r[key] for r in its):,.0f} ms" for key in ("first_ms", "first_p50_ms")]
         how = "streamed" if stream else "whole"
-        found.append([of + started.get(of, ""), how, f"{median(own):,.0f}", f"{min(own):,.0f}–{max(own):,.0f}", str(len(own)), *ratio, *first])
+        found.append([of, how, f"{median(own):,.0f}", f"{min(own):,.0f}–{max(own):,.0f}", str(len(own)), *ratio, *first])
     return found
 
 

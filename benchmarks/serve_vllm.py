@@ -37,23 +37,14 @@ def vllm(args: argparse.Namespace, served: Served, keep: Keep) -> None:
     folder.mkdir(exist_ok=True)
     kv_tokens = args.rows * (args.prompt[-1] + args.answer[-1] + BESIDE)
     with ExitStack() as running:
-        ports = {}
-        for of in [APP, *([f"{APP}, without Ray"] if "uvicorn" not in args.without else [])]:
-            port, ray = free_port(), of == APP
-            told = {**spec_of(args, served), "engine": "vllm", "max_batch": args.rows, "max_adapters": args.adapters, "max_rank": RANK}
-            told |= {"kv_tokens": kv_tokens, "max_concurrent": 2 * args.rows, "port": port, "ray": ray}
-            file = folder / f"server-{port}.json"
-            file.write_text(json.dumps(told), encoding="utf-8")
-            began = time.perf_counter()
-            running.enter_context(process("server", str(file), ray_home=folder if ray else None))
-            wait_until_ready("127.0.0.1", port, None, time.monotonic() + args.limit)
-            keep({"of": of, "start_s": time.perf_counter() - began})
-            ports[of] = port
-        if "vllm" not in args.without:
-            config = AutoConfig.from_pretrained(served.base)
-            began = time.perf_counter()
-            ports[VLLM] = running.enter_context(bare(args, served, kv_tokens * kv_bytes(config, 2), folder))
-            keep({"of": VLLM, "start_s": time.perf_counter() - began})
+        told = {**spec_of(args, served), "engine": "vllm", "max_batch": args.rows, "max_adapters": args.adapters, "max_rank": RANK}
+        told |= {"kv_tokens": kv_tokens, "max_concurrent": 2 * args.rows, "port": free_port(), "ray": True}
+        (folder / "server.json").write_text(json.dumps(told), encoding="utf-8")
+        running.enter_context(process("server", str(folder / "server.json"), ray_home=folder))
+        ports = {APP: told["port"]}
+        if "vllm" not in args.without:  # both start meanwhile
+            ports[VLLM] = running.enter_context(bare(args, served, kv_tokens * kv_bytes(AutoConfig.from_pretrained(served.base), 2), folder))
+        wait_until_ready("127.0.0.1", told["port"], None, time.monotonic() + args.limit)
         for n in range(-1, args.repeat):  # the first of each is not counted
             for stream in (False, True):
                 for of, port in ports.items():
@@ -67,7 +58,7 @@ def vllm(args: argparse.Namespace, served: Served, keep: Keep) -> None:
                         raise RuntimeError(f"{of} gave {found['tokens']} tokens")
                     first_s = np.quantile(found["first_s"], [0.0, 0.5])
                     figures = {"of": of, "stream": stream, "tokens_per_s": found["tokens"] / found["wall_s"], "wall_s": found["wall_s"]}
-                    if n >= 0:
+                    if n >= 0:  # else the first burst, which compiles
                         keep(figures | {"first_ms": float(first_s[0]) * 1e3, "first_p50_ms": float(first_s[1]) * 1e3})
 
 
