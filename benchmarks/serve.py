@@ -103,21 +103,21 @@ def solo(args: argparse.Namespace, served: Served, keep: Keep) -> None:
     ways = zip(prompts, lengths(args.answer, args.rows, rng), strict=True)
     requests = [Request(p, n, adapter=names[i % len(names)], ends=(), logprobs=20) for i, (p, n) in enumerate(ways)]
 
-    def told(engine: Engine, rows: list[Request]) -> list[list[Any]]:
+    def told(engine: Engine, rows: list[Request]) -> list[list[tuple[int, Any]]]:
         found: list[list[Any]] = [[] for _ in rows]
         for chunks in engine.stream(rows):
             for chunk in chunks:
-                found[chunk.row].append(chunk)
+                found[chunk.row] += zip(chunk.tokens, chunk.told, strict=True)
         return found
 
     def compared(of: str, engine: Engine) -> None:
         gaps, differences = [], []
         for own, request in zip(told(engine, requests), requests, strict=True):
-            for mixed, alone in zip(own, told(engine, [request])[0], strict=True):
-                if mixed.token != alone.token:
-                    gaps.append(alone.logprob - dict(alone.top).get(mixed.token, -math.inf))
+            for (mixed, by_mixed), (alone, by_alone) in zip(own, told(engine, [request])[0], strict=True):
+                if mixed != alone:
+                    gaps.append(by_alone.logprob - dict(by_alone.top).get(mixed, -math.inf))
                     break
-                differences.append(abs(mixed.logprob - alone.logprob))
+                differences.append(abs(by_mixed.logprob - by_alone.logprob))
         figures = {"of": of, "rows": len(requests), "tokens": len(differences), "parted": len(gaps), "gap_nats": max(gaps, default=0.0)}
         keep(figures | {"difference_nats": max(differences)})
 

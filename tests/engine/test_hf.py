@@ -114,7 +114,7 @@ def test_rows_that_join_and_leave_at_any_step_change_no_other(engine, mixed):
     assert len(given_up) == 2 and len(found) >= len(mixed) - 2
     for index, completion in enumerate(alone):
         chunks = found.get(index, [])
-        tokens = [c.token for c in chunks if c.token is not None]
+        tokens = [t for c in chunks for t in c.tokens]
         if index in given_up:
             assert tokens == completion.token_ids[: len(tokens)]
         else:
@@ -145,15 +145,16 @@ def test_logprobs_are_those_of_the_model(engine):
     chunks = []
     while engine.busy:
         chunks += engine.step()
-    tokens = [c.token for c in chunks if c.token is not None]
+    tokens = [t for c in chunks for t in c.tokens]
     wanted = logits_of(engine, prompt + tokens, "two")[0].log_softmax(-1)
-    for i, chunk in enumerate(chunks[: len(tokens)]):
+    told = [of for c in chunks for of in c.told]
+    for i, (token, of) in enumerate(zip(tokens, told, strict=True)):
         row = wanted[len(prompt) - 1 + i]
-        assert abs(chunk.logprob - row[chunk.token]) < 1e-4
-        assert [t for t, _ in chunk.top] == row.topk(3).indices.tolist()
-        assert max(abs(p - q) for (_, p), q in zip(chunk.top, row.topk(3).values.tolist(), strict=True)) < 1e-4
+        assert abs(of.logprob - row[token]) < 1e-4
+        assert [t for t, _ in of.top] == row.topk(3).indices.tolist()
+        assert max(abs(p - q) for (_, p), q in zip(of.top, row.topk(3).values.tolist(), strict=True)) < 1e-4
     scores = engine.score(prompt + tokens, len(prompt), "two")
-    assert max(abs(a - c.logprob) for a, c in zip(scores, chunks, strict=False)) < 1e-4
+    assert max(abs(a - of.logprob) for a, of in zip(scores, told, strict=True)) < 1e-4
 
 
 def test_top_k_draws_from_the_likeliest_alone(engine):
@@ -175,8 +176,7 @@ def test_adapters_come_and_go_while_rows_run(tiny, engine):
 
     def step():
         for chunk in live.step():
-            if chunk.token is not None:
-                found[chunk.row][1].append(chunk.token)
+            found[chunk.row][1].extend(chunk.tokens)
 
     add("base", None)
     step()
@@ -257,7 +257,7 @@ def test_a_dropped_row_leaves_and_the_others_do_not_notice(engine):
     seen = [[], []]
     for chunks in engine.stream(requests, dropped=lambda row: row == 0 and len(seen[0]) >= 3):
         for chunk in chunks:
-            seen[chunk.row].append(chunk.token)
+            seen[chunk.row].extend(chunk.tokens)
     assert len(seen[0]) == 3
     assert [t for t in seen[1] if t is not None] == engine.generate(requests)[1].token_ids
 

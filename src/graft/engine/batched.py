@@ -41,8 +41,7 @@ class Batched(ABC):
         for chunks in self.stream(requests):
             for chunk in chunks:
                 text[chunk.row] += chunk.text
-                if chunk.token is not None:
-                    tokens[chunk.row].append(chunk.token)
+                tokens[chunk.row] += chunk.tokens
                 if chunk.finish_reason:
                     reason[chunk.row] = chunk.finish_reason
         return [Completion(text[i], tokens[i], reason[i], len(r.prompt_ids)) for i, r in enumerate(requests)]

@@ -241,12 +241,12 @@ class _Row:
     def push(self, picked: Picked) -> Chunk:
         if picked.token in self.ends:
             self.over = True
-            return Chunk(self.number, self.text.end(), None, "stop")
+            return Chunk(self.number, self.text.end(), (), "stop")
         last = len(self.text.tokens) + 1 == self.request.max_new_tokens
         shown, stopped = self.text.push(picked.token, last)
         self.over = last or stopped
         reason: Finish | None = "stop" if stopped else "length" if last else None
-        return Chunk(self.number, shown, picked.token, reason, picked.logprob, picked.top)
+        return Chunk(self.number, shown, (picked.token,), reason, (picked.told,) if picked.told else ())
 
 
 def _alike(lengths: list[int]) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from graft.core.errors import DataError, ServeError
 
@@ -37,16 +37,22 @@ class Request:
     logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token's own; None: not even that
 
 
+class Told(NamedTuple):
+    """Of a token, in the model's own distribution: its logprob (nats), and the likeliest tokens with theirs."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What one step gave one row. `text` is whole characters and may be empty; the row's last chunk has a finish reason."""
 
     row: int  # what add() gave, or an index into the requests
     text: str
-    token: int | None  # None: the token ended the turn and is no part of the answer
+    tokens: tuple[int, ...]  # without the one that ended the turn, which is no part of the answer
     finish_reason: Finish | None = None
-    logprob: float | None = None  # nats; of a token, where it was asked for
-    top: tuple[tuple[int, float], ...] = ()
+    told: tuple[Told, ...] = ()  # of each token, where it was asked for
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graft.engine.protocol import Request
+from graft.engine.protocol import Request, Told
 
 
 class Picked(NamedTuple):
-    """token's logprob (nats) and the likeliest tokens with theirs are of the model's own distribution, before temperature; None unless asked for."""
-
     token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    told: Told | None = None  # before temperature; None unless asked for
 
 
 def pick(logits: Tensor, requests: Sequence[Request], generators: Sequence[torch.Generator]) -> list[Picked]:
@@ -37,7 +34,7 @@ def pick(logits: Tensor, requests: Sequence[Request], generators: Sequence[torch
         if request.logprobs is not None:
             logprobs = logits[i].log_softmax(dim=-1)
             values, ids = logprobs.topk(request.logprobs) if request.logprobs else (logits.new_zeros(0), picked[:0])
-            found[i] = Picked(tokens[i], float(logprobs[tokens[i]]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+            found[i] = Picked(tokens[i], Told(float(logprobs[tokens[i]]), tuple(zip(ids.tolist(), values.tolist(), strict=True))))
     return found
 
 

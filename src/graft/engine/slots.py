@@ -21,9 +21,9 @@ def linears(model: nn.Module) -> Linears:
     return {name: (m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "in_features")}
 
 
-def fitted(name: str, folder: Path, known: Linears, max_rank: int) -> tuple[dict[str, Any], Pairs]:
+def fitted(name: str, folder: Path, known: Linears, max_rank: int, device: torch.device | str = "cpu") -> tuple[dict[str, Any], Pairs]:
     """(config, A and B by layer) of a saved adapter; ArtifactError where it does not fit a base of these linear layers, tensor by tensor."""
-    config, pairs = read_adapter(folder)
+    config, pairs = read_adapter(folder, device)
     r = config["r"]
     if r > max_rank:
         raise ArtifactError(f"adapter {name!r} ({folder}) has rank {r}: this server takes {max_rank} at most (serve.max_rank)")
@@ -44,7 +44,7 @@ class Slots:
             p.requires_grad_(False)
         self.rows, self.max_rank = Rows(), max_rank
         self._model, self._n, self._dtype = model, n, dtype
-        self._linears = linears(model)
+        self._linears, self._device = linears(model), next(model.parameters()).device
         self._layers: dict[str, SlotLoraLinear] = {}
         self._slot: dict[str | None, int] = {None: 0}  # the least recently used first
         self._retired: dict[int, str] = {}  # slots whose adapter takes no more requests, but has some
@@ -62,7 +62,7 @@ class Slots:
         """
         if name in self._slot and not again:
             return None
-        config, pairs = fitted(name, folder, self._linears, self.max_rank)
+        config, pairs = fitted(name, folder, self._linears, self.max_rank, self._device)
         slot, evicted = self._room()
         with torch.inference_mode(False), torch.no_grad():
             for module in pairs.keys() - self._layers.keys():

@@ -24,7 +24,7 @@ from graft.core.errors import ArtifactError, ConfigError, ServeError
 from graft.core.hub import model_folder
 from graft.engine.batched import Batched
 from graft.engine.cache import kv_bytes
-from graft.engine.protocol import Chunk, Request, SlotsBusy
+from graft.engine.protocol import Chunk, Request, SlotsBusy, Told
 from graft.engine.slots import fitted, linears
 from graft.engine.text import Text
 from graft.model.base import DTYPES
@@ -245,29 +245,27 @@ class VLLMEngine(Batched):
         (given,) = out.outputs
         if given.finish_reason not in (None, "stop", "length"):
             raise ServeError(f"vLLM gave a row up: {given.finish_reason}")
-        tokens = list(given.token_ids)
-        told = (
-            [_told(row.request, token, probs) for token, probs in zip(tokens, given.logprobs, strict=True)]
-            if given.logprobs
-            else [(None, ())] * len(tokens)
-        )
-        ended = given.finish_reason == "stop" and bool(tokens) and tokens[-1] in row.ends
-        found: list[Chunk] = []
-        for at, token in enumerate(tokens[: len(tokens) - ended]):
-            last = bool(given.finish_reason) and not ended and at == len(tokens) - 1
-            if row.at_once:
-                text, stopped = row.text.end(*tokens) if last else "", False
-            else:
-                text, stopped = row.text.push(token, last)
-            found.append(Chunk(number, text, token, "stop" if stopped else "length" if last else None, *told[at]))
-            if stopped:
-                self.drop(number)
-                return found
-        if ended:
-            found.append(Chunk(number, row.text.end(*(tokens[:-1] if row.at_once else ())), None, "stop"))
-        if given.finish_reason:
+        own = list(given.token_ids)
+        ended, stopped = given.finish_reason == "stop" and own[-1] in row.ends, False
+        told = tuple(_told(row.request, token, probs) for token, probs in zip(own, given.logprobs, strict=True)) if given.logprobs else ()
+        own = own[:-1] if ended else own
+        if row.at_once:
+            text = row.text.end(*own)
+        else:
+            text = ""
+            for used, token in enumerate(own, 1):
+                shown, stopped = row.text.push(token, bool(given.finish_reason) and not ended and used == len(own))
+                text += shown
+                if stopped:
+                    own = own[:used]
+                    break
+            if ended and not stopped:
+                text += row.text.end()
+        if stopped:
+            self.drop(number)
+        elif given.finish_reason:
             self._over(number)
-        return found
+        return [Chunk(number, text, tuple(own), "stop" if stopped else given.finish_reason, told[: len(own)])]
 
     def _over(self, number: int) -> None:
         row = self._rows.pop(number)
@@ -316,7 +314,7 @@ def _guarded(pids: list[int]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(["/bin/sh", "-c", GUARD, "guard", *map(str, pids)], stdin=subprocess.PIPE, start_new_session=True)
 
 
-def _told(request: Request, token: int, probs: Any) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """(logprob of the token, the likeliest ones with theirs), of vLLM's {token: Logprob}."""
+def _told(request: Request, token: int, probs: Any) -> Told:
+    """Of vLLM's {token: Logprob}."""
     top = sorted(((t, p.logprob) for t, p in probs.items() if p.rank is not None and p.rank <= (request.logprobs or 0)), key=lambda pair: -pair[1])
-    return probs[token].logprob, tuple(top[: request.logprobs or 0])
+    return Told(probs[token].logprob, tuple(top[: request.logprobs or 0]))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from graft.core.recipe import Lora
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "alpha_pattern", "rank_pattern")  # each changes y = W x + (alpha / r) B A x
 
 
@@ -88,9 +89,11 @@ class SlotLoraLinear(nn.Module):
         """a [r, in], b [out, r], of a rank that need not be the slots': a smaller one is padded with zeros, for a larger one all grow."""
         if (more := a.shape[0] - self.A.shape[1]) > 0:
             self.A, self.B = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, 0, 0, more))
-        self.clear(slot)
+        if a.shape[0] < self.A.shape[1]:
+            self.clear(slot)
         self.A[slot, : a.shape[0]] = a.to(self.A)
-        self.B[slot, : a.shape[0]] = (b.to(self.B.device).float() * scale).T.to(self.B.dtype)
+        b = b.to(self.B.device)
+        self.B[slot, : a.shape[0]] = (b if b.dtype == self.B.dtype else b.float()).T * scale
 
     def clear(self, slot: int) -> None:
         self.A[slot], self.B[slot] = 0.0, 0.0
@@ -178,11 +181,11 @@ def save_adapter(model: nn.Module, lora: Lora, folder: Path, base: str) -> int:
     return sum(t.numel() for t in tensors.values())
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
+def read_adapter(folder: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
     """(config, {module name: (A [r, in], B [out, r])}) of a saved adapter; ArtifactError where it is none."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
+        tensors = read_tensors(folder / WEIGHTS, torch.device(device))
     except (FileNotFoundError, json.JSONDecodeError, SafetensorError) as e:
         raise ArtifactError(f"{folder} holds no readable adapter ({e}): expected {CONFIG} and {WEIGHTS}") from None
     if config.get("peft_type") != "LORA" or any(config.get(k) for k in NOT_PLAIN) or config.get("bias", "none") != "none":
@@ -195,6 +198,26 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, 
     if tensors:
         raise ArtifactError(f"{folder / WEIGHTS} has a tensor of an unknown name: {sorted(tensors)[0]}")
     return config, pairs
+
+
+def read_tensors(file: Path, device: torch.device) -> dict[str, Tensor]:
+    """A safetensors file (https://github.com/huggingface/safetensors#format), checked by its library; to a GPU its bytes go in one copy, since
+    an adapter's hundreds of small ones take several times as long. SafetensorError, FileNotFoundError."""
+    if device.type == "cpu":
+        return load_file(file)
+    with safe_open(file, framework="pt") as checked:
+        names = list(checked.keys())
+    data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+    header = json.loads(data[8:start].numpy().tobytes())
+    there = data[start:].to(device)
+    found = {}
+    for name in names:
+        begin, end = header[name]["data_offsets"]
+        if header[name]["dtype"] not in STORED:
+            raise ArtifactError(f"{file}: {name} is of dtype {header[name]['dtype']}, adapters are of {', '.join(STORED)}")
+        found[name] = there[begin:end].view(STORED[header[name]["dtype"]]).view(header[name]["shape"])
+    return found
 
 
 def merge_into(weight_of: Callable[[str], Tensor], config: dict[str, Any], pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Reply:
             said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
             choices.append({"index": index, **said, "logprobs": self._logprobs(own, 0), "finish_reason": own[-1].finish_reason})
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices, "usage": self._usage(sum(c.token is not None for own in chunks for c in own))}
+        return {**self.head, "object": kind, "choices": choices, "usage": self._usage(sum(len(c.tokens) for own in chunks for c in own))}
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """Server-sent events: the role, the text as it comes, the finish reason, the usage if asked for, [DONE]."""
@@ -56,7 +56,7 @@ class Reply:
         try:
             async with aclosing(_merged(self.tickets)) as bursts:
                 async for index, burst in bursts:
-                    tokens += sum(c.token is not None for c in burst)
+                    tokens += sum(len(c.tokens) for c in burst)
                     text, reason = "".join(c.text for c in burst), burst[-1].finish_reason
                     logprobs = self._logprobs(burst, shown[index])
                     shown[index] += len(text)
@@ -78,24 +78,20 @@ class Reply:
     def _logprobs(self, chunks: list[Chunk], offset: int) -> Any:
         if not self.logprobs:
             return None
-        told = [c for c in chunks if c.token is not None and c.logprob is not None]
+        told = [pair for c in chunks for pair in zip(c.tokens, c.told, strict=True)]
         if self.chat:
-            return {
-                "content": [
-                    {**self._token(c.token, c.logprob), "top_logprobs": [self._token(t, p) for t, p in c.top]} for c in told if c.token is not None
-                ],
-                "refusal": None,
-            }
-        texts = [self._text(c.token) for c in told]
+            content = [{**self._token(token, of.logprob), "top_logprobs": [self._token(t, p) for t, p in of.top]} for token, of in told]
+            return {"content": content, "refusal": None}
+        texts = [self._text(token) for token, _ in told]
         starts = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-        tops = [{self._text(t): p for t, p in c.top} for c in told]
-        return {"tokens": texts, "token_logprobs": [c.logprob for c in told], "top_logprobs": tops, "text_offset": starts}
+        tops = [{self._text(t): p for t, p in of.top} for _, of in told]
+        return {"tokens": texts, "token_logprobs": [of.logprob for _, of in told], "top_logprobs": tops, "text_offset": starts}
 
-    def _text(self, token: int | None) -> str:
+    def _text(self, token: int) -> str:
         found: str = self.tokenizer.decode([token])
         return found
 
-    def _token(self, token: int | None, logprob: float | None) -> dict[str, Any]:
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
 

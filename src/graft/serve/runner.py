@@ -63,7 +63,7 @@ def hand_out(given: list[tuple[Ticket, Chunk | None]]) -> None:
     of: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Chunk | None]]] = {}
     for ticket, chunk in given:
         ticket.first = ticket.first or now
-        ticket.tokens += chunk is not None and chunk.token is not None
+        ticket.tokens += len(chunk.tokens) if chunk else 0
         of.setdefault(ticket.loop, []).append((ticket, chunk))
     for loop, own in of.items():
         try:
