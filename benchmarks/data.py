@@ -172,7 +172,7 @@ def packing_row(folder: Path, args: argparse.Namespace) -> Iterator[Line]:
 # ---- near-duplicates --------------------------------------------------------------------------------------------------
 def fingerprint(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A part: the fingerprints that dedup reads, as `prepare` writes them."""
-    from graft.core.recipe import Dedup
+    from graft.core.sections import Dedup
     from graft.data.dedup import FingerprintWriter
 
     with pq.ParquetFile(spec["file"]) as file, FingerprintWriter(folder, Dedup(near=SIMILAR, permutations=PERMUTATIONS)) as writer:
@@ -182,7 +182,7 @@ def fingerprint(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def dedup_row(folder: Path, args: argparse.Namespace) -> Iterator[Line]:
-    from graft.core.recipe import Dedup
+    from graft.core.sections import Dedup
     from graft.data import parts
     from graft.data.dedup import deduplicate, mask_of
 

@@ -39,7 +39,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 # ---- input ------------------------------------------------------------------------------------------------------------
 def prose(seed: int) -> Iterator[str]:
     """Paragraphs without end, English and Chinese in turn, some with emoji."""
-    from graft.core.recipe import Corpus
+    from graft.core.sections import Corpus
     from graft.data import grammar
     from graft.data.corpora import made
 

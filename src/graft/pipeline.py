@@ -19,7 +19,7 @@ from graft.core.errors import ArtifactError
 from graft.core.rows import read_seeds
 from graft.core.stages import Job, Plan
 
-OWN_PROGRESS = {"graft.data.augment.stage", "graft.evaluate.classify", "launch"}  # they draw bars; the others get a spinner
+OWN_PROGRESS = {"graft.data.augment.stage", "graft.evaluate.stage", "graft.data.questions", "launch"}  # they draw bars; the others get a spinner
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,14 @@ def _made(done: Done) -> str:
         return f"{c['train']['bins']:,} bins, {c['train']['tokens']:,} tokens, {c['train']['utilisation']:.1%} used"
     if done.stage == "init":
         return f"{c['vocabulary']:,} tokens, {c['parameters']:,} random weights"
+    if done.stage == "questions":
+        return ", ".join(f"{told['rows']:,} {name}" for name, told in c.items())
     if done.stage == "merge":
         return f"{c['layers']} layers, logits differ by {c['logit_difference_max']:.1e} at most"
     if done.stage == "evaluate":
-        return f"F1 {c['strict_f1']:.3f} on {c['rows']} rows, best constant {c['best_constant_f1']:.3f}"
+        calls = [f"F1 {c['strict_f1']:.3f} on {c['rows']} rows, best constant {c['best_constant_f1']:.3f}"] if "strict_f1" in c else []
+        tasks = [f"{name} {value:.3f} ({metric})" for name, means in c.get("tasks", {}).items() for metric, value in means.items()]
+        return "; ".join([*calls, *tasks])
     if done.stage == "serve":
         return f"first token after {c['first_token_s'] or 0:.3f} s"
     held_out = f", held-out loss {c['validation_loss']:.3f}" if "validation_loss" in c else ""

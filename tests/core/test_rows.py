@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from graft.core.errors import DataError
-from graft.core.recipe import Task
 from graft.core.rows import read_jsonl, read_seeds, write_jsonl
+from graft.core.sections import Task
 
 CALL = {"messages": [{"role": "user", "content": "畫一隻貓"}, {"role": "assistant", "content": 'call("generate_image", {"prompt": "貓"})'}]}
 TEXT = {"messages": [{"role": "user", "content": "貓會飛嗎"}, {"role": "assistant", "content": "不會。"}]}

@@ -4,7 +4,7 @@ import sysconfig
 from itertools import islice
 from pathlib import Path
 
-from graft.core.recipe import Corpus
+from graft.core.sections import Corpus
 from graft.data.corpora import docstrings, made
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.core.recipe import Decontaminate
 from graft.core.rows import write_jsonl
+from graft.core.sections import Decontaminate
 from graft.data import decontaminate, normal
 from graft.data.decontaminate import SHORT, Gate, Hit
 from graft.data.normal import normal as letters

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from graft.core.recipe import Dedup
+from graft.core.sections import Dedup
 from graft.data import dedup as room
 from graft.data.dedup import EXACT, KEPT, NEAR, FingerprintWriter, mask_of
 from graft.data.minhash import exact_key, signatures

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from graft.core.calls import parse_answer
-from graft.core.recipe import Task
 from graft.core.rows import read_seeds
+from graft.core.sections import Task
 from graft.data import grammar
 from graft.data.augment.rewrites import INSTRUCTION
 from graft.data.endpoint import complete, embedded_endpoint, rewrite

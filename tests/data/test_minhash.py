@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.core.recipe import Dedup
+from graft.core.sections import Dedup
 from graft.data import minhash, normal
 from graft.data.minhash import band_keys, bands_and_rows, exact_key, fingerprints, signatures
 
@@ -84,7 +84,7 @@ def test_different_texts_without_letters_are_different():
 
 def test_the_numbers_are_the_same_in_every_process():
     text = "The quick brown fox 跳過那隻懶狗"
-    said = "from graft.core.recipe import Dedup; from graft.data import minhash as m; t = 'The quick brown fox 跳過那隻懶狗'; "
+    said = "from graft.core.sections import Dedup; from graft.data import minhash as m; t = 'The quick brown fox 跳過那隻懶狗'; "
     said += "s = m.signatures([t], Dedup()); print(m.exact_key(t).hex(), s[0, :3].tolist(), m.band_keys(s, 0.8, range(2))[:, 0].tolist())"
     there = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.strip()
     here = signatures([text], DEDUP)

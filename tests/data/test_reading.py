@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from graft.core.recipe import Clean, Corpus, Decontaminate, Dedup
 from graft.core.rows import read_jsonl, write_jsonl
+from graft.core.sections import Clean, Corpus, Decontaminate, Dedup, Mcq
 from graft.data.dedup import KEYS, SIGNATURES
 from graft.data.readers.files import pieces
 from graft.data.reading import read_pieces, write_evaluation_texts
@@ -75,7 +75,10 @@ def test_evaluation_texts_are_questions_and_texts_once_each(tmp_path):
     chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "an answer"}]} for q in ("one", "two", "one")]
     write_jsonl(tmp_path / "chats.jsonl", chats)
     (tmp_path / "texts.jsonl").write_text('{"text": "three"}\n{"text": null}\n{oops')
-    found = [[layout, list(p), ""] for layout in ("messages", "texts") for p in pieces(tmp_path / f"{layout.replace('messages', 'chats')}.jsonl")]
+    keys = {"text": "text", "mcq": Mcq().model_dump()}
+    found = [
+        [layout, list(p), "", keys] for layout in ("messages", "texts") for p in pieces(tmp_path / f"{layout.replace('messages', 'chats')}.jsonl")
+    ]
     found[1][0] = "text"
     (tmp_path / "out").mkdir()
     assert write_evaluation_texts({"texts": ["zero", "two"], "pieces": found}, tmp_path / "out") == {"texts": 4}

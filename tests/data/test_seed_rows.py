@@ -5,7 +5,8 @@ import random
 import pytest
 
 from graft.core.errors import DataError
-from graft.core.recipe import Decontaminate, Recipe
+from graft.core.recipe import Recipe
+from graft.core.sections import Decontaminate
 from graft.data.decontaminate import Gate
 from graft.data.seed_rows import families_held_out, hold_out_rows, select, sentences, tidy
 

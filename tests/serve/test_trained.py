@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from graft.cli import main
 from graft.core.store import AdapterStore
-from graft.evaluate import classify
+from graft.evaluate import stage
 from graft.serve.api import build
 from graft.serve.app import spec_of
 from graft.serve.runner import Runner
@@ -26,7 +26,7 @@ def plan(tmp_path_factory):
     """Trained and evaluated."""
     plan = small_plan(tmp_path_factory.mktemp("trained"), "evaluate.max_new_tokens=12", "sft.lr=0.1", "sft.epochs=6")
     train(plan, 1)
-    classify.run(plan.resolve("evaluate"))
+    stage.run(plan.resolve("evaluate"))
     return plan
 
 

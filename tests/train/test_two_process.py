@@ -135,7 +135,7 @@ def test_two_launchers_with_one_rendezvous_are_one_run(undisturbed, tmp_path):
 
 
 def test_whole_weights_train_on_two_ranks_and_the_model_is_evaluated_alone(tmp_path):
-    from graft.evaluate import classify
+    from graft.evaluate import stage
 
     plan = small_plan(tmp_path, "sft.lora=false", "sft.lr=1e-3", "sft.max_steps=3", "evaluate.max_new_tokens=4")
     artifact = train(plan)
@@ -143,6 +143,6 @@ def test_whole_weights_train_on_two_ranks_and_the_model_is_evaluated_alone(tmp_p
     assert len(steps) == 3 and steps[-1][1] < steps[0][1]
     trained, base = (load_file(folder / "model.safetensors") for folder in (artifact.path, plan.root / "base"))
     assert all((trained[k] != base[k]).any() for k in base)
-    classify.run(plan.resolve("evaluate"))
+    stage.run(plan.resolve("evaluate"))
     metrics = json.loads((plan.artifact("evaluate").path / "metrics.json").read_text())
     assert metrics["rows"] == 3 and set(metrics["scores"]) == {"model", "always-call", "always-text"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.core.calls import parse_answer
 from graft.core.errors import DataError
-from graft.core.recipe import Task
+from graft.core.sections import Task
 
 Row = dict[str, Any]
 LABELS = ("call", "text")

@@ -13,7 +13,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
@@ -22,119 +22,10 @@ from urllib.parse import urlsplit
 from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.hub import HUB, Kind, commit_of, dataset_of
-from graft.core.recipe import Recipe, Train, load, pick
+from graft.core.recipe import Recipe, load, pick
+from graft.core.stage_list import CHECKPOINTS, DATA, Stage, stages
 
-DATA, CHECKPOINTS = "data_shards", "checkpoints"
 GRAMMAR = Path(__file__).parents[1] / "data" / "grammar.toml"
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    room: str  # module that has `run(job)`; "launch" is a subprocess of `accelerate launch -m graft.train`
-    version: int  # raised when the same keys would give another result
-    keys: tuple[str, ...]
-    parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, endpoint, deepspeed
-    place: str = DATA
-
-
-def stages(recipe: Recipe) -> list[Stage]:
-    """The recipe's stages in the order they run."""
-    source: dict[str, str] = {}  # the model that the next training stage starts from
-    model_input: tuple[str, ...] = () if recipe.base else ("model",)
-    model = _fields("model", "base precision chat_template")  # a revision is the commit among the inputs
-    lm = ("seed", *model)
-    out: list[Stage] = []
-    if recipe.augment:
-        api = _fields("api", "model max_output_tokens output_limit response_format service_tier budget_usd budget_tokens")
-        inputs = ("images" if recipe.augment.images else "seeds", "review", "endpoint")
-        out.append(Stage("augment", "graft.data.augment.stage", 2, ("seed", "task", "augment", *api), inputs=inputs))
-    if recipe.sft is None and recipe.augment:
-        return out  # it ends with its rows
-    out.append(
-        Stage(
-            "prepare",
-            "graft.data.prepare",
-            2,
-            ("seed", "task", "prepare", "corpora", "dedup", "decontaminate", "shard.part_mib"),
-            {"augment": "rows.jsonl"} if recipe.augment else {},
-            ("corpora", "evaluation", "machine"),
-        )
-    )
-    if recipe.sft is None:
-        return out
-    tokenizer = {}
-    if recipe.base:
-        shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads")
-        out.append(
-            Stage(
-                "init",
-                "graft.data.init",
-                1,
-                ("seed", "model.chat_template", "shard.seq_len", *shape, "base.train.corpora"),
-                {"prepare": "corpora/*"},
-                place=CHECKPOINTS,
-            )
-        )
-        tokenizer = source = {"init": "*"}
-    for stage in recipe.train_stages():
-        section = "base.train" if stage == "base" else stage
-        reads = ("*" if recipe.sft.corpora else "rows/*") if stage == "sft" else "corpora/*"
-        out.append(
-            Stage(
-                f"shard-{stage}",
-                "graft.data.shard",
-                2,
-                ("shard", "model.chat_template", f"{section}.corpora", f"{section}.weights", f"{section}.pack"),
-                {"prepare": reads, **{k: "tokenizer*" for k in tokenizer}},
-                model_input,
-            )
-        )
-    for stage in recipe.train_stages():
-        section = "base.train" if stage == "base" else stage
-        same = (  # decide no result, or are turned while a run goes on
-            *("save_every", "keep_checkpoints", "on_save_failure", "spike_deviations", "max_skipped", "hang_timeout_s"),
-            *("micro_batch", "activation_checkpointing", "deterministic", "compile"),
-        )
-        result = [k for k in _fields(section, " ".join(Train.model_fields)) if k.rsplit(".", 1)[-1] not in same]
-        out.append(
-            Stage(
-                stage,
-                "launch",
-                2 if stage == "sft" else 1,
-                (*lm, *result),
-                {**source, f"shard-{stage}": "*"},
-                ("deepspeed", *(model_input if not source else ())),
-                CHECKPOINTS,
-            )
-        )
-        if stage == "base":
-            source = {"base": "*"}
-        if stage == "cpt":
-            out.append(Stage("merge", "graft.train.merge", 1, model, {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
-            source = {"merge": "*"}
-    served = {**source, "sft": "*"}
-    external = model_input if not source else ()
-    if recipe.augment:
-        keys = ("task", *model, "evaluate")
-        out.append(Stage("evaluate", "graft.evaluate.classify", 1, keys, {**served, "prepare": "rows/*"}, external, CHECKPOINTS))
-    out.append(
-        Stage(
-            "serve",
-            "graft.serve.probe",
-            1,
-            (*model, "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
-            served,
-            external,
-            CHECKPOINTS,
-        )
-    )
-    return out
-
-
-def _fields(section: str, names: str) -> tuple[str, ...]:
-    return tuple(f"{section}.{n}" for n in names.split())
 
 
 @dataclass
@@ -319,7 +210,10 @@ class Plan:
                 if s.path
             }
         if name == "evaluation":
-            return [self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets]
+            tasks = self.external_input("tasks").values()
+            return [*(self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets), *tasks]
+        if name == "tasks":
+            return {name: self._digest(self.beside(task.path), f"evaluate.tasks.{name}.path") for name, task in self.recipe.evaluate.tasks.items()}
         if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar
             kinds = {c.kind for c in self.recipe.corpora.values()}
             return {

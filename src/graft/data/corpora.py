@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from graft.core.recipe import Corpus
+from graft.core.sections import Corpus
 from graft.data import grammar
 from graft.model.chat import in_chatml
 

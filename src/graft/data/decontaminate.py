@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from graft.core.recipe import Decontaminate
 from graft.core.rows import read_jsonl
+from graft.core.sections import Decontaminate
 from graft.data.compiled import compiled
 from graft.data.normal import DIGIT, LETTER, groups, kinds, normalised
 

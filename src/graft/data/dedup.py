@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from graft.core.recipe import Dedup
+from graft.core.sections import Dedup
 from graft.data.compiled import compiled
 from graft.data.minhash import band_keys, bands_and_rows, fingerprints
 from graft.data.parts import Part, Spec, make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from graft.core.recipe import Corpus
+from graft.core.sections import Corpus
 from graft.data.corpora import made
 from graft.data.tokenizer import train_tokenizer
 

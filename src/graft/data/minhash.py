@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from graft.core.recipe import Dedup
+from graft.core.sections import Dedup
 from graft.data.compiled import compiled
 from graft.data.normal import DIGIT, LETTER, LONE, MARK, Normalised, groups, kinds, normalised
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from graft.core.recipe import Clean, Corpus, Decontaminate, Dedup, Mcq
 from graft.core.rows import is_unicode, write_jsonl
+from graft.core.sections import Clean, Corpus, Decontaminate, Dedup, Mcq
 from graft.data.cleaning.document import clean_document
 from graft.data.corpora import made
 from graft.data.decontaminate import Gate
@@ -152,14 +152,15 @@ class _Writer:
 
 
 def write_evaluation_texts(spec: Spec, folder: Path) -> dict[str, Any]:
-    """The part of the evaluation sets: TEXTS, which every gate is built from. spec: texts; pieces, each with its layout and digest."""
+    """The part of the evaluation sets: TEXTS, which every gate is built from. spec: texts; pieces, each with its layout, digest and keys."""
     found = list(spec["texts"])
-    for layout, piece, _ in spec["pieces"]:
+    for layout, piece, _, keys in spec["pieces"]:
+        mcq = Mcq.model_validate(keys["mcq"])
         for _, record in _records([piece], Corpus(path="")):
             if record.value is None:
                 continue
             if layout == "text":
-                found += filter(None, to_text(record.value, "text")[:1])
+                found += filter(None, to_text(record.value, keys["text"])[:1])
             else:
-                found += [m["content"] for m in to_messages(record.value, layout, Mcq())[0] or () if m["role"] == "user"]
+                found += [m["content"] for m in to_messages(record.value, layout, mcq)[0] or () if m["role"] == "user"]
     return {"texts": write_jsonl(folder / TEXTS, ({"text": text} for text in dict.fromkeys(found)))}

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 
 from graft.core.calls import parse_answer
 from graft.core.errors import DataError
-from graft.core.recipe import Prepare, Recipe, Task
+from graft.core.recipe import Recipe
 from graft.core.rows import LABELS, Row, is_unicode, wrong_roles
+from graft.core.sections import Prepare, Task
 from graft.data.cleaning.document import STEPS
 from graft.data.decontaminate import Gate
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from graft.core.errors import ConfigError
 from graft.core.hub import HUB
-from graft.core.recipe import Corpus
+from graft.core.sections import Corpus, EvalTask
 from graft.core.stages import Plan
 from graft.data.parts import Spec
 from graft.data.readers.files import Piece, find, format_of, pieces, sample
@@ -42,14 +42,22 @@ def sources(plan: Plan) -> list[Source]:
 
 
 def evaluation_pieces(plan: Plan) -> list[list[Any]]:
-    """[layout, piece, digest] of every evaluation set."""
+    """[layout, piece, digest, corpus] of every evaluation set, and of every task's questions; corpus: the keys that it is read by."""
+    named = [(name, Corpus(path=name)) for name in plan.recipe.decontaminate.sets]
+    named += [(task.path, as_corpus(task)) for task in plan.recipe.evaluate.tasks.values()]
     found = []
-    for name in plan.recipe.decontaminate.sets:
+    for name, corpus in named:
         path = plan.beside(name)
         cut = pieces(path, piece_bytes=1 << 62)
-        layout = layout_of(Corpus(path=name), sample(cut))
-        found += [[layout, list(piece), plan.digests([path])[path]] for piece in cut]
+        layout = layout_of(corpus, sample(cut))
+        keys = corpus.model_dump(mode="json", include={"text", "mcq"})
+        found += [[layout, list(piece), plan.digests([path])[path], keys] for piece in cut]
     return found
+
+
+def as_corpus(task: EvalTask) -> Corpus:
+    """How a task's file is read."""
+    return Corpus(path=task.path, layout=task.layout, text=task.text, mcq=task.mcq)
 
 
 def _source(plan: Plan, name: str, corpus: Corpus) -> Source:

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: call or text, on held-out seed families, by a parser of the call.
+"""Call or text, on held-out seed families, by a parser of the call.
 
 Strict: a malformed call is wrong whatever was meant (neither a call nor text). By intent: a malformed call counts as a
 call. Beside the adapter stand the two constants, always-call and always-text, and the base without the adapter.
@@ -7,7 +7,6 @@ call. Beside the adapter stand the two constants, always-call and always-text, a
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,61 +15,50 @@ from rich.progress import track
 from graft.core.calls import parse_answer
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.stages import Job
-from graft.core.store import AdapterStore
-from graft.engine.hf import HFEngine
-from graft.engine.protocol import Request
-from graft.model.chat import load_tokenizer, render_prompt
+from graft.engine.protocol import Engine, Request
+from graft.model.chat import render_prompt
 
 LABELS, PREDICTED = ("call", "text"), ("call", "text", "malformed")
 
 
-def run(job: Job) -> None:
-    """Write metrics.json, predictions.jsonl, failures.jsonl, confusion.csv, confusion.png and report.txt."""
-    recipe, plan = job.recipe, job.plan
+def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, the artifact's counts); writes predictions.jsonl, predictions-base.jsonl, failures.jsonl, confusion.csv and confusion.png.
+
+    systems: {what it is called: the adapter's name, None for none}, that which was trained first.
+    """
     rows = list(read_jsonl(job.parents["prepare"].path / "rows" / "test.jsonl"))
-    base, revision, adapters = plan.trained()
-    tokenizer = load_tokenizer(str(job.parents["sft"].path))
-    engine = HFEngine(base, revision, recipe.model.precision, adapters, tokenizer, max_batch=recipe.evaluate.batch_size)
-    systems = {"adapter": recipe.name, "base": None} if adapters else {"model": None}
     trained = next(iter(systems))
-    with job.writing() as draft:
-        predictions = {name: _predict(engine, tokenizer, rows, adapter, job) for name, adapter in systems.items()}
-        truth = [row["label"] for row in rows]
-        table = {name: score(truth, [p["predicted"] for p in found]) for name, found in predictions.items()}
-        table["always-call"] = score(truth, ["call"] * len(rows))
-        table["always-text"] = score(truth, ["text"] * len(rows))
-        ours = predictions[trained]
-        write_jsonl(draft.path / "predictions.jsonl", ours)
-        if adapters:
-            write_jsonl(draft.path / "predictions-base.jsonl", predictions["base"])
-        write_jsonl(draft.path / "failures.jsonl", [p for p in ours if p["predicted"] != p["label"]])
-        matrix = confusion(truth, [p["predicted"] for p in ours])
-        with (draft.path / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows([["true \\ predicted", *PREDICTED], *([label, *matrix[label].values()] for label in LABELS)])
-        _draw(matrix, draft.path / "confusion.png")
-        copied = [p["argument"] == p["wanted_argument"] for p in ours if p["label"] == p["predicted"] == "call"]
-        per_family = family_accuracy(ours)
-        metrics = {
-            "rows": len(rows),
-            "scores": table,
-            "confusion": matrix,
-            "per_family_accuracy": per_family,
-            "argument_exact_share": sum(copied) / len(copied) if copied else None,
-        }
-        (draft.path / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")
-        (draft.path / "report.txt").write_text(render_report(metrics), encoding="utf-8")
-        best_constant = max(table["always-call"]["strict"]["f1"], table["always-text"]["strict"]["f1"])
-        strict = table[trained]["strict"]
-        draft.counts.update(
-            rows=len(rows), strict_f1=strict["f1"], strict_precision=strict["precision"], strict_recall=strict["recall"], intent_f1=table[trained]["intent"]["f1"],
-            accuracy=table[trained]["accuracy"], best_constant_f1=best_constant, beats_constants=strict["f1"] > best_constant, failures=sum(p["predicted"] != p["label"] for p in ours),
-        )  # fmt: skip
-        if adapters:  # beside the version that servers find
-            store, told = AdapterStore(plan.served), {k: v for k, v in draft.counts.items() if isinstance(v, int | float)}
-            store.note(store.publish(recipe.name, job.parents["sft"]).id, evaluation=told)
+    predictions = {name: _predict(engine, tokenizer, rows, adapter, job) for name, adapter in systems.items()}
+    truth = [row["label"] for row in rows]
+    table = {name: score(truth, [p["predicted"] for p in found]) for name, found in predictions.items()}
+    table["always-call"] = score(truth, ["call"] * len(rows))
+    table["always-text"] = score(truth, ["text"] * len(rows))
+    ours = predictions[trained]
+    write_jsonl(folder / "predictions.jsonl", ours)
+    if "base" in predictions:
+        write_jsonl(folder / "predictions-base.jsonl", predictions["base"])
+    failures = [p for p in ours if p["predicted"] != p["label"]]
+    write_jsonl(folder / "failures.jsonl", failures)
+    matrix = confusion(truth, [p["predicted"] for p in ours])
+    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([["true \\ predicted", *PREDICTED], *([label, *matrix[label].values()] for label in LABELS)])
+    _draw(matrix, folder / "confusion.png")
+    copied = [p["argument"] == p["wanted_argument"] for p in ours if p["label"] == p["predicted"] == "call"]
+    metrics = {
+        "rows": len(rows),
+        "scores": table,
+        "confusion": matrix,
+        "per_family_accuracy": family_accuracy(ours),
+        "argument_exact_share": sum(copied) / len(copied) if copied else None,
+    }
+    strict = table[trained]["strict"]
+    best_constant = max(table["always-call"]["strict"]["f1"], table["always-text"]["strict"]["f1"])
+    counts = {f"strict_{key}": strict[key] for key in ("f1", "precision", "recall")} | {"intent_f1": table[trained]["intent"]["f1"]}
+    counts |= {"accuracy": table[trained]["accuracy"], "best_constant_f1": best_constant, "beats_constants": strict["f1"] > best_constant}
+    return metrics, {"rows": len(rows), **counts, "failures": len(failures)}
 
 
-def _predict(engine: HFEngine, tokenizer: Any, rows: list[dict[str, Any]], adapter: str | None, job: Job) -> list[dict[str, Any]]:
+def _predict(engine: Engine, tokenizer: Any, rows: list[dict[str, Any]], adapter: str | None, job: Job) -> list[dict[str, Any]]:
     e, task = job.recipe.evaluate, job.recipe.task
     requests = [Request(render_prompt(tokenizer, row["messages"][:-1]), e.max_new_tokens, adapter=adapter) for row in rows]
     found = []

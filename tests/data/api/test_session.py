@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from graft.core.errors import CredentialError, DataError, ServeError
-from graft.core.recipe import Api, Augment, Recipe
+from graft.core.recipe import Recipe
+from graft.core.sections import Api, Augment
 from graft.data.api.caller import Caller
 from graft.data.api.limits import retry_after_s
 from graft.data.api.request import Request

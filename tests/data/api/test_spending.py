@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from graft.core.recipe import Api, Price
+from graft.core.sections import Api, Price
 from graft.data.api.spending import Usage, cost_usd, estimate, usage_of, worst_case, worst_prompt_tokens
 
 PRICE = Price(input=2.0, cached_input=0.5, output=8.0, batch=0.5)

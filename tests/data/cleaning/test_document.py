@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.core.recipe import CLEANING, Clean
+from graft.core.sections import CLEANING, Clean
 from graft.data import grammar
 from graft.data.cleaning.document import STEPS, clean_document
 

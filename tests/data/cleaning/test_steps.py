@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.core.recipe import CLEANING
+from graft.core.sections import CLEANING
 from graft.data.cleaning.document import STEPS
 
 PIECES = [  # what the steps look for, whole and in parts

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from graft.core.errors import ConfigError, DataError
-from graft.core.recipe import Corpus
+from graft.core.sections import Corpus
 from graft.data.readers.files import find, format_of, pieces, records, sample
 
 

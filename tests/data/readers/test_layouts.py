@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.core.errors import ConfigError
-from graft.core.recipe import LAYOUTS, Corpus, Mcq
 from graft.core.rows import is_unicode, wrong_roles
+from graft.core.sections import LAYOUTS, Corpus, Mcq
 from graft.data.readers.layouts import detect, excerpt, layout_of, to_messages, to_text
 
 U, A, S = ({"role": role, "content": content} for role, content in (("user", "問"), ("assistant", "答"), ("system", "你是助手")))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import graft
-from graft.core.recipe import Corpus
+from graft.core.sections import Corpus
 from graft.data.readers.files import find, pieces, records, sample
 from graft.data.readers.layouts import layout_of, to_messages, to_text
 

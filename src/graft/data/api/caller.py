@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from graft.core.errors import CredentialError, GraftError
-from graft.core.recipe import Api
+from graft.core.sections import Api
 from graft.data.api.client import Client, collect_rarely, unsent
 from graft.data.api.limits import MARGIN_S, QUOTA_CODES, RATE_HEADERS, backoff_s, retry_after_s
 from graft.data.api.spending import cost_usd, price_of, usage_of, worst_case

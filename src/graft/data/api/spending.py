@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from graft.core.recipe import Api, Price
+from graft.core.sections import Api, Price
 
 MESSAGE_TOKENS = 16  # role and borders of one message, generously
 REQUEST_TOKENS = 64  # what servers put around the messages

@@ -21,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from graft.core.errors import ConfigError, DataError
-from graft.core.recipe import Images, Recipe
+from graft.core.recipe import Recipe
 from graft.core.rows import Row
+from graft.core.sections import Images
 from graft.data.augment.fetch import Address, FetchError, fetch, fetcher, is_public, without_secrets
 
 FOLDER = "images"

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from graft.core.recipe import Images, Recipe
+from graft.core.recipe import Recipe
 from graft.core.rows import Row, read_jsonl
+from graft.core.sections import Images
 from graft.data.api.request import Answer, Request
 from graft.data.augment.answer_schema import Schema
 from graft.data.augment.answers import read, structured

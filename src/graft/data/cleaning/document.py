@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from graft.core.recipe import CLEANING, Clean
+from graft.core.sections import CLEANING, Clean
 from graft.data.cleaning.characters import control, mojibake, nfc
 from graft.data.cleaning.lines import page_numbers, repeated_lines, urls, whitespace
 from graft.data.cleaning.masking import mask

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from graft.core.errors import ConfigError, DataError
-from graft.core.recipe import Corpus
+from graft.core.sections import Corpus
 from graft.data.readers import csv_rows, jsonl, tables, text
 from graft.data.readers.streams import CODECS, MAX_RECORD_BYTES, BrokenFile, Outcome, Piece, codec_of
 

@@ -2,7 +2,7 @@
 
 The chat layouts are those of OpenAI (`messages`; TRL's `prompt` and `completion` pass as such too), ShareGPT
 (`conversations`) and Alpaca as LLaMA-Factory documents them (https://llamafactory.readthedocs.io/en/latest/getting_started/data_preparation.html),
-and ms-swift (`query`, `response`, `history`; https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html).
+ms-swift (`query`, `response`, `history`; https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html), and `question` with `answer`, as GSM8K has them.
 Reasons never hold the record's content, so they can be counted. 140,000 chats a second and core, 60,000 with options.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from graft.core.errors import ConfigError
-from graft.core.recipe import Corpus, Mcq
 from graft.core.rows import is_unicode, wrong_roles
+from graft.core.sections import Corpus, Mcq
 from graft.data.readers import mcq as reading_comprehension
 from graft.data.readers.mcq import Refused, text_of
 from graft.model.chat import Messages
@@ -51,7 +51,7 @@ def layout_of(corpus: Corpus, values: list[dict[str, Any]]) -> str:
 def detect(values: list[dict[str, Any]], text: str = "text", mcq: Mcq = Mcq()) -> str:
     """The layout that fits more than half of the records, by their keys that are not null, else by all keys.
 
-    A record that fits several counts for the first of: mcq, messages, sharegpt, ms-swift, alpaca, text.
+    A record that fits several counts for the first of: mcq, messages, sharegpt, ms-swift, alpaca, qa, text.
     Raises ConfigError that names the keys seen.
     """
     if not values:
@@ -79,6 +79,7 @@ def _signatures(text: str, mcq: Mcq) -> list[tuple[str, set[str]]]:
         ("ms-swift", {"query", "response"}),
         ("alpaca", {"instruction", "output"}),
         ("messages", {"prompt", "completion"}),
+        ("qa", {"question", "answer"}),
         ("text", {text}),
     ]
 
@@ -150,12 +151,18 @@ def _mcq(value: dict[str, Any], mcq: Mcq) -> Messages:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
 
 
+def _qa(value: dict[str, Any], mcq: Mcq) -> Messages:
+    _no_media_or_tools(value)
+    return _turns(value, text_of(value, "question"), text_of(value, "answer"))
+
+
 _CONVERSIONS: dict[str, Callable[[dict[str, Any], Mcq], Messages]] = {
     "messages": _openai,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
     "ms-swift": _ms_swift,
     "mcq": _mcq,
+    "qa": _qa,
 }
 
 

@@ -11,8 +11,8 @@ import unicodedata
 from typing import Any
 
 from graft.core.errors import ConfigError
-from graft.core.recipe import Mcq
 from graft.core.rows import is_unicode
+from graft.core.sections import Mcq
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARK = re.compile(r"[(\[]?([A-Za-z]|[0-9]{1,2})[)\].:、]?")  # A, (A), A., 1)
@@ -60,12 +60,18 @@ def check(mcq: Mcq) -> None:
 
 def render(value: dict[str, Any], mcq: Mcq) -> tuple[str, str]:
     """(prompt, reply) of a record; Refused where a text is missing or the answer names no option."""
+    prompt, replies, _, right = choices(value, mcq)
+    return prompt, replies[right]
+
+
+def choices(value: dict[str, Any], mcq: Mcq) -> tuple[str, list[str], list[str], int]:
+    """(prompt, the reply that each option would be, the options, which is right from 0) of a record; Refused as above."""
     options = [_plain(value, key) for key in mcq.options]
     marks = [{"letter": LETTERS[i], "number": str(i + 1), "text": text} for i, text in enumerate(options)]
     right = answer_index(value, mcq.answer, options)
     listed = "\n".join(mcq.option.format_map(mark) for mark in marks)
     prompt = mcq.prompt.format_map({"article": text_of(value, mcq.article), "question": text_of(value, mcq.question), "options": listed})
-    return prompt, mcq.reply.format_map(marks[right])
+    return prompt, [mcq.reply.format_map(mark) for mark in marks], options, right
 
 
 def answer_index(value: dict[str, Any], key: str, options: list[str]) -> int:

@@ -1,0 +1,40 @@
+"""Stage `evaluate`: what was trained beside its base, by one engine, the one that serves: calls and texts where the recipe makes rows
+(classify.py), and the tasks that it names (tasks.py). Predictions are always kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from graft.core.stages import Job
+from graft.core.store import AdapterStore
+from graft.engine.hf import HFEngine
+from graft.evaluate import classify, tasks
+from graft.model.chat import load_tokenizer
+
+
+def run(job: Job) -> None:
+    """Write metrics.json, report.txt and the predictions; an adapter's figures also stand beside the version that servers find."""
+    recipe, plan = job.recipe, job.plan
+    base, revision, adapters = plan.trained()
+    tokenizer = load_tokenizer(str(job.parents["sft"].path))
+    engine = HFEngine(base, revision, recipe.model.precision, adapters, tokenizer, max_batch=recipe.evaluate.batch_size)
+    systems: dict[str, str | None] = {"adapter": recipe.name, "base": None} if adapters else {"model": None}
+    with job.writing() as draft:
+        metrics: dict[str, Any] = {}
+        report = ""
+        if recipe.augment:
+            metrics, counts = classify.measure(job, draft.path, engine, tokenizer, systems)
+            draft.counts.update(counts)
+            report = classify.render_report(metrics)
+        if recipe.evaluate.tasks:
+            found = tasks.measure(job, draft.path, engine, tokenizer, systems)
+            metrics["tasks"] = found
+            draft.counts["tasks"] = tasks.counts(found)
+            report += tasks.render_report(found)
+        (draft.path / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")
+        (draft.path / "report.txt").write_text(report, encoding="utf-8")
+        if adapters:
+            store, told = AdapterStore(plan.served), {k: v for k, v in draft.counts.items() if isinstance(v, int | float)}
+            told |= {f"{task} {metric}": v for task, means in draft.counts.get("tasks", {}).items() for metric, v in means.items()}
+            store.note(store.publish(recipe.name, job.parents["sft"]).id, evaluation=told)

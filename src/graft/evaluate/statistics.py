@@ -1,0 +1,92 @@
+"""How sure a mean is: percentile bootstrap over rows (Efron 1979, https://doi.org/10.1214/aos/1176344552), and paired where two systems answered the
+same ones (Koehn 2004, https://aclanthology.org/W04-3250). Seeded: the same scores give the same interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES, LEVEL = 2000, 0.95
+BLOCK = 200  # resamples at once: [200, rows] of indices in memory
+
+
+@dataclass(frozen=True)
+class Mean:
+    """low, high: the interval of 95 %; std: of the mean between repeats, None where there was one."""
+
+    mean: float
+    low: float
+    high: float
+    rows: int
+    std: float | None = None
+
+    def told(self) -> dict[str, Any]:
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items() if v is not None}
+
+
+def mean_of(scores: Sequence[Sequence[float]], seed: int = 0) -> Mean:
+    """scores: [repeats][rows]; a row's score is its mean over the repeats. ValueError without rows."""
+    table = _table(scores)
+    rows = table.mean(axis=0)
+    low, high = _interval(rows, seed)
+    std = float(table.mean(axis=1).std(ddof=1)) if len(table) > 1 else None
+    return Mean(float(rows.mean()), low, high, len(rows), std)
+
+
+def ratio_of(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Mean:
+    """Of all parts to all wholes, as nats to tokens; the interval draws rows, each with both of its numbers."""
+    table = _table([parts, wholes])
+    rng, rows = np.random.default_rng(seed), table.shape[1]
+    drawn = [table[:, rng.integers(0, rows, rows)].sum(axis=1) for _ in range(RESAMPLES)]
+    low, high = np.quantile([a / b for a, b in drawn], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Mean(float(table[0].sum() / table[1].sum()), float(low), float(high), rows)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Of one system's scores less another's, row by row. p: share of resamples whose difference has the other sign, or none, twice."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    wins: int
+    losses: int
+
+    def told(self) -> dict[str, Any]:
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def paired(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int = 0) -> Paired:
+    """ours, theirs: [repeats][rows] of the same rows. ValueError where they are not as many."""
+    a, b = _table(ours).mean(axis=0), _table(theirs).mean(axis=0)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} rows cannot be paired")
+    apart = a - b
+    means = _resampled(apart, seed)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    p = min(1.0, 2 * float(min((means <= 0).mean(), (means >= 0).mean())))
+    return Paired(float(apart.mean()), float(low), float(high), p, int((apart > 0).sum()), int((apart < 0).sum()))
+
+
+def _table(scores: Sequence[Sequence[float]]) -> Any:
+    table = np.asarray(scores, np.float64)
+    if table.ndim != 2 or not table.size:
+        raise ValueError("there are no rows to take a mean of")
+    return table
+
+
+def _interval(rows: Any, seed: int) -> tuple[float, float]:
+    low, high = np.quantile(_resampled(rows, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _resampled(rows: Any, seed: int) -> Any:
+    """[RESAMPLES] means of as many rows, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate(
+        [rows[rng.integers(0, len(rows), (min(BLOCK, RESAMPLES - at), len(rows)))].mean(axis=1) for at in range(0, RESAMPLES, BLOCK)]
+    )

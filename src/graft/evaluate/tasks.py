@@ -1,0 +1,177 @@
+"""The tasks of [evaluate.tasks]: answers that are compared with the wanted ones, options that are generated and scored, texts that are predicted.
+
+Every system answers the same questions, `evaluate.repeats` times by other seeds; each mean comes with its interval, and the trained model's with the
+paired difference to its base. Log-likelihoods are of the reply that each option would be, as it would be trained: summed, and a character.
+"""
+
+from __future__ import annotations
+
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from graft.core.rows import read_jsonl, write_jsonl
+from graft.core.sections import EvalTask
+from graft.core.stages import Job
+from graft.engine.protocol import Engine, Request
+from graft.evaluate import metrics
+from graft.evaluate.statistics import RESAMPLES, mean_of, paired, ratio_of
+from graft.model.chat import render, render_prompt
+
+MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "perplexity": "perplexity"}
+Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
+
+
+def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None]) -> dict[str, Any]:
+    """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl."""
+    found = {}
+    for name, task in job.recipe.evaluate.tasks.items():
+        rows = list(read_jsonl(job.parents["questions"].path / f"{name}.jsonl"))
+        told: dict[str, Any] = {"kind": task.kind, "rows": len(rows), "systems": {}}
+        lines = [{"id": row["id"], **({"wanted": row.get("wanted", row.get("right"))} if task.kind != "perplexity" else {})} for row in rows]
+        scores: dict[str, Scores] = {}
+        for system, adapter in systems.items():
+            asker = Asker(job, name, task, engine, tokenizer, adapter)
+            scores[system], means, kept = asker.texts(rows) if task.kind == "perplexity" else asker.answers(rows)
+            told["systems"][system] = means | {metric: mean_of(table, job.recipe.seed).told() for metric, table in scores[system].items()}
+            for line, own in zip(lines, kept, strict=True):
+                line[system] = own
+        if len(systems) > 1:
+            first, second = systems
+            both = {m: paired(scores[first][m], scores[second][m], job.recipe.seed).told() for m in scores[first]}
+            told["paired"] = {"of": f"{first} less {second}", **both}
+        write_jsonl(folder / f"predictions-{name}.jsonl", lines)
+        found[name] = told
+    return found
+
+
+class Asker:
+    """One system's answers to one task."""
+
+    def __init__(self, job: Job, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None):
+        self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = job.recipe.evaluate, task, engine, tokenizer, adapter
+        self.seed, self.window, self.title = job.recipe.seed, job.recipe.shard.seq_len, f"evaluate {name}, {adapter or 'base'}"
+
+    def answers(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
+        """(scores of each repeat and row, metrics of the whole set, what is kept of each row)."""
+        judge = {"generation": _of_text, "exact": self._of_final, "choice": _of_option}[self.task.kind]
+        texts = [self._generated(rows, repeat) for repeat in range(self.evaluate.repeats)]
+        judged = [[judge(row, text) for row, text in zip(rows, own, strict=True)] for own in texts]
+        scores: Scores = {metric: [[score[metric] for score in own] for own in judged] for metric in judged[0][0]}
+        kept: list[dict[str, Any]] = [
+            {"answers": [own[n] for own in texts], "scores": {metric: [own[n] for own in table] for metric, table in scores.items()}}
+            for n in range(len(rows))
+        ]
+        whole: dict[str, Any] = {}
+        if self.task.kind == "generation":
+            wanted = [row["wanted"] for row in rows]
+            found, half = metrics.bleu(texts[0], wanted, RESAMPLES)
+            whole["bleu"] = {"mean": round(found, 4), "low": round(found - (half or 0), 4), "high": round(found + (half or 0), 4), "rows": len(rows)}
+        if self.task.kind == "choice":
+            likelihoods = [self._likelihoods(row) for row in track(rows, f"{self.title}, options", transient=True)]
+            for metric, index in (("correct_loglikelihood", 0), ("correct_loglikelihood_per_character", 1)):
+                scores[metric] = [[float(_best([pair[index] for pair in own]) == row["right"]) for row, own in zip(rows, likelihoods, strict=True)]]
+            for own, pairs in zip(kept, likelihoods, strict=True):
+                own["loglikelihoods_nats"] = [round(pair[0], 4) for pair in pairs]
+        return scores, whole, kept
+
+    def texts(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
+        """The same of texts, in windows of a bin, each of which begins anew; a window's first token is not counted."""
+        nats: list[float] = []
+        tokens: list[float] = []
+        for row in track(rows, self.title, transient=True):
+            ids = self.tokenizer(row["text"])["input_ids"]
+            length = min(self.window, self.engine.max_length - 1)
+            windows = [ids[at : at + length] for at in range(0, len(ids), length)]
+            found = [score for window in windows if len(window) > 1 for score in self.engine.score(window, 1, self.adapter)]
+            nats.append(-sum(found))
+            tokens.append(len(found))
+        a_token, a_character = ratio_of(nats, tokens, self.seed), ratio_of(nats, [len(row["text"]) for row in rows], self.seed)
+        whole = {
+            "perplexity": {
+                "mean": exp(a_token.mean),
+                "low": exp(a_token.low),
+                "high": exp(a_token.high),
+                "rows": len(rows),
+                "tokens": int(sum(tokens)),
+            },
+            "bits_per_character": {key: getattr(a_character, key) / log(2) for key in ("mean", "low", "high")},
+        }
+        kept = [{"nats": round(n, 4), "tokens": int(t)} for n, t in zip(nats, tokens, strict=True)]
+        return {"nats_per_token": [[n / max(t, 1) for n, t in zip(nats, tokens, strict=True)]]}, whole, kept
+
+    def _generated(self, rows: list[dict[str, Any]], repeat: int) -> list[str]:
+        e = self.evaluate
+        most = self.task.max_new_tokens or e.max_new_tokens
+        requests = [
+            Request(
+                render_prompt(self.tokenizer, row["messages"]),
+                most,
+                temperature=e.temperature,
+                seed=self.seed + repeat * len(rows) + n,
+                adapter=self.adapter,
+            )
+            for n, row in enumerate(rows)
+        ]
+        starts = track(range(0, len(rows), e.batch_size), self.title, transient=True)
+        return [answer.text for at in starts for answer in self.engine.generate(requests[at : at + e.batch_size])]
+
+    def _likelihoods(self, row: dict[str, Any]) -> list[tuple[float, float]]:
+        """Of each option's reply: nats, and nats a character."""
+        found = []
+        for reply in row["replies"]:
+            done = render(self.tokenizer, [*row["messages"], {"role": "assistant", "content": reply}])
+            first = next(i for i, supervised in enumerate(done.loss_mask) if supervised)
+            scores = self.engine.score(done.ids, first, self.adapter)
+            nats = sum(score for score, supervised in zip(scores, done.loss_mask[first:], strict=True) if supervised)
+            found.append((nats, nats / max(len(reply), 1)))
+        return found
+
+    def _of_final(self, row: dict[str, Any], answer: str) -> dict[str, float]:
+        given, wanted = metrics.final(answer, self.task.final), metrics.final(row["wanted"], self.task.final)
+        right = given is not None and wanted is not None and metrics.equal(given, wanted)
+        return {"correct": float(right), "unreadable": float(given is None)}
+
+
+def _of_text(row: dict[str, Any], answer: str) -> dict[str, float]:
+    return {**metrics.rouge(answer, row["wanted"]), "equal": float(metrics.equal(answer, row["wanted"]))}
+
+
+def _of_option(row: dict[str, Any], answer: str) -> dict[str, float]:
+    given = metrics.chosen(answer, row["options"])
+    return {"correct": float(given == row["right"]), "unreadable": float(given is None)}
+
+
+def _best(values: list[float]) -> int:
+    """The largest one's place; the first of equal ones."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def counts(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{task: {its main metric: the mean of what was trained}}."""
+    main = {name: (MAIN[told["kind"]], next(iter(told["systems"].values()))) for name, told in found.items()}
+    return {name: {metric: round(means[metric]["mean"], 6)} for name, (metric, means) in main.items()}
+
+
+def render_report(found: dict[str, Any]) -> str:
+    """A table a task, as plain text: mean, interval of 95 %, and the paired difference."""
+    lines: list[str] = []
+    for name, told in found.items():
+        lines += ["", f"{name}: {told['kind']} on {told['rows']} rows; mean, interval of 95 %{', ± between repeats' if _repeated(told) else ''}"]
+        apart = told.get("paired", {})
+        for metric in next(iter(told["systems"].values())):
+            row = "".join(f"  {system} {_shown(means[metric])}" for system, means in told["systems"].items())
+            if metric in apart:
+                row += f"  difference {apart[metric]['difference']:+.4f} ({apart[metric]['low']:+.4f} to {apart[metric]['high']:+.4f}), p {apart[metric]['p']:.3f}"
+            lines.append(f"  {metric:<36}{row}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _shown(m: dict[str, float]) -> str:
+    return f"{m['mean']:.4f} ({m['low']:.4f} to {m['high']:.4f})" + (f" ± {m['std']:.4f}" if "std" in m else "")
+
+
+def _repeated(told: dict[str, Any]) -> bool:
+    return any("std" in mean for means in told["systems"].values() for mean in means.values())

@@ -1,0 +1,127 @@
+"""Tasks of every kind on a tiny adapter that was really trained, beside its base, through the stage itself."""
+
+import json
+from math import exp
+
+import pytest
+
+from graft.core.rows import read_jsonl
+from graft.core.store import AdapterStore
+from graft.data import questions
+from graft.engine.hf import HFEngine
+from graft.evaluate import stage
+from graft.model.chat import load_tokenizer
+
+from ..train.small import small_plan, train
+
+TASKS = """
+[evaluate]
+max_new_tokens = 8
+batch_size = 4
+{more}
+[evaluate.tasks.reading]
+kind = "choice"
+path = "reading.jsonl"
+mcq = {{ prompt = "{{question}} {{options}}", option = "{{letter}}{{text}}", reply = "{{letter}}" }}
+[evaluate.tasks.chat]
+kind = "generation"
+path = "chat.jsonl"
+[evaluate.tasks.maths]
+kind = "exact"
+path = "maths.jsonl"
+final = "\\\\w+"
+[evaluate.tasks.texts]
+kind = "perplexity"
+path = "texts.txt"
+"""
+
+
+def plan_with(root, more=""):
+    small_plan(root)
+    options = {f"option{n + 1}": text for n, text in enumerate("wxyz")}
+    reading = [{"article": "a", "question": f"{n}?", **options, "answer": "ABCD"[n % 4]} for n in range(6)]
+    (root / "reading.jsonl").write_text("\n".join(map(json.dumps, reading)))
+    (root / "chat.jsonl").write_text("\n".join(json.dumps({"question": c, "answer": c * 3}) for c in "abcde"))
+    (root / "maths.jsonl").write_text("\n".join(json.dumps({"question": c, "answer": c}) for c in "abc"))
+    (root / "texts.txt").write_text("\n\n".join("abc " * n for n in (3, 30, 5)))
+    recipe = root / "small.toml"
+    if "[evaluate" not in recipe.read_text():
+        recipe.write_text(recipe.read_text() + TASKS.format(more=more))
+    plan = small_plan(root, "sft.lr=0.1", "sft.epochs=4")
+    train(plan, 1)
+    questions.run(plan.resolve("questions"))
+    stage.run(plan.resolve("evaluate"))
+    return plan
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return plan_with(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def found(plan):
+    return json.loads((plan.artifact("evaluate").path / "metrics.json").read_text())
+
+
+def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
+    tasks = found["tasks"]
+    assert {name: (told["kind"], told["rows"]) for name, told in tasks.items()} == {
+        "reading": ("choice", 6),
+        "chat": ("generation", 5),
+        "maths": ("exact", 3),
+        "texts": ("perplexity", 3),
+    }
+    for told in tasks.values():
+        assert list(told["systems"]) == ["adapter", "base"] and told["paired"]["of"] == "adapter less base"
+        for means in told["systems"].values():
+            for mean in means.values():
+                assert mean["low"] <= mean["mean"] <= mean["high"]
+    assert {"correct", "unreadable", "correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["reading"]["systems"]["base"])
+    assert {"bleu", "rouge1", "rouge2", "rougeL", "equal"} == set(tasks["chat"]["systems"]["base"])
+    assert "scores" in found and found["rows"] == 3, "calls and texts as before"
+
+
+def test_predictions_are_kept_and_give_the_scores_again(plan, found):
+    lines = list(read_jsonl(plan.artifact("evaluate").path / "predictions-reading.jsonl"))
+    for system in ("adapter", "base"):
+        share = sum(line[system]["scores"]["correct"][0] for line in lines) / len(lines)
+        assert share == pytest.approx(found["tasks"]["reading"]["systems"][system]["correct"]["mean"], abs=1e-6)
+        best = [max(range(4), key=line[system]["loglikelihoods_nats"].__getitem__) == line["wanted"] for line in lines]
+        assert sum(best) / len(best) == pytest.approx(found["tasks"]["reading"]["systems"][system]["correct_loglikelihood"]["mean"], abs=1e-6)
+    assert any(
+        line["adapter"]["answers"] != line["base"]["answers"] for line in read_jsonl(plan.artifact("evaluate").path / "predictions-chat.jsonl")
+    )
+
+
+def test_perplexity_is_that_of_the_engine(plan, found):
+    base, revision, adapters = plan.trained()
+    engine = HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+    nats = tokens = 0
+    for row in read_jsonl(plan.artifact("questions").path / "texts.jsonl"):
+        ids = engine.tokenizer(row["text"])["input_ids"]
+        for at in range(0, len(ids), 32):
+            if len(window := ids[at : at + 32]) > 1:
+                scores = engine.score(window, 1, "small")
+                nats, tokens = nats - sum(scores), tokens + len(scores)
+    told = found["tasks"]["texts"]["systems"]["adapter"]["perplexity"]
+    assert told["tokens"] == tokens and told["mean"] == pytest.approx(exp(nats / tokens), rel=1e-5)
+    assert told["mean"] != found["tasks"]["texts"]["systems"]["base"]["perplexity"]["mean"]
+
+
+def test_the_report_the_store_and_the_counts_say_them(plan, found):
+    report = (plan.artifact("evaluate").path / "report.txt").read_text()
+    for words in ("reading: choice on 6 rows", "rougeL", "bits_per_character", "difference", "always-call"):
+        assert words in report
+    counts = plan.artifact("evaluate").counts
+    assert counts["tasks"]["texts"]["perplexity"] == pytest.approx(found["tasks"]["texts"]["systems"]["adapter"]["perplexity"]["mean"], abs=1e-5)
+    assert AdapterStore(plan.served).get("small").notes["evaluation"]["reading correct"] == counts["tasks"]["reading"]["correct"]
+
+
+def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):
+    plan = plan_with(tmp_path, "temperature = 1.5\nrepeats = 3")
+    told = json.loads((plan.artifact("evaluate").path / "metrics.json").read_text())["tasks"]
+    assert "std" in told["chat"]["systems"]["base"]["rouge1"] and "std" not in told["texts"]["systems"]["base"]["nats_per_token"]
+    line = next(read_jsonl(plan.artifact("evaluate").path / "predictions-chat.jsonl"))
+    assert len(set(line["base"]["answers"])) == 3 == len(line["base"]["scores"]["rouge1"])
+    assert "± between repeats" in (plan.artifact("evaluate").path / "report.txt").read_text()
