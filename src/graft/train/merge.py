@@ -22,6 +22,7 @@ from graft.core.errors import ArtifactError, ConfigError, TrainError
 from graft.core.hub import commit_of
 from graft.core.stages import Job
 from graft.model.chat import load_tokenizer, save_tokenizer
+from graft.model.frozen import fp8_works
 from graft.model.lora import WEIGHTS
 from graft.train.merge_compare import Difference, difference, logits_of, tokens_of
 from graft.train.merge_weights import Adapter, MergeBase
@@ -83,7 +84,7 @@ def merge(adapter_folder: Path, base: str, revision: str | None, precision: str,
 
     TrainError where it differs by more than TOLERANCES[precision]; ConfigError, ArtifactError where base and adapter cannot be merged.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(precision)
     adapter = Adapter(adapter_folder)
     found = MergeBase(base, revision, precision, device)
     found.check(adapter)
@@ -104,6 +105,12 @@ def merge(adapter_folder: Path, base: str, revision: str | None, precision: str,
         if precision == "fp8":
             counts["fp8_inputs"] = _figures(difference(logits_of(found, found.trained, adapter, texts, rounds_inputs=True), got))
     return counts
+
+
+def _device(precision: str) -> torch.device:
+    """A GPU where there is one, so that weights are quantised by the kernels that trained; one that has no FP8 cannot quantise to it."""
+    cuda = torch.device("cuda")
+    return cuda if torch.cuda.is_available() and (precision != "fp8" or fp8_works(cuda)) else torch.device("cpu")
 
 
 def _refuse(off: Difference, precision: str) -> None:
