@@ -273,9 +273,9 @@ from pathlib import Path
 from graft.train.merge import merge_folder
 root, out = map(Path, sys.argv[1:])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-merge_folder(root / "two", str(root / "base"), None, "nf4", out / "small")
+merge_folder(root / "two", str(root / "base"), None, "fp8", out / "small")
 before = peak()
-merge_folder(root / "adapter", str(root / "large"), None, "nf4", out / "large")
+merge_folder(root / "adapter", str(root / "large"), None, "fp8", out / "large")
 print(peak() - before)
 """
 

@@ -156,3 +156,16 @@ def test_the_adapter_of_another_base_is_refused(bases, tmp_path):
     untied = MergeBase(str(bases / "untied"), None, "nf4", CPU)
     untied.check(adapter := Adapter(own))
     assert torch.equal(untied.merged("lm_head.weight", adapter), untied.trained("lm_head.weight"))
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_transformers_reads_the_shards(bases, tmp_path, name):
+    adapter = Adapter(random_adapter(bases / name, Lora(r=4), tmp_path / "adapter", 0))
+    base = MergeBase(str(bases / name), None, "bf16", CPU)
+    assert base.write(adapter, tmp_path, 50_000) == len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    lm = load_base(str(tmp_path), None, "bf16", "cpu")
+    found = dict(lm.named_parameters())
+    assert set(found) == set(base.specs) and all(torch.equal(p, base.merged(n, adapter)) for n, p in found.items())
+    stored = dict(load_base(str(bases / name), None, "bf16", "cpu").named_parameters())
+    assert sum(not torch.equal(p, stored[n]) for n, p in found.items()) == len(adapter.pairs) == 14
+    assert (lm.lm_head.weight is lm.model.embed_tokens.weight) == (name == "tied")

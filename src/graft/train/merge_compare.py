@@ -83,7 +83,7 @@ def _weights_from(base: MergeBase, weight: Callable[[str], Tensor], adapter: Ada
     for name, module in base.lm.named_modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
-                full = f"{name}.{leaf}"
+                full = f"{name}.{leaf}".lstrip(".")
                 module._buffers[leaf] = (weight(full) if full in base.specs else buffer).to(base.device)
         if name in base.linears:
             pair = adapter.pairs.get(name) if adapter else None
@@ -104,7 +104,7 @@ def _weights_from(base: MergeBase, weight: Callable[[str], Tensor], adapter: Ada
 def _bring(base: MergeBase, name: str, weight: Callable[[str], Tensor], module: nn.Module, inputs: Any) -> None:
     for leaf, parameter in module._parameters.items():
         if parameter is not None:
-            found = weight(f"{name}.{leaf}")
+            found = weight(f"{name}.{leaf}".lstrip("."))
             # an embedding's rows are looked up, not multiplied: in fp32 a large one would be gigabytes
             module._parameters[leaf] = nn.Parameter(found if isinstance(module, nn.Embedding) else found.float(), requires_grad=False)
 

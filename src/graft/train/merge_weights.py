@@ -17,7 +17,7 @@ from graft.core.hub import model_folder
 from graft.model.base import DTYPES, read_config
 from graft.model.frozen import NF4_BLOCK, quantize_rows
 from graft.model.lora import merged, read_adapter
-from graft.train.tensor_files import Spec, TensorFiles, write_tensors
+from graft.train.tensor_files import SHARD_BYTES, Spec, TensorFiles, write_tensors
 
 Pair = tuple[Tensor, Tensor]
 
@@ -55,9 +55,9 @@ class MergeBase:
         self.linears = {name: module for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)}
         quantised = precision in ("fp8", "nf4")  # the layers that load_fused() and load_base() quantise
         self.quantised = {f"{name}.weight" for name, module in self.linears.items() if quantised and module is not head}
-        parameters = {name for name, _ in self.lm.named_parameters(remove_duplicate=False)}
+        self.parameters = {name for name, _ in self.lm.named_parameters(remove_duplicate=False)}  # the others of its tensors are buffers
         self.specs = {  # of the merged model
-            name: Spec(self.dtype if name in parameters else self.files.specs[source].dtype, self.files.specs[source].shape)
+            name: Spec(self.dtype if name in self.parameters else self.files.specs[source].dtype, self.files.specs[source].shape)
             for name, source in self._sources.items()
         }
 
@@ -110,7 +110,7 @@ class MergeBase:
         """What training multiplies by: in the precision's dtype, but a weight of fp8, which is in fp32, where its scales leave no rounding."""
         stored = self.stored(name)
         if name not in self.quantised:
-            return stored.to(self.dtype) if self.tied.get(name, name) in self.specs and stored.is_floating_point() else stored
+            return stored.to(self.dtype) if name in self.parameters else stored
         return _fp8(stored) if self.precision == "fp8" else _nf4(stored.to(self.dtype))
 
     def merged(self, name: str, adapter: Adapter) -> Tensor:
@@ -120,9 +120,9 @@ class MergeBase:
             return merged(weight, *pair, adapter.scale, dtype)
         return weight.to(dtype)
 
-    def write(self, adapter: Adapter, folder: Path) -> int:
+    def write(self, adapter: Adapter, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
         """The merged model's weights in shards, and its config; returns the number of shards. At any time a few tensors are in memory."""
-        shards = write_tensors(folder, self.specs, lambda name: self.merged(name, adapter))
+        shards = write_tensors(folder, self.specs, lambda name: self.merged(name, adapter), shard_bytes)
         self.lm.config.dtype = self.dtype
         self.lm.config.architectures = [type(self.lm).__name__]
         self.lm.config.save_pretrained(folder)
