@@ -22,8 +22,8 @@ from graft.model.chat import load_tokenizer
 from graft.model.lora import CONFIG, WEIGHTS, read_adapter
 from graft.model.stream import load_fused
 from graft.train.merge import TOLERANCES, merge_folder, run
-from graft.train.merge_compare import difference, tokens_of
-from graft.train.merge_weights import MergeBase
+from graft.train.merge_compare import difference, logits_of, tokens_of
+from graft.train.merge_weights import Adapter, MergeBase
 
 from ..engine.tiny_model import MAX_LENGTH, build, random_adapter
 from .small import small_plan
@@ -105,6 +105,16 @@ def test_what_is_measured_is_the_difference_of_the_weights(merged):
     assert {p for p, c in rounded.items() if "unquantised" in c} == {"nf4", "fp8"} and "fp8_inputs" in rounded["fp8"]
     for c in (rounded["nf4"], rounded["fp8"]):
         assert c["unquantised"]["kl_nats"] > 20 * c["kl_nats"], "merged into what was trained on, not into what is stored"
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_the_tolerance_tells_an_adapter_from_half_of_it(tiny, precision):
+    base, adapter = MergeBase(str(tiny[0]), None, precision, CPU), Adapter(tiny[1])
+    texts = tokens_of(load_tokenizer(str(tiny[0])), base)
+    whole = logits_of(base, base.trained, adapter, texts)
+    adapter.scale /= 2
+    off, most = difference(whole, logits_of(base, base.trained, adapter, texts)), TOLERANCES[precision]
+    assert off.kl_nats > most.kl_nats and off.logit_difference_max > most.logits * off.logit_std
 
 
 def test_weights_are_those_of_pefts_merge(tiny, merged):

@@ -29,16 +29,16 @@ from graft.train.merge_weights import Adapter, MergeBase
 from graft.train.parity import FILE as PARITY
 from graft.train.tensor_files import TensorFiles
 
-PRECISIONS = ("bf16", "fp32", "fp8", "nf4")
-
 
 class Tolerance(NamedTuple):
     logits: float  # the greatest difference, in standard deviations of the logits
     kl_nats: float
 
 
-# merged weights are rounded once: in fp32 nothing else differs; bf16 has 8 bits, each weight is off by 2^-9 of itself at most
-TOLERANCES = {"fp32": Tolerance(1e-3, 1e-6), "bf16": Tolerance(0.25, 0.01), "fp8": Tolerance(0.25, 0.01), "nf4": Tolerance(0.25, 0.01)}
+# Merged weights are rounded once: in fp32 nothing else differs, in bf16 each is off by 2^-9 of itself at most. Over 20 layers of a 13B shape with
+# random weights that comes to 0.15 deviations at most and 0.0007 nats; nats grow with the depth, logits with its root.
+_ROUNDED = Tolerance(0.5, 0.01)
+TOLERANCES = {"fp32": Tolerance(1e-3, 1e-6), "bf16": _ROUNDED, "fp8": _ROUNDED, "nf4": _ROUNDED}
 
 
 def run(job: Job) -> None:
@@ -61,8 +61,8 @@ def merge_folder(adapter: Path, base: str, revision: str | None, precision: str 
     if precision and told and precision != told:
         raise ConfigError(f"{adapter} was trained on a base in {told}: merge it with --precision {told}")
     precision = precision or told or "bf16"
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision {precision!r} is none of {', '.join(PRECISIONS)}")
+    if precision not in TOLERANCES:
+        raise ConfigError(f"--precision {precision!r} is none of {', '.join(TOLERANCES)}")
     if not Path(base).is_dir() or revision:
         if base.startswith((".", "/", "~")) or base.count("/") != 1:
             raise ConfigError(f"--base {base!r} is neither a folder nor a hub id like 'owner/name'")
