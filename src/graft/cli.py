@@ -85,6 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     with_recipe(base, needed=False)
     base.add_argument("--like", metavar="SHAPE", help="random weights of a real model's shape, such as llama-3.1-8b, written to --out")
     base.add_argument("--out", metavar="DIR")
+    merge = verb(
+        "merge", _merge, "merge a LoRA adapter into its base, a weight at a time, and compare the two; a recipe's own stage is `graft run`'s"
+    )
+    merge.add_argument("adapter", metavar="ADAPTER", help="a folder with adapter_config.json and adapter_model.safetensors, graft's or PEFT's")
+    merge.add_argument("--base", required=True, metavar="BASE", help="the model that it was trained on: a folder, or a hub id like owner/name")
+    merge.add_argument("--revision", metavar="R", help="of a hub id: a branch, a tag or a commit")
+    merge.add_argument(
+        "--precision",
+        choices=["bf16", "fp32", "fp8", "nf4"],
+        help="how the base was held in training (default: as the adapter's folder says, else bf16)",
+    )
+    merge.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     evaluate = with_recipe(verb("evaluate", _evaluate, "evaluate the recipe's adapter"))
     evaluate.add_argument("--server", metavar="URL", help="ask a running server the same, and compare; exit code 1 where an answer differs")
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
@@ -207,6 +219,17 @@ def _base(args: argparse.Namespace) -> int:
     from graft.data.like import write_like
 
     print(f"{args.out}: {write_like(args.like, Path(args.out)):,} random weights of the shape of {args.like}")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from graft.train.merge import merge_folder
+
+    c = merge_folder(Path(args.adapter), args.base, args.revision, args.precision, Path(args.out))
+    print(
+        f"{args.out}: {c['layers']} layers merged, {c['shards']} shards; over {c['tokens']} tokens its logits differ from base + adapter's "
+        f"by {c['logit_difference_max']:.1e} at most (spread {c['logit_std']:.2g}), {c['kl_nats']:.1e} nats a token"
+    )
     return 0
 
 

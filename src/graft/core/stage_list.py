@@ -95,7 +95,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         if stage == "base":
             source = {"base": "*"}
         if stage == "cpt":
-            out.append(Stage("merge", "graft.train.merge", 1, model, {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
+            out.append(Stage("merge", "graft.train.merge", 2, model, {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
             source = {"merge": "*"}
     served = {**source, "sft": "*"}
     external = model_input if not source else ()

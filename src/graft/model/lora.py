@@ -221,10 +221,12 @@ def read_tensors(file: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def merge_into(weight_of: Callable[[str], Tensor], config: dict[str, Any], pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """W + (alpha / r) B A for every adapted module, computed in fp32 and returned in W's dtype."""
+    """merged() of every adapted module, in W's dtype."""
     scale = config["lora_alpha"] / config["r"]
-    merged = {}
-    for name, (a, b) in pairs.items():
-        w = weight_of(name)
-        merged[name] = (w.float() + scale * (b.float() @ a.float())).to(w.dtype)
-    return merged
+    return {name: merged(w := weight_of(name), a, b, scale, w.dtype) for name, (a, b) in pairs.items()}
+
+
+def merged(w: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """W + (alpha / r) B A of W [out, in], A [r, in], B [out, r], computed in fp32 on W's device and rounded once, to `dtype`."""
+    product = torch.mm(b.to(w.device, torch.float32), a.to(w.device, torch.float32)).mul_(scale)
+    return product.add_(w).to(dtype)
