@@ -1,0 +1,234 @@
+"""Line charts, histograms and a confusion matrix as inline SVG: no script, colours by the page's classes.
+
+A curve of any length is drawn by the lowest and the highest point of every pixel column, so a spike of one step shows and 100,000 steps
+are some 10 kB. 100,000 points take 0.1 s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from graft.report.tree import Confusion, Histogram, Mark, Series
+
+WIDTH, HEIGHT = 420, 220  # user units; the page scales, on a phone to 0.85
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
+ACROSS, DOWN = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+BANDS = 60  # places under the pointer that tell their values
+DOTS = 40  # points at most that have a dot each
+SMOOTHED = 120  # points at least that get a smoothed curve over them
+
+Points = list[tuple[float, float]]
+
+
+# ---- scales -----------------------------------------------------------------------------------------------------------
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) within low .. high; low < high."""
+    raw = (high - low) / max(1, about)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [0.0 if n == 0 else float(f"{n * step:.12g}") for n in range(first, last + 1)]
+
+
+def said(value: float) -> str:
+    """A number for people, in at most some six characters: 0.405, 12.4k, 2e-4."""
+    size = abs(value)
+    if size >= 1e3:
+        for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if size >= unit * 0.9995:
+                return f"{value / unit:.4g}{name}" if size < unit * 1e3 else f"{value:.3g}"
+    if 0 < size < 1e-3:
+        mantissa, _, exponent = f"{value:.3g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+    return f"{value:.4g}"
+
+
+def span(values: Sequence[float], from_zero: bool = False) -> tuple[float, float]:
+    """The ends of an axis over `values`, never equal."""
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if from_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = abs(high) * 0.1 or 1.0
+        return (0.0, room) if from_zero and high == 0 else (low - (0 if from_zero else room), high + room)
+    return low, high
+
+
+# ---- thinning ---------------------------------------------------------------------------------------------------------
+def thinned(series: Series, low: float, high: float, columns: int = ACROSS) -> list[Points]:
+    """The points to draw, as runs with a gap between them where nothing is known.
+
+    Up to two points a column all are kept; else the lowest and the highest of each column, in their order, and the first and last of all.
+    A column without any number parts two runs.
+    """
+    runs: list[Points] = [[]]
+    pairs = [(x, y if y is not None and math.isfinite(y) else None) for x, y in zip(series.xs, series.ys, strict=True)]
+    if len(pairs) <= 2 * columns:
+        for x, y in pairs:
+            if y is None:
+                runs.append([])
+            else:
+                runs[-1].append((x, y))
+        return [run for run in runs if run]
+    width = (high - low) / columns or 1.0
+    found: dict[int, list[tuple[int, float, float]]] = {}
+    for n, (x, y) in enumerate(pairs):
+        column = found.setdefault(min(columns - 1, int((x - low) / width)), [])
+        if y is not None:
+            column.append((n, x, y))
+    for column in found.values():
+        if not column:
+            runs.append([])
+            continue
+        ends = {min(column, key=lambda p: p[2]), max(column, key=lambda p: p[2])}
+        ends |= {p for p in (column[0], column[-1]) if p[0] in (0, len(pairs) - 1)}
+        runs[-1] += [(x, y) for _, x, y in sorted(ends)]
+    return [run for run in runs if run]
+
+
+def smoothed(series: Series) -> Series:
+    """A moving mean over the last fiftieth of the points, at least 10."""
+    window = max(10, len(series.ys) // 50)
+    ys: list[float | None] = []
+    held: list[float] = []
+    total = 0.0
+    for y in series.ys:
+        if y is not None and math.isfinite(y):
+            held.append(y)
+            total += y
+            if len(held) > window:
+                total -= held[-window - 1]
+        ys.append(total / min(window, len(held)) if held else None)
+    return Series(f"{series.name}, mean of {window}", series.xs, tuple(ys))
+
+
+# ---- charts -----------------------------------------------------------------------------------------------------------
+def line_chart(title: str, series: Sequence[Series], marks: Sequence[Mark] = (), unit_x: str = "step", from_zero: bool = False) -> str:
+    """Curves over a common axis; where one is long, its moving mean lies over it. Without any number: a line that says so."""
+    known = [y for s in series for y in s.ys if y is not None and math.isfinite(y)]
+    xs = [x for s in series for x in (s.xs[:1] + s.xs[-1:])]
+    if not known:
+        return _svg(title, f'<text class="none" x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no numbers</text>')
+    (low_x, high_x), (low, high) = span(xs), span(known, from_zero)
+    place_x, place_y = _to(low_x, high_x, LEFT, LEFT + ACROSS), _to(low, high, TOP + DOWN, TOP)
+    parts = _axes(low_x, high_x, low, high, unit_x)
+    for mark in marks:
+        at = f"{place_x(mark.x):.1f}"
+        kind = "skip" if mark.kind == "left out" else "pause"
+        parts.append(f'<path class="mark {kind}" d="M{at} {TOP}v{DOWN}"><title>{escape(mark.text)}</title></path>')
+    for n, one in enumerate(series):
+        long = len(one.ys) >= SMOOTHED
+        for faint, curve in [(True, one), (False, smoothed(one))] if long else [(False, one)]:
+            runs = thinned(curve, low_x, high_x)
+            path = "".join("M" + "L".join(f"{place_x(x):.1f} {place_y(y):.1f}" for x, y in run) for run in runs)
+            parts.append(f'<path class="line c{n}{" faint" if faint else ""}" d="{path}"/>')
+            alone = [run[0] for run in runs if len(run) == 1]
+            dots = [p for run in runs for p in run] if len(one.ys) <= DOTS else alone
+            parts += [f'<circle class="c{n}" cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="2.2"/>' for x, y in dots]
+    parts += _hovers(series, low_x, high_x, unit_x)
+    last = ", ".join(f"{s.name} ends at {said(y)}" for s in series if (y := next((y for y in reversed(s.ys) if y is not None), None)) is not None)
+    return _svg(f"{title}: {last}", "".join(parts))
+
+
+def histogram_chart(histogram: Histogram) -> str:
+    """Upright bars between their edges, the range and the count under the pointer."""
+    if not sum(histogram.counts):
+        return _svg(histogram.title, f'<text class="none" x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">nothing to count</text>')
+    low, high, top = histogram.edges[0], histogram.edges[-1], max(histogram.counts)
+    place_x, place_y = _to(low, high, LEFT, LEFT + ACROSS), _to(0, top, TOP + DOWN, TOP)
+    parts = _axes(low, high, 0, top, histogram.unit)
+    for a, b, n in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True):
+        x, y = place_x(a), place_y(n)
+        size = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(0.5, place_x(b) - x - 1):.1f}" height="{TOP + DOWN - y:.1f}"'
+        parts.append(f'<rect class="bar" {size}/>')
+        over = f'x="{x:.1f}" y="{TOP}" width="{place_x(b) - x:.1f}" height="{DOWN}"'  # a low bar too is found by the pointer
+        parts.append(f'<rect class="over" {over}><title>{said(a)}–{said(b)} {escape(histogram.unit)}: {n:,}</title></rect>')
+    return _svg(histogram.title, "".join(parts))
+
+
+def confusion_chart(confusion: Confusion) -> str:
+    """Counts by what is true (rows) and predicted (columns), as dark as their share of the row."""
+    side, left, top = 46, 86, 26
+    across = (WIDTH - left - RIGHT) / max(1, len(confusion.predicted))
+    parts = []
+    for x, name in enumerate(confusion.predicted):
+        parts.append(f'<text x="{left + (x + 0.5) * across:.1f}" y="{top - 8}" text-anchor="middle">{escape(name)}</text>')
+    for y, (label, row) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
+        parts.append(f'<text x="{left - 8}" y="{top + y * side + side / 2 + 4}" text-anchor="end">{escape(label)}</text>')
+        for x, n in enumerate(row):
+            share = n / max(1, sum(row))
+            right = confusion.predicted[x] == label
+            box = f'x="{left + x * across:.1f}" y="{top + y * side}" width="{across - 2:.1f}" height="{side - 2}"'
+            parts.append(f'<rect class="under" {box}/><rect class="{"right" if right else "wrong"}" fill-opacity="{share:.2f}" {box}>')
+            parts.append(f"<title>{escape(label)} taken for {escape(confusion.predicted[x])}: {n:,}, {share:.1%} of the row</title></rect>")
+            middle = f'x="{left + (x + 0.5) * across - 1:.1f}" y="{top + y * side + side / 2 + 4}" text-anchor="middle"'
+            parts.append(f'<text class="count{" on" if share > 0.5 else ""}" {middle}>{n:,}</text>')
+    height = top + side * len(confusion.labels)
+    said_of = "; ".join(
+        f"{label}: " + ", ".join(f"{n} {p}" for p, n in zip(confusion.predicted, row, strict=True))
+        for label, row in zip(confusion.labels, confusion.counts, strict=True)
+    )
+    return _svg(f"confusion matrix, true by predicted: {said_of}", "".join(parts), height)
+
+
+def share_bar(share: float) -> str:
+    """A bar for a cell of a table; what it says stands beside it."""
+    width = 100 * min(1.0, max(0.0, share))
+    return f'<svg class="share" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true"><rect class="under" width="100" height="10"/><rect class="bar" width="{width:.1f}" height="10"/></svg>'
+
+
+def _svg(label: str, body: str, height: int = HEIGHT) -> str:
+    return f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {height}">{body}</svg>'
+
+
+def _to(low: float, high: float, start: float, end: float):
+    scale = (end - start) / ((high - low) or 1.0)
+    return lambda value: start + (value - low) * scale
+
+
+def _axes(low_x: float, high_x: float, low: float, high: float, unit_x: str) -> list[str]:
+    place_x, place_y = _to(low_x, high_x, LEFT, LEFT + ACROSS), _to(low, high, TOP + DOWN, TOP)
+    parts = []
+    for value, text in _labelled(ticks(low, high)):
+        y = f"{place_y(value):.1f}"
+        parts.append(f'<path class="grid" d="M{LEFT} {y}h{ACROSS}"/><text x="{LEFT - 5}" y="{float(y) + 4:.1f}" text-anchor="end">{text}</text>')
+    for value, text in _labelled([t for t in ticks(low_x, high_x) if unit_x != "step" or t == int(t)]):
+        x = place_x(value)
+        anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
+        parts.append(f'<path class="grid" d="M{x:.1f} {TOP + DOWN}v4"/><text x="{x:.1f}" y="{TOP + DOWN + 16}" text-anchor="{anchor}">{text}</text>')
+    parts.append(f'<path class="axis" d="M{LEFT} {TOP + DOWN}h{ACROSS}"/>')
+    parts.append(f'<text class="unit" x="{LEFT + ACROSS}" y="{HEIGHT - 4}" text-anchor="end">{escape(unit_x)}</text>')
+    return parts
+
+
+def _labelled(values: list[float]) -> list[tuple[float, str]]:
+    """Each tick with its label, told apart in full where the short form is the same for two."""
+    short = [said(v) for v in values]
+    return list(zip(values, short if len(set(short)) == len(short) else [f"{v:,.10g}" for v in values], strict=True))
+
+
+def _hovers(series: Sequence[Series], low: float, high: float, unit_x: str) -> list[str]:
+    """Bands over the plot, each with the values below it as a title."""
+    bands: dict[int, dict[str, tuple[float, float]]] = {}
+    ends: dict[int, tuple[float, float]] = {}
+    width = (high - low) / BANDS
+    for one in series:
+        for x, y in zip(one.xs, one.ys, strict=True):
+            if y is None or not math.isfinite(y):
+                continue
+            band = min(BANDS - 1, int((x - low) / width))
+            here = bands.setdefault(band, {})
+            a, b = here.get(one.name, (y, y))
+            here[one.name] = (min(a, y), max(b, y))
+            first, last = ends.get(band, (x, x))
+            ends[band] = (min(first, x), max(last, x))
+    parts = []
+    for band, here in sorted(bands.items()):
+        first, last = ends[band]
+        where = f"{unit_x} {first:,.0f}" + (f"–{last:,.0f}" if last > first else "")
+        values = "; ".join(f"{name} {said(a)}" + (f" to {said(b)}" if said(a) != said(b) else "") for name, (a, b) in here.items())
+        box = f'x="{LEFT + band * ACROSS / BANDS:.1f}" y="{TOP}" width="{ACROSS / BANDS:.1f}" height="{DOWN}"'
+        parts.append(f'<rect class="over" {box}><title>{escape(f"{where}: {values}")}</title></rect>')
+    return parts
