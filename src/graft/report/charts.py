@@ -13,7 +13,7 @@ from html import escape
 from graft.report.tree import Confusion, Histogram, Mark, Series
 
 WIDTH, HEIGHT = 420, 220  # user units; the page scales, on a phone to 0.85
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 50, 8, 10, 36
 ACROSS, DOWN = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 BANDS = 60  # places under the pointer that tell their values
 DOTS = 40  # points at most that have a dot each
@@ -40,8 +40,8 @@ def said(value: float) -> str:
             if size >= unit * 0.9995:
                 return f"{value / unit:.4g}{name}" if size < unit * 1e3 else f"{value:.3g}"
     if 0 < size < 1e-3:
-        mantissa, _, exponent = f"{value:.3g}".partition("e")
-        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.4g}"
 
 
@@ -89,24 +89,26 @@ def thinned(series: Series, low: float, high: float, columns: int = ACROSS) -> l
 
 
 def smoothed(series: Series) -> Series:
-    """A moving mean over the last fiftieth of the points, at least 10."""
-    window = max(10, len(series.ys) // 50)
-    ys: list[float | None] = []
-    held: list[float] = []
-    total = 0.0
+    """A mean over the fiftieth of the points around each, at least 11, which lags behind no fall."""
+    half = max(5, len(series.ys) // 100)
+    sums, counts = [0.0], [0]
     for y in series.ys:
-        if y is not None and math.isfinite(y):
-            held.append(y)
-            total += y
-            if len(held) > window:
-                total -= held[-window - 1]
-        ys.append(total / min(window, len(held)) if held else None)
-    return Series(f"{series.name}, mean of {window}", series.xs, tuple(ys))
+        known = y if y is not None and math.isfinite(y) else None
+        sums.append(sums[-1] + (known or 0.0))
+        counts.append(counts[-1] + (known is not None))
+    ys: list[float | None] = []
+    for n in range(len(series.ys)):
+        first, last = max(0, n - half), min(len(series.ys), n + half + 1)
+        count = counts[last] - counts[first]
+        ys.append((sums[last] - sums[first]) / count if count else None)
+    return Series(series.name, series.xs, tuple(ys))
 
 
 # ---- charts -----------------------------------------------------------------------------------------------------------
-def line_chart(title: str, series: Sequence[Series], marks: Sequence[Mark] = (), unit_x: str = "step", from_zero: bool = False) -> str:
-    """Curves over a common axis; where one is long, its moving mean lies over it. Without any number: a line that says so."""
+def line_chart(
+    title: str, series: Sequence[Series], marks: Sequence[Mark] = (), unit_x: str = "step", from_zero: bool = False, noisy: bool = True
+) -> str:
+    """Curves over a common axis; where one is long and noisy, its moving mean lies over it. Without any number: a line that says so."""
     known = [y for s in series for y in s.ys if y is not None and math.isfinite(y)]
     xs = [x for s in series for x in (s.xs[:1] + s.xs[-1:])]
     if not known:
@@ -119,7 +121,7 @@ def line_chart(title: str, series: Sequence[Series], marks: Sequence[Mark] = (),
         kind = "skip" if mark.kind == "left out" else "pause"
         parts.append(f'<path class="mark {kind}" d="M{at} {TOP}v{DOWN}"><title>{escape(mark.text)}</title></path>')
     for n, one in enumerate(series):
-        long = len(one.ys) >= SMOOTHED
+        long = noisy and len(one.ys) >= SMOOTHED
         for faint, curve in [(True, one), (False, smoothed(one))] if long else [(False, one)]:
             runs = thinned(curve, low_x, high_x)
             path = "".join("M" + "L".join(f"{place_x(x):.1f} {place_y(y):.1f}" for x, y in run) for run in runs)

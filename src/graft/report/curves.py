@@ -59,7 +59,10 @@ def _charts(metrics: list[dict[str, Any]]) -> list[Chart]:
         ("Peak memory", "GiB a GPU", memory if memory[0] else (), True),
         ("Waiting for data", "% of the step", (_series(metrics, "stall", "data stall"),), True),
     ]
-    found = [Chart(title, unit, tuple(s for s in series if s), zero) for title, unit, series, zero in wanted]
+    found = [
+        Chart(title, unit, tuple(s for s in series if s), zero, noisy=title not in ("Learning rate", "Peak memory"))
+        for title, unit, series, zero in wanted
+    ]
     names = [c.title for c in found if c.series]
     return [c for c in found if c.series and not (c.title == "Rate of work" and "MFU" in names)]  # the same curve by another name
 
@@ -92,7 +95,6 @@ def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Ma
     mfu = [m["mfu_nominal"] for m in metrics if m.get("mfu_nominal") is not None]
     peak = [m["peak_mem_gib"] for m in metrics if m.get("peak_mem_gib") is not None]
     stalled_s = sum(m.get("data_s") or 0.0 for m in metrics)
-    setting = ", ".join(str(last[k]) for k in ("micro_batch", "activation_checkpointing") if last.get(k) is not None)
     left_out = [m for m in marks if m.kind == "left out"]
     pauses = len(marks) - len(left_out)
     changes = counts.get("data_changes") or []
@@ -108,7 +110,8 @@ def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Ma
         "peak memory": f"{max(peak):.1f} GiB" + (f", predicted {last['predicted_mem_gib']:.1f}" if last.get("predicted_mem_gib") else "") if peak else None,
         "waiting for data": f"{stalled_s / spent_s:.2%} of the time" if spent_s else None,
         "processes": number(counts["processes"]) if counts.get("processes") else None,
-        "bins a forward, recomputed": setting or None,
+        "micro batch": f"{last['micro_batch']} bins" if last.get("micro_batch") else None,
+        "activation checkpointing": last.get("activation_checkpointing"),
         "steps left out": f"{len(left_out):,}",
         "pauses": f"{pauses:,} (resumes, slow saves)" if pauses else None,
         "data changed": f"at step {', '.join(str(c.get('step')) for c in changes)}" if changes else None,

@@ -140,6 +140,10 @@ def _made(name: str, counts: dict[str, Any], trained: bool) -> str:
         return f"{c['train']['bins']:,} bins, {c['train']['tokens']:,} tokens, {c['train']['utilisation']:.1%} used"
     if name == "evaluate" and "strict_f1" in c:
         return f"F1 {c['strict_f1']:.3f} on {number(c['rows'])} rows"
+    if name == "merge" and "logit_difference_max" in c:
+        return f"{number(c['layers'])} layers, logits differ by {c['logit_difference_max']:.1e} at most"
+    if name == "init" and "parameters" in c:
+        return f"{number(c['vocabulary'])} tokens, {number(c['parameters'])} random weights"
     if name == "serve" and c.get("first_token_s"):
         return f"first token after {c['first_token_s']:.3f} s"
     return ", ".join(f"{k} {v}" for k, v in list(flat(c))[:3])

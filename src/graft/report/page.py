@@ -23,6 +23,7 @@ from graft.report.gather import gather
 from graft.report.tree import Evaluation, Pair, Prediction, Report, Stage, Table, Training
 
 SECTIONS = {"lineage": "Lineage", "data": "Data", "training": "Training", "cost": "Cost", "evaluation": "Evaluation"}
+STAGE_COLUMNS = ("stage", "state", "made", "artifact", "made of", "time", "API")
 SHORT = 12  # digits of a fingerprint
 TOLD = 20  # marks in words; all are in the charts
 
@@ -83,15 +84,17 @@ def _head(report: Report) -> Iterator[str]:
 def _lineage(report: Report) -> Iterator[str]:
     done = sum(s.state == "complete" for s in report.stages)
     yield f'<p class="note">{done} of {len(report.stages)} stages are complete. From the API’s ledger to the adapter, each made of those named beside it.</p>'
-    head = "".join(f"<th{k}>{n}</th>" for n, k in (("stage", ""), ("state", ""), ("made", ""), ("artifact", ""), ("of", ""), ("time", ' class="n"'), ("API", ' class="n"')))  # fmt: skip
+    head = "".join(f"<th>{name}</th>" for name in STAGE_COLUMNS)
     rows = [_stage_row(s) for s in report.stages]
     if report.ledger:
         told = dict(report.ledger)
-        rows.insert(0, f'<tr><td>API ledger</td><td></td><td class="wide">{escape(_ledger_line(told))}</td><td></td><td></td><td></td><td></td></tr>')
-    yield _scroll("lineage", f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
+        rows.insert(0, _row("API ledger", "", escape(_ledger_line(told)), "", "", "", ""))
+    yield _scroll("lineage", f'<table class="stack"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>')
+    yield '<div class="stages">'
     for stage in report.stages:
-        if stage.fingerprint and stage.state == "complete":
+        if stage.state == "complete":
             yield from _stage_details(stage)
+    yield "</div>"
 
 
 def _ledger_line(told: dict[str, str]) -> str:
@@ -102,16 +105,19 @@ def _ledger_line(told: dict[str, str]) -> str:
 def _stage_row(s: Stage) -> str:
     parents = ", ".join(f"{name} <code>{escape(f[:8])}</code>" for name, f in ((escape(n), f) for n, f in s.parents))
     artifact = f"<code>{escape(s.fingerprint[:SHORT])}</code>" if s.state == "complete" else ""
-    cells = (
-        f"<td>{escape(s.name)}</td>",
-        f'<td class="state {s.state.split()[0]}">{ {"complete": "✓ ", "damaged": "✗ "}.get(s.state, "") }{s.state}</td>',
-        f'<td class="wide">{escape(s.note)}</td>',
-        f"<td>{artifact}</td>",
-        f'<td class="wide">{parents}</td>',
-        f'<td class="n">{duration(s.wall_s) if s.wall_s is not None else ""}</td>',
-        f'<td class="n">{dollars(s.usd) if s.usd is not None else ""}</td>',
+    state = {"complete": "✓ ", "damaged": "✗ "}.get(s.state, "") + s.state
+    time, usd = duration(s.wall_s) if s.wall_s is not None else "", dollars(s.usd) if s.usd is not None else ""
+    return _row(escape(s.name), f'<span class="{s.state.split()[0]}">{state}</span>', escape(s.note), artifact, parents, time, usd)
+
+
+def _row(*cells: str) -> str:
+    """A row of the lineage; a narrow screen shows it as a block, each cell after its column's name."""
+    kinds = ("", "", "wide", "", "wide", "time", "time")
+    said = (
+        f'<td data-column="{column}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>{cell}</td>'
+        for column, kind, cell in zip(STAGE_COLUMNS, kinds, cells, strict=True)
     )
-    return f"<tr>{''.join(cells)}</tr>"
+    return f"<tr>{''.join(said)}</tr>"
 
 
 def _stage_details(s: Stage) -> Iterator[str]:
@@ -135,7 +141,7 @@ def _data(report: Report) -> Iterator[str]:
         yield f"<section>{_table(table)}</section>"
     yield '</div><div class="charts">'
     for h in report.lengths:
-        yield _figure(h.title, h.note, histogram_chart(h))
+        yield _figure(h.title, "", histogram_chart(h), below=h.note)
     yield "</div>"
 
 
@@ -152,7 +158,12 @@ def _training(t: Training) -> Iterator[str]:
     yield '<div class="charts">'
     for chart in t.charts:
         legend = "".join(f'<span class="legend c{n}">{escape(s.name)}</span>' for n, s in enumerate(chart.series)) if len(chart.series) > 1 else ""
-        yield _figure(chart.title, chart.unit, line_chart(f"{t.stage}: {chart.title}", chart.series, t.marks, from_zero=chart.from_zero), legend)
+        yield _figure(
+            chart.title,
+            chart.unit,
+            line_chart(f"{t.stage}: {chart.title}", chart.series, t.marks, from_zero=chart.from_zero, noisy=chart.noisy),
+            legend,
+        )
     yield "</div>"
     if t.marks:
         told = "".join(f"<li>{escape(m.text)}</li>" for m in t.marks[:TOLD])
@@ -178,13 +189,15 @@ def _evaluation(e: Evaluation | None) -> Iterator[str]:
         return
     yield f'<p class="note">{e.rows:,} held-out rows, {e.failures:,} answered wrong.</p>'
     yield '<div class="tables">'
-    for table in (e.scores, e.others, e.families):
+    if e.scores:
+        yield f"<section>{_table(e.scores)}</section>"
+    if e.confusion:
+        told = "rows: what is true; columns: predicted; the stronger the colour, the larger the share of the row"
+        yield f'<section class="confusion"><h4>Confusion matrix</h4><figure>{confusion_chart(e.confusion)}<figcaption>{told}</figcaption></figure></section>'
+    for table in (e.families, e.others):
         if table:
             yield f"<section>{_table(table)}</section>"
     yield "</div>"
-    if e.confusion:
-        chart = confusion_chart(e.confusion)
-        yield f'<h4>Confusion matrix</h4><figure class="confusion">{chart}<figcaption>rows: what is true; columns: predicted; the darker, the larger the share of the row</figcaption></figure>'
     for title, shown, none in (("Worst predictions", e.worst, "None was wrong."), ("Best predictions", e.best, "None was right.")):
         yield f"<h3>{title}</h3>" + ("" if shown else f"<p>{none}</p>")
         for p in shown:
@@ -233,8 +246,9 @@ def _pairs(pairs: Sequence[Pair]) -> str:
     return f"<dl>{''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in pairs)}</dl>"
 
 
-def _figure(title: str, note: str, chart: str, legend: str = "") -> str:
-    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}{legend}</figcaption>{chart}</figure>"
+def _figure(title: str, unit: str, chart: str, legend: str = "", below: str = "") -> str:
+    note = f'<p class="note">{escape(below)}</p>' if below else ""
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(unit)}{legend}</figcaption>{chart}{note}</figure>"
 
 
 def _when(unix_s: float | None) -> str:

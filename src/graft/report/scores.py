@@ -18,6 +18,7 @@ SHOWN = 10  # predictions of a kind
 TEXT = 1500  # code points of a prompt or an answer
 OTHERS = 100  # rows of the table of what else was measured
 NAMES = {"strict.precision": "precision", "strict.recall": "recall", "strict.f1": "F1", "intent.f1": "F1 intent", "accuracy": "accuracy"}
+MEASURES = {"argument_exact_share": "right calls whose argument is exactly the wanted one, share"}
 KNOWN = {"rows", "scores", "confusion", "per_family_accuracy"}
 
 
@@ -31,7 +32,7 @@ def evaluation(folder: Path, test: Path | None) -> Evaluation:
     failures = sum(not _right(p) for p in found)
     best, worst = _chosen(found)
     wanted = _wanted(test, {str(p.get("id")) for p in [*best, *worst]}) if test else {}
-    others = list(flat({k: v for k, v in metrics.items() if k not in KNOWN}))
+    others = list(flat({MEASURES.get(k, k): v for k, v in metrics.items() if k not in KNOWN}))
     return Evaluation(
         rows=int(metrics.get("rows") or len(found)),
         scores=_scores(metrics.get("scores") or {}),

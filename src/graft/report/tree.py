@@ -77,6 +77,7 @@ class Chart:
     unit: str
     series: tuple[Series, ...]
     from_zero: bool = False
+    noisy: bool = True  # its moving mean says more than its points
 
 
 @dataclass(frozen=True)
