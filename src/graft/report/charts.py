@@ -140,7 +140,7 @@ def histogram_chart(histogram: Histogram) -> str:
         return _svg(histogram.title, f'<text class="none" x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">nothing to count</text>')
     low, high, top = histogram.edges[0], histogram.edges[-1], max(histogram.counts)
     place_x, place_y = _to(low, high, LEFT, LEFT + ACROSS), _to(0, top, TOP + DOWN, TOP)
-    parts = _axes(low, high, 0, top, histogram.unit)
+    parts = _axes(low, high, 0, top, histogram.unit, whole=True)
     for a, b, n in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True):
         x, y = place_x(a), place_y(n)
         size = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(0.5, place_x(b) - x - 1):.1f}" height="{TOP + DOWN - y:.1f}"'
@@ -190,10 +190,11 @@ def _to(low: float, high: float, start: float, end: float):
     return lambda value: start + (value - low) * scale
 
 
-def _axes(low_x: float, high_x: float, low: float, high: float, unit_x: str) -> list[str]:
+def _axes(low_x: float, high_x: float, low: float, high: float, unit_x: str, whole: bool = False) -> list[str]:
+    """whole: of the y axis whole numbers alone are named, as of the steps."""
     place_x, place_y = _to(low_x, high_x, LEFT, LEFT + ACROSS), _to(low, high, TOP + DOWN, TOP)
     parts = []
-    for value, text in _labelled(ticks(low, high)):
+    for value, text in _labelled([t for t in ticks(low, high) if not whole or t == int(t)]):
         y = f"{place_y(value):.1f}"
         parts.append(f'<path class="grid" d="M{LEFT} {y}h{ACROSS}"/><text x="{LEFT - 5}" y="{float(y) + 4:.1f}" text-anchor="end">{text}</text>')
     for value, text in _labelled([t for t in ticks(low_x, high_x) if unit_x != "step" or t == int(t)]):

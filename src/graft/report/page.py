@@ -25,6 +25,7 @@ from graft.report.tree import Evaluation, Pair, Prediction, Report, Stage, Table
 SECTIONS = {"lineage": "Lineage", "data": "Data", "training": "Training", "cost": "Cost", "evaluation": "Evaluation"}
 STAGE_COLUMNS = ("stage", "state", "made", "artifact", "made of", "time", "API")
 SHORT = 12  # digits of a fingerprint
+WRAPPED = 28  # characters of a cell that may have several lines
 TOLD = 20  # marks in words; all are in the charts
 
 
@@ -227,7 +228,7 @@ def _table(table: Table) -> str:
     """A table in a box of its own that scrolls, so that the page does not."""
 
     def line(cells: Sequence[str], tag: str, share: str) -> str:
-        kinds = [' class="n"' if n in table.numbers else "" for n in range(len(cells))]
+        kinds = [' class="n"' if n in table.numbers else ' class="wide"' if len(cell) > WRAPPED else "" for n, cell in enumerate(cells)]
         said = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
         return f"<tr>{said}{share}</tr>"
 
