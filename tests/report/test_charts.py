@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from graft.report.charts import ACROSS, confusion_chart, histogram_chart, line_chart, said, smoothed, span, thinned, ticks
+from graft.report.charts import COLUMNS, confusion_chart, histogram_chart, line_chart, said, smoothed, span, thinned, ticks
 from graft.report.tree import Confusion, Histogram, Mark, Series
 
 
@@ -23,13 +23,13 @@ def test_thinning_keeps_every_columns_extremes_and_the_ends():
     ys = [math.sin(n / 3000) for n in range(100_000)]
     ys[41_417], ys[77_003] = 9.0, -9.0
     (run,) = thinned(series(ys), 0, 99_999)
-    assert len(run) <= 2 * ACROSS + 2
+    assert len(run) <= 2 * COLUMNS + 2
     assert (41_417, 9.0) in run and (77_003, -9.0) in run and run[0][0] == 0 and run[-1][0] == 99_999
     assert run == sorted(run) and set(run) <= set(enumerate(ys))
-    width = 99_999 / ACROSS
-    for column in range(0, ACROSS, 37):
-        there = [y for x, y in enumerate(ys) if min(ACROSS - 1, int(x / width)) == column]
-        kept = [y for x, y in run if min(ACROSS - 1, int(x / width)) == column]
+    width = 99_999 / COLUMNS
+    for column in range(0, COLUMNS, 37):
+        there = [y for x, y in enumerate(ys) if min(COLUMNS - 1, int(x / width)) == column]
+        kept = [y for x, y in run if min(COLUMNS - 1, int(x / width)) == column]
         assert (min(kept), max(kept)) == (min(there), max(there))
 
 

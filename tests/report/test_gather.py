@@ -142,6 +142,25 @@ def test_what_was_never_run_is_refused(tmp_path):
     assert not (tmp_path / "data_shards").exists()
 
 
+def test_an_evaluation_that_is_altered_is_one_line(tmp_path):
+    plan = make(plan_in(tmp_path))
+    file = plan.resolve("evaluate").directory / "metrics.json"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(ArtifactError, match=r"metrics\.json cannot be read"):
+        gather(plan)
+
+
+def test_rows_of_images_are_told(tmp_path):
+    plan = plan_in(tmp_path)
+    with plan.resolve("augment").writing() as draft:
+        write_jsonl(draft.path / "rows.jsonl", [{}])
+        draft.counts.update(
+            accepted=7, rejected=2, requests=9, reasons={"malformed": 2}, images={"in": 10, "kept": 8, "rejected": {"small": 2}}, stopped="end"
+        )
+    report = gather(plan)
+    assert report.stages[0].note == "7 rows from 8 images, 9 requests" and report.data[0].title == "Rewrites rejected, by reason"
+
+
 def test_shards_that_are_gone_cost_their_histogram_alone(tmp_path):
     plan = make(plan_in(tmp_path))
     index = plan.resolve("shard-sft").directory / "train" / "index.json"

@@ -23,15 +23,17 @@ def training(stage: str, file: Path, counts: dict[str, Any] | None) -> Training 
         return None
     total = int(metrics[-1].get("total_steps") or len(metrics))
     marks = [*_left_out(metrics), *_pauses(metrics)]
+    spent_s = sum(m.get("step_time_s") or 0.0 for m in metrics)
     return Training(
-        stage, counts is not None, int(metrics[-1]["step"]) + 1, total, tuple(_facts(metrics, counts or {}, marks)), tuple(_charts(metrics)), tuple(marks[:MARKS])
-    )  # fmt: skip
-
-
-def steps_s(metrics_file: Path) -> float | None:
-    """Seconds in steps, of all launches; None where there are none."""
-    found = [m["step_time_s"] for m in read_metrics(metrics_file) if m.get("step_time_s")] if metrics_file.is_file() else []
-    return sum(found) if found else None
+        stage=stage,
+        complete=counts is not None,
+        steps=int(metrics[-1]["step"]) + 1,
+        total_steps=total,
+        steps_s=spent_s,
+        facts=tuple(_facts(metrics, counts or {}, marks, spent_s)),
+        charts=tuple(_charts(metrics)),
+        marks=tuple(marks[:MARKS]),
+    )
 
 
 def _series(metrics: list[dict[str, Any]], key: str, name: str, sparse: bool = False) -> Series | None:
@@ -85,9 +87,8 @@ def _pauses(metrics: list[dict[str, Any]]) -> list[Mark]:
     return found
 
 
-def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Mark]) -> list[Pair]:
+def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Mark], spent_s: float) -> list[Pair]:
     """Numbers beside the curves; what the metrics do not know is left out."""
-    spent_s = sum(m.get("step_time_s") or 0.0 for m in metrics)
     tokens = sum(m.get("tokens") or 0 for m in metrics)
     losses = [m["validation_loss"] for m in metrics if m.get("validation_loss") is not None]
     trained = [m["loss"] for m in metrics if m.get("loss") is not None and not m.get("skipped")]

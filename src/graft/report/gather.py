@@ -1,7 +1,7 @@
 """A recipe's artifacts as one tree: which stages are complete, what each made of what, and what the page tells of them.
 
 Reads manifests, metrics.jsonl, predictions.jsonl and the shards' document lengths (4 bytes each), never their tokens or any weight:
-100,000 steps of training take 2 s.
+100,000 steps of training take 1.6 s, and as much to draw.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graft.core.artifact import MANIFEST, Artifact
 from graft.core.artifact import commit as source_commit
 from graft.core.errors import ArtifactError
 from graft.core.stages import CHECKPOINTS, DATA, Plan
-from graft.report.curves import steps_s, training
+from graft.report.curves import training
 from graft.report.data import data_tables, lengths
 from graft.report.flat import dollars, duration, flat, number
 from graft.report.scores import evaluation
@@ -33,10 +33,10 @@ def gather(plan: Plan) -> Report:
         raise ArtifactError(f"{plan.recipe.name!r} was never run in {plan.root}: run `graft run {plan.path.name}`, or name its --workspace")
     found: dict[str, Artifact] = {}
     stages: list[Stage] = []
-    runs: dict[str, Path] = {}  # metrics.jsonl of a training stage, complete or not
+    runs: dict[str, Training] = {}  # complete or not
     for name in plan.stages:
         stages.append(_stage(plan, name, found, runs))
-    trainings = [t for s, file in runs.items() if (t := training(s, file, found[s].counts if s in found else None))]
+    trainings = list(runs.values())
     scores = evaluation(found["evaluate"].path, found["prepare"].path / "rows" / "test.jsonl") if "evaluate" in found else None
     verdict, good = _verdict(stages, found, trainings)
     created = [s.created_unix_s for s in stages if s.created_unix_s]
@@ -55,7 +55,7 @@ def gather(plan: Plan) -> Report:
         data=tuple(data_tables(found)),
         lengths=tuple(lengths(found)),
         trainings=tuple(trainings),
-        cost=_cost(found, trainings, runs),
+        cost=_cost(found, trainings),
         evaluation=_shown(scores),
     )
     return scrubbed(report, secrets_of())
@@ -66,26 +66,26 @@ def _shown(scores: Evaluation | None) -> Evaluation | None:
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------------
-def _stage(plan: Plan, name: str, found: dict[str, Artifact], runs: dict[str, Path]) -> Stage:
-    """The stage as it stands; puts its artifact into `found` and its metrics into `runs` where they are there."""
+def _stage(plan: Plan, name: str, found: dict[str, Artifact], runs: dict[str, Training]) -> Stage:
+    """The stage as it stands; puts its artifact into `found` and its training into `runs` where they are there."""
     spec = plan.stages[name]
     if waits := [p for p in spec.parents if p not in found]:
         return Stage(name, "waits", f"after {', '.join(waits)}{_earlier(plan, name)}")
     job = plan.resolve(name)
-    metrics = job.run_directory / "metrics.jsonl"
     try:
         artifact = job.artifact
     except ArtifactError as e:
         return Stage(name, "damaged", str(e), _relative(plan, job.directory), job.fingerprint)
     if artifact is None:
-        if spec.room == TRAINED and metrics.is_file():
-            runs[name] = metrics
-            return Stage(name, "under way", _unfinished(name, metrics), _relative(plan, job.run_directory), job.fingerprint, wall_s=steps_s(metrics))
+        if spec.room == TRAINED and (run := training(name, job.run_directory / "metrics.jsonl", None)):
+            runs[name] = run
+            note = f"{run.steps:,} of {run.total_steps:,} steps, no artifact yet"
+            return Stage(name, "under way", note, _relative(plan, job.run_directory), job.fingerprint, wall_s=run.steps_s)
         return Stage(name, "missing", f"not made yet{_earlier(plan, name)}", "", job.fingerprint)
     found[name] = artifact
     m = artifact.manifest
-    if spec.room == TRAINED:
-        runs[name] = artifact.path / "metrics.jsonl"
+    if spec.room == TRAINED and (run := training(name, artifact.path / "metrics.jsonl", artifact.counts)):
+        runs[name] = run
     return Stage(
         name,
         "complete",
@@ -98,7 +98,7 @@ def _stage(plan: Plan, name: str, found: dict[str, Artifact], runs: dict[str, Pa
         tuple(flat(m.get("keys", {})))[:KEYS],
         tuple(flat(m["counts"]))[:KEYS],
         m["created_unix_s"],
-        (steps_s(runs[name]) if name in runs else None) or m["wall_s"],
+        runs[name].steps_s if name in runs else m["wall_s"],
         m.get("cost", {}).get("usd_of_run"),
         m["graft"],
         m.get("commit") or "",
@@ -115,17 +115,14 @@ def _earlier(plan: Plan, name: str) -> str:
     return f"; an earlier one, of other keys or inputs, is {current.resolve().name}" if current.exists() else ""
 
 
-def _unfinished(name: str, metrics: Path) -> str:
-    run = training(name, metrics, None)
-    return f"{run.steps:,} of {run.total_steps:,} steps, no artifact yet" if run else "no step yet"
-
-
 def _made(name: str, counts: dict[str, Any], trained: bool) -> str:
     """One line of a stage's counts: those that matter most, by what is there."""
     c = counts
     if trained:
         loss = "".join(f", {text} {c[key]:.3f}" for key, text in (("loss", "loss"), ("validation_loss", "held-out loss")) if key in c)
         return f"{number(c.get('steps', '?'))} steps{loss}"
+    if name == "augment" and isinstance(images := c.get("images"), dict):
+        return f"{number(c.get('accepted', '?'))} rows from {number(images.get('kept', '?'))} images, {number(c.get('requests', '?'))} requests"
     if name == "augment":
         rows = c.get("rows")
         made = " + ".join(f"{n} {label}" for label, n in rows.items()) if isinstance(rows, dict) else number(rows) if rows is not None else "?"
@@ -196,15 +193,14 @@ def _ledger(augment: Artifact | None) -> list[Pair]:
     ]
 
 
-def _cost(found: dict[str, Artifact], trainings: list[Training], runs: dict[str, Path]) -> Cost:
+def _cost(found: dict[str, Artifact], trainings: list[Training]) -> Cost:
     """Device hours are steps' time times processes, of all launches; an unfinished stage's processes are not known and count as one."""
     rows, total, gpu = [], 0.0, False
     for t in trainings:
         counts = found[t.stage].counts if t.stage in found else {}
-        spent_s = steps_s(runs[t.stage]) or 0.0
         processes = counts.get("processes") or 1
-        hours = counts.get("device_hours", spent_s * processes / 3600)
+        hours = counts.get("device_hours", t.steps_s * processes / 3600)
         total, gpu = total + hours, gpu or any(c.title == "Peak memory" for c in t.charts)
-        rows.append((t.stage, number(processes) if counts else "not known", duration(spent_s), f"{hours:.4f}" if hours < 1 else f"{hours:,.2f}"))
+        rows.append((t.stage, number(processes) if counts else "not known", duration(t.steps_s), f"{hours:.4f}" if hours < 1 else f"{hours:,.2f}"))
     table = Table("Training", ("stage", "processes", "time in steps", "GPU hours" if gpu else "process hours, no GPU"), tuple(rows), (1, 2, 3))
     return Cost(tuple(_ledger(found.get("augment"))), table, total, gpu)

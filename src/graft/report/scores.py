@@ -9,6 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from graft.core.errors import ArtifactError
 from graft.core.rows import read_jsonl
 from graft.report.flat import flat, number
 from graft.report.scrub import cut
@@ -25,10 +26,10 @@ KNOWN = {"rows", "scores", "confusion", "per_family_accuracy"}
 def evaluation(folder: Path, test: Path | None) -> Evaluation:
     """folder: the evaluate artifact. test: the rows that it asked, whose last message is what was wanted; None: not known.
 
-    Whatever part an evaluation does not have is left out.
+    Whatever part an evaluation does not have is left out. ArtifactError where metrics.json is no JSON object, DataError where a line of the rows is none.
     """
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if (folder / "metrics.json").is_file() else {}
-    found = [p for p in read_jsonl(folder / "predictions.jsonl")] if (folder / "predictions.jsonl").is_file() else []
+    metrics = _metrics(folder / "metrics.json")
+    found = list(read_jsonl(folder / "predictions.jsonl")) if (folder / "predictions.jsonl").is_file() else []
     failures = sum(not _right(p) for p in found)
     best, worst = _chosen(found)
     wanted = _wanted(test, {str(p.get("id")) for p in [*best, *worst]}) if test else {}
@@ -43,6 +44,18 @@ def evaluation(folder: Path, test: Path | None) -> Evaluation:
         worst=tuple(_prediction(p, wanted) for p in worst),
         failures=failures,
     )
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ArtifactError(f"{file} cannot be read ({e}): make it again with `graft run RECIPE --from evaluate`") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{file} is no JSON object: make it again with `graft run RECIPE --from evaluate`")
+    return found
 
 
 def _scores(scores: dict[str, Any]) -> Table | None:
