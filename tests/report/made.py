@@ -51,7 +51,7 @@ def plan_in(root: Path, *overrides: str) -> Plan:
 
 
 def make(plan: Plan, until: str = "serve", steps: int = 300, **fill: object) -> Plan:
-    """Complete the stages up to `until`. fill: predictions, of the evaluation; metrics, of each training stage."""
+    """Complete the stages up to `until`. fill: predictions, of the evaluation; metrics, of each training stage, or by stage."""
     for stage in plan.stages:
         job = plan.resolve(stage)
         with job.writing() as draft:
@@ -116,7 +116,8 @@ def _fill(draft, stage, steps, fill):
         split = {"bins": 6, "documents": 12, "tokens": 150, "supervised_tokens": 100, "cost": 999, "utilisation": 0.78, "shares": shares}
         counts.update({"in": 12, "kept": 11, "rejected": {"too long": 1}, "train": split, "validation": split})
     elif stage in ("base", "cpt", "sft"):
-        write_jsonl(folder / "metrics.jsonl", fill.get("metrics") or metrics(steps))
+        lines = fill.get("metrics")
+        write_jsonl(folder / "metrics.jsonl", (lines.get(stage) if isinstance(lines, dict) else lines) or metrics(steps))
         counts.update(
             loss=0.2, validation_loss=0.5, tokens_per_s=2000.0, steps=steps, tokens=steps * 1000, processes=2, skipped_steps=0, device_hours=3.5
         )

@@ -68,7 +68,7 @@ def test_resumes_and_steps_left_out_are_told(tmp_path):
 
 
 def test_cost_adds_up(finished):
-    assert dict(finished.cost.api)["spent by this recipe so far"] == "$ 1.25" and dict(finished.cost.api)["spent in this run"] == "$ 0.5000"
+    assert dict(finished.cost.api)["spent by this recipe so far"] == "$ 1.25" and dict(finished.cost.api)["spent in this run"] == "$ 0.5"
     assert finished.cost.gpu and finished.cost.device_hours == 10.5 and finished.cost.devices.rows[0] == ("base", "2", "0:02:30", "3.50")
 
 

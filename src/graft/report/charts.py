@@ -214,9 +214,10 @@ def _axes(low_x: float, high_x: float, low: float, high: float, unit_x: str, who
 
 
 def _labelled(values: list[float]) -> list[tuple[float, str]]:
-    """Each tick with its label, told apart in full where the short form is the same for two."""
-    short = [said(v) for v in values]
-    return list(zip(values, short if len(set(short)) == len(short) else [f"{v:,.10g}" for v in values], strict=True))
+    """Each tick with its label: the short forms, or all written out where these differ in kind and fit, or where two are the same."""
+    short, plain = [said(v) for v in values], [f"{v:.6g}" for v in values]
+    mixed = any("e" in t for t in short) and max(map(len, plain)) <= 6
+    return list(zip(values, plain if mixed else short if len(set(short)) == len(short) else [f"{v:,.10g}" for v in values], strict=True))
 
 
 def _path(runs: list[Points], place_x: Scale, place_y: Scale) -> str:

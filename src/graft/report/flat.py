@@ -33,4 +33,5 @@ def duration(seconds: float) -> str:
 
 
 def dollars(usd: float) -> str:
-    return f"$ {usd:,.2f}" if usd == 0 or usd >= 1 else f"$ {usd:.4f}"
+    """$ 1.25, and of less than a dollar what there is: $ 0.004."""
+    return f"$ {usd:,.2f}" if usd >= 1 or usd < 5e-8 else f"$ {usd:.7f}".rstrip("0")

@@ -183,11 +183,7 @@ def _ledger(augment: Artifact | None) -> list[Pair]:
         "usd_presumed": "of it presumed, for answers that never came",
         "usd_per_accepted_row": "an accepted row",
     }
-    pairs += [
-        (text, dollars(cost[key]) if key != "usd_per_accepted_row" else f"$ {cost[key]:.6f}")
-        for key, text in names.items()
-        if cost.get(key) is not None
-    ]
+    pairs += [(text, dollars(cost[key])) for key, text in names.items() if cost.get(key) is not None]
     return pairs + [
         (text, number(cost[key])) for key, text in (("tokens_of_recipe", "tokens of this recipe so far"), ("retries", "retries")) if key in cost
     ]
@@ -202,5 +198,5 @@ def _cost(found: dict[str, Artifact], trainings: list[Training]) -> Cost:
         hours = counts.get("device_hours", t.steps_s * processes / 3600)
         total, gpu = total + hours, gpu or any(c.title == "Peak memory" for c in t.charts)
         rows.append((t.stage, number(processes) if counts else "not known", duration(t.steps_s), f"{hours:.4f}" if hours < 1 else f"{hours:,.2f}"))
-    table = Table("Training", ("stage", "processes", "time in steps", "GPU hours" if gpu else "process hours, no GPU"), tuple(rows), (1, 2, 3))
+    table = Table("Training", ("stage", "processes", "time in steps", "GPU hours" if gpu else "process hours"), tuple(rows), (1, 2, 3))
     return Cost(tuple(_ledger(found.get("augment"))), table, total, gpu)
