@@ -62,7 +62,7 @@ def gather(plan: Plan) -> Report:
 
 
 def _shown(scores: Evaluation | None) -> Evaluation | None:
-    return scores if scores and (scores.scores or scores.others or scores.best or scores.worst) else None
+    return scores if scores and (scores.scores or scores.tasks or scores.others or scores.best or scores.worst) else None
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------------

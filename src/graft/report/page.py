@@ -195,7 +195,7 @@ def _evaluation(e: Evaluation | None) -> Iterator[str]:
     if e.confusion:
         told = "rows: what is true; columns: predicted; the stronger the colour, the larger the share of the row"
         yield f'<section class="confusion"><h4>Confusion matrix</h4><figure>{confusion_chart(e.confusion)}<figcaption>{told}</figcaption></figure></section>'
-    for table in (e.families, e.others):
+    for table in (e.families, *e.tasks, e.others):
         if table:
             yield f"<section>{_table(table)}</section>"
     yield "</div>"

@@ -129,6 +129,7 @@ class Evaluation:
     scores: Table | None
     confusion: Confusion | None
     families: Table | None
+    tasks: tuple[Table, ...]  # means with their intervals, a row a system
     others: Table | None  # what else metrics.json holds
     best: tuple[Prediction, ...]
     worst: tuple[Prediction, ...]
