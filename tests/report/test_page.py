@@ -86,6 +86,14 @@ def test_the_page_of_an_incomplete_run_says_so(tmp_path, until):
     assert ("Not complete" in found.text) == (until != "evaluate")
 
 
+def test_an_evaluation_of_tasks_alone_speaks_of_no_rows(tmp_path):
+    plan = make(plan_in(tmp_path), "sft")
+    with plan.resolve("evaluate").writing() as draft:
+        (draft.path / "metrics.json").write_text(json.dumps({"tasks": {"exam": {"systems": {"adapter": {"rougeL": {"mean": 0.25}}}}}}))
+    found = parsed(page(gather(plan)))
+    assert "Task exam" in found.text and "0.250" in found.text and "Worst predictions" not in found.text and "answered wrong" not in found.text
+
+
 def test_what_comes_from_data_is_text(tmp_path):
     rows = [{**p, "user": HOSTILE, "answer": HOSTILE, "reason": HOSTILE, "family": HOSTILE, "id": HOSTILE + p["id"]} for p in predictions()]
     lines = [{**m, "skipped": HOSTILE} if m["step"] == 3 else m for m in metrics(20)]

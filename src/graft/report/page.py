@@ -188,7 +188,8 @@ def _evaluation(e: Evaluation | None) -> Iterator[str]:
     if e is None:
         yield "<p>The recipe’s adapter was not evaluated yet.</p>"
         return
-    yield f'<p class="note">{e.rows:,} held-out rows, {e.failures:,} answered wrong.</p>'
+    if e.rows:
+        yield f'<p class="note">{e.rows:,} held-out rows, {e.failures:,} answered wrong.</p>'
     yield '<div class="tables">'
     if e.scores:
         yield f"<section>{_table(e.scores)}</section>"
@@ -199,6 +200,8 @@ def _evaluation(e: Evaluation | None) -> Iterator[str]:
         if table:
             yield f"<section>{_table(table)}</section>"
     yield "</div>"
+    if not e.rows:  # tasks alone: their answers lie in files of their own
+        return
     for title, shown, none in (("Worst predictions", e.worst, "None was wrong."), ("Best predictions", e.best, "None was right.")):
         yield f"<h3>{title}</h3>" + ("" if shown else f"<p>{none}</p>")
         for p in shown:
