@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--server", metavar="URL", help="ask a running server the same, and compare; exit code 1 where an answer differs")
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
     serve.add_argument("--port", type=int)
+    report = with_recipe(
+        verb("report", _report, "write one HTML page of the run: lineage, data, curves, cost, evaluation, best and worst predictions")
+    )
+    report.add_argument("--out", metavar="FILE", help="default: checkpoints/NAME/report.html in the workspace")
     verb("lineage", _lineage, "print an artifact's chain of manifests").add_argument("path")
     kept = verb(
         "checkpoints", _checkpoints, "list a training run's checkpoints: step, size, whether every file holds; `verify` fails where one does not"
@@ -261,6 +265,13 @@ def _serve(args: argparse.Namespace) -> int:
     from graft.serve.probe import serve_forever
 
     serve_forever(_plan(args, "recorded"), args.port)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from graft.report.page import write
+
+    print(write(_plan(args, "recorded"), Path(args.out) if args.out else None))
     return 0
 
 

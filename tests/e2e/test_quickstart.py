@@ -102,6 +102,13 @@ def test_lineage_reaches_from_the_reply_to_the_ledger(plan):
     assert augment.counts["rows"] == {"call": 600, "text": 600}
 
 
+def test_the_report_tells_all_of_it(quickstart, plan):
+    quickstart.run(*quickstart.graft("report", RECIPE))
+    page = (plan.home("checkpoints") / "report.html").read_text(encoding="utf-8")
+    assert f"{len(plan.stages)} of {len(plan.stages)} stages are complete" in page and page.count('<article class="prediction') >= 10
+    assert f"F1 {plan.artifact('evaluate').counts['strict_f1']:.3f} on" in page and all(f"<h3>{s}</h3>" in page for s in ("base", "cpt", "sft"))
+
+
 def test_a_second_run_skips_everything_in_seconds(quickstart, plan):
     before = {s: plan.artifact(s).manifest["created_unix_s"] for s in plan.stages}
     began = time.monotonic()

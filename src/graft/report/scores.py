@@ -1,0 +1,148 @@
+"""The evaluation as a report shows it: scores, confusion, families, and the ten best and worst predictions beside what was wanted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from graft.core.errors import ArtifactError
+from graft.core.rows import read_jsonl
+from graft.report.flat import flat, number
+from graft.report.scrub import cut
+from graft.report.tree import Confusion, Evaluation, Prediction, Table
+
+SHOWN = 10  # predictions of a kind
+TEXT = 1500  # code points of a prompt or an answer
+OTHERS = 100  # rows of the table of what else was measured
+NAMES = {"strict.precision": "precision", "strict.recall": "recall", "strict.f1": "F1", "intent.f1": "F1 intent", "accuracy": "accuracy"}
+MEASURES = {"argument_exact_share": "right calls whose argument is exactly the wanted one, share"}
+KNOWN = {"rows", "scores", "confusion", "per_family_accuracy"}
+
+
+def evaluation(folder: Path, test: Path | None) -> Evaluation:
+    """folder: the evaluate artifact. test: the rows that it asked, whose last message is what was wanted; None: not known.
+
+    Whatever part an evaluation does not have is left out. ArtifactError where metrics.json is no JSON object, DataError where a line of the rows is none.
+    """
+    metrics = _metrics(folder / "metrics.json")
+    found = list(read_jsonl(folder / "predictions.jsonl")) if (folder / "predictions.jsonl").is_file() else []
+    failures = sum(not _right(p) for p in found)
+    best, worst = _chosen(found)
+    wanted = _wanted(test, {str(p.get("id")) for p in [*best, *worst]}) if test else {}
+    tasks = {name: t for name, t in (metrics.get("tasks") or {}).items() if isinstance(t, dict) and isinstance(t.get("systems"), dict)}
+    metrics = metrics | {"tasks": {name: t for name, t in (metrics.get("tasks") or {}).items() if name not in tasks}}
+    others = list(flat({MEASURES.get(k, k): v for k, v in metrics.items() if k not in KNOWN}))
+    return Evaluation(
+        rows=int(metrics.get("rows") or len(found)),
+        scores=_scores(metrics.get("scores") or {}),
+        confusion=_confusion(metrics.get("confusion") or {}),
+        families=_families(metrics.get("per_family_accuracy") or {}, Counter(str(p.get("family")) for p in found)),
+        tasks=tuple(_task(name, t) for name, t in tasks.items()),
+        others=Table("What else was measured", ("measure", "value"), tuple(others[:OTHERS]), (1,)) if others else None,
+        best=tuple(_prediction(p, wanted) for p in best),
+        worst=tuple(_prediction(p, wanted) for p in worst),
+        failures=failures,
+    )
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ArtifactError(f"{file} cannot be read ({e}): make it again with `graft run RECIPE --from evaluate`") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{file} is no JSON object: make it again with `graft run RECIPE --from evaluate`")
+    return found
+
+
+def _scores(scores: dict[str, Any]) -> Table | None:
+    """One row a system, the constants and the base among them; a score of an unknown name has a column of its own."""
+    by_system = {name: dict(_leaves(s)) for name, s in scores.items() if isinstance(s, dict)}
+    keys = list(dict.fromkeys(k for s in by_system.values() for k in s))
+    keys = [k for k in NAMES if k in keys] + [k for k in keys if k not in NAMES and not k.startswith("intent.")]
+    rows = tuple((name, *(f"{s[k]:.3f}" if k in s else "" for k in keys)) for name, s in by_system.items())
+    return Table("Scores", ("", *(NAMES.get(k, k) for k in keys)), rows, tuple(range(1, len(keys) + 1))) if rows and keys else None
+
+
+def _task(name: str, task: dict[str, Any]) -> Table:
+    """One row a system and one of the paired difference, one column a metric: the mean and its interval."""
+    systems = {system: s for system, s in task["systems"].items() if isinstance(s, dict)}
+    pair = task.get("paired") if isinstance(task.get("paired"), dict) else None
+    rows = systems | ({str(pair.get("of", "difference")): pair} if pair else {})
+    columns = list(dict.fromkeys(m for s in systems.values() for m, told in s.items() if isinstance(told, dict)))
+    cells = tuple((system, *(_interval(told.get(m)) for m in columns)) for system, told in rows.items())
+    note = ", ".join([str(task.get("kind", "")), *([f"{number(task['rows'])} rows"] if "rows" in task else [])])
+    return Table(f"Task {name}", ("", *(m.replace("_", " ") for m in columns)), cells, tuple(range(1, len(columns) + 1)), note=note)
+
+
+def _interval(told: Any) -> str:
+    if not isinstance(told, dict) or not isinstance(mean := told.get("mean", told.get("difference")), int | float):
+        return ""
+    low, high = told.get("low"), told.get("high")
+    return f"{mean:.3f}" + (f" ({low:.3f} to {high:.3f})" if isinstance(low, int | float) and isinstance(high, int | float) else "")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", float(value)
+
+
+def _confusion(matrix: dict[str, dict[str, int]]) -> Confusion | None:
+    if not matrix:
+        return None
+    predicted = tuple(dict.fromkeys(p for row in matrix.values() for p in row))
+    return Confusion(tuple(matrix), predicted, tuple(tuple(int(row.get(p, 0)) for p in predicted) for row in matrix.values()))
+
+
+def _families(accuracy: dict[str, float], rows: Counter[str]) -> Table | None:
+    """The lowest first."""
+    found = sorted(accuracy.items(), key=lambda item: (item[1], item[0]))
+    cells = tuple((name, number(rows[name]) if rows[name] else "", f"{share:.1%}") for name, share in found)
+    return Table("Accuracy by held-out family", ("family", "rows", "accuracy"), cells, (1, 2), tuple(s for _, s in found)) if found else None
+
+
+# ---- predictions ------------------------------------------------------------------------------------------------------
+def _right(p: dict[str, Any]) -> bool:
+    return p.get("predicted") == p.get("label")
+
+
+def _score(p: dict[str, Any]) -> float | None:
+    value = p.get("score")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _chosen(found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(best, worst): by the predictions' scores where they have some; else what is right, classes in turn, the argument as wanted first, and
+    what is wrong, the longest answers first."""
+    if found and all(_score(p) is not None for p in found):
+        ranked = sorted(found, key=lambda p: _score(p) or 0.0, reverse=True)
+        return ranked[:SHOWN], ranked[::-1][: min(SHOWN, max(0, len(found) - SHOWN))]
+    worst = sorted((p for p in found if not _right(p)), key=lambda p: len(str(p.get("answer") or "")), reverse=True)
+    right = sorted((p for p in found if _right(p)), key=lambda p: p.get("argument") != p.get("wanted_argument"))
+    classes: dict[str, list[dict[str, Any]]] = {}
+    for p in right:
+        classes.setdefault(str(p.get("label")), []).append(p)
+    in_turn = [p for p in chain.from_iterable(zip_longest(*classes.values())) if p is not None]
+    return in_turn[:SHOWN], worst[:SHOWN]
+
+
+def _wanted(test: Path, ids: set[str]) -> dict[str, str]:
+    if not test.is_file():
+        return {}
+    return {str(row["id"]): str(row["messages"][-1]["content"]) for row in read_jsonl(test) if str(row.get("id")) in ids and row.get("messages")}
+
+
+def _prediction(p: dict[str, Any], wanted: dict[str, str]) -> Prediction:
+    text = {key: str(p.get(key) if p.get(key) is not None else "") for key in ("id", "family", "label", "predicted", "reason")}
+    said = wanted.get(text["id"], str(p.get("wanted") or p.get("wanted_argument") or ""))
+    prompt, answer = (cut(str(p.get(key) or ""), TEXT) for key in ("user", "answer"))
+    return Prediction(**text, right=_right(p), prompt=prompt, answer=answer, wanted=cut(said, TEXT), score=_score(p))
