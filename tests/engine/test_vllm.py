@@ -215,6 +215,13 @@ def test_a_request_that_cannot_run_is_named(engine, change, words):
         engine.generate([Request([1], 4), replace(Request([1], 4), **change)])
 
 
+def test_what_vllm_itself_refuses_is_named_and_leaves_nothing_behind(engine):
+    with pytest.raises(DataError, match="not taken by vLLM"):
+        engine.add(Request([5, 6], 4, adapter="two", logprobs=10_000))
+    assert not engine.busy and engine.load("c", engine._adapters["two"].folder) is None
+    engine.unload("c")
+
+
 def test_an_adapter_that_does_not_fit_is_refused(engine, wide, tmp_path):
     _, adapters = wide
     before = engine.adapters

@@ -121,7 +121,11 @@ def test_the_report_the_store_and_the_counts_say_them(plan, found):
 def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):
     plan = plan_with(tmp_path, "temperature = 1.5\nrepeats = 3")
     told = json.loads((plan.artifact("evaluate").path / "metrics.json").read_text())["tasks"]
-    assert "std" in told["chat"]["systems"]["base"]["rouge1"] and "std" not in told["texts"]["systems"]["base"]["nats_per_token"]
+    assert (
+        "std" in told["chat"]["systems"]["base"]["rouge1"]
+        and "std" in told["chat"]["systems"]["base"]["bleu"]
+        and "std" not in told["texts"]["systems"]["base"]["nats_per_token"]
+    )
     line = next(read_jsonl(plan.artifact("evaluate").path / "predictions-chat.jsonl"))
     assert len(set(line["base"]["answers"])) == 3 == len(line["base"]["scores"]["rouge1"])
     assert "± between repeats" in (plan.artifact("evaluate").path / "report.txt").read_text()

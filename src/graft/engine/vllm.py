@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from graft.core.errors import ArtifactError, ConfigError, ServeError
+from graft.core.errors import ArtifactError, ConfigError, DataError, ServeError
 from graft.core.hub import model_folder
 from graft.engine.batched import Batched
 from graft.engine.cache import kv_bytes
@@ -190,7 +190,11 @@ class VLLMEngine(Batched):
             skip_clone=True,
         )
         self._rows[number] = _Row(request, Text(self.tokenizer, request.stop), ends, adapter, at_once)
-        self._llm.add_request(str(number), tokens_input(request.prompt_ids), params, lora_request=adapter and _lora(adapter))
+        try:
+            self._llm.add_request(str(number), tokens_input(request.prompt_ids), params, lora_request=adapter and _lora(adapter))
+        except ValueError as e:
+            self._over(number)
+            raise DataError(f"request {number} is not taken by vLLM: {e}") from None
         return number
 
     def drop(self, row: int) -> None:

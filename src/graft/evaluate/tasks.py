@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import exp, log
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from rich.progress import track
@@ -17,7 +18,7 @@ from graft.core.sections import EvalTask
 from graft.core.stages import Job
 from graft.engine.protocol import Engine, Request
 from graft.evaluate import metrics
-from graft.evaluate.statistics import RESAMPLES, mean_of, paired, ratio_of
+from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
 from graft.model.chat import render, render_prompt
 
 MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "perplexity": "perplexity"}
@@ -67,8 +68,10 @@ class Asker:
         whole: dict[str, Any] = {}
         if self.task.kind == "generation":
             wanted = [row["wanted"] for row in rows]
-            found, half = metrics.bleu(texts[0], wanted, RESAMPLES)
-            whole["bleu"] = {"mean": round(found, 4), "low": round(found - (half or 0), 4), "high": round(found + (half or 0), 4), "rows": len(rows)}
+            half = metrics.bleu(texts[0], wanted, RESAMPLES)[1] or 0.0  # of one repeat: BLEU is of a set, and has no rows to average first
+            each = [metrics.bleu(own, wanted)[0] for own in texts]
+            std = stdev(each) if len(each) > 1 else None
+            whole["bleu"] = Mean(mean(each), mean(each) - half, mean(each) + half, len(rows), std).told()
         if self.task.kind == "choice":
             likelihoods = [self._likelihoods(row) for row in track(rows, f"{self.title}, options", transient=True)]
             for metric, index in (("correct_loglikelihood", 0), ("correct_loglikelihood_per_character", 1)):
