@@ -273,6 +273,22 @@ def test_a_core_that_dies_is_said(wide):
     engine.close()
 
 
+def test_a_core_that_dies_while_nothing_runs_is_said_too(wide):
+    import multiprocessing
+
+    base = str(wide[0])
+    before = set(multiprocessing.active_children())
+    engine = VLLMEngine(base, None, "bf16", load_tokenizer(base), max_batch=2, max_adapters=0, kv_tokens=4096)
+    (core,) = set(multiprocessing.active_children()) - before
+    assert engine.step() == []
+    os.kill(core.pid, signal.SIGKILL)
+    with pytest.raises(ServeError, match="vLLM's process has ended"):
+        for _ in range(600):
+            engine.step()
+            time.sleep(0.05)
+    engine.close()
+
+
 def alive(pid):
     try:
         return "Z" not in open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
