@@ -89,7 +89,8 @@ def test_peft_reads_the_saved_adapter_to_the_same_logits(tmp_path):
 
 
 def test_an_adapters_bytes_come_as_its_library_reads_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "STAGE_BYTES", 1000)  # several times over
+    monkeypatch.setattr(lora, "STAGED_BYTES", 40_000)  # several times over
+    monkeypatch.setattr(lora, "PART_BYTES", 3000)
     save_adapter(with_random_adapter(), ALL, tmp_path, "base")
     file = tmp_path / "adapter_model.safetensors"
     first = 8 + int.from_bytes(file.read_bytes()[:8], "little")
