@@ -73,6 +73,7 @@ heads = 1
 kv_heads = 1
 [base.train]
 corpora = ["mandarin", "maths"]
+weights = {{ mandarin = 2.0 }}
 lora = false
 [cpt]
 corpora = ["taigi"]
