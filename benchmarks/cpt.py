@@ -48,8 +48,16 @@ COLOURS = {"taigi": "#d1495b", "mandarin": "#00798c", "correct_loglikelihood": "
 Columns = dict[str, dict[str, list[float]]]  # task -> what was counted -> [rows]
 
 
+class Unit(NamedTuple):
+    """Of a difference between two ratios."""
+
+    scale: float
+    form: str
+    name: str = ""
+
+
 class Measure(NamedTuple):
-    """A ratio of two columns, summed over rows."""
+    """A ratio of two columns, each summed over the rows."""
 
     name: str
     task: str
@@ -57,17 +65,17 @@ class Measure(NamedTuple):
     whole: str
     shown: Callable[[float], float]  # of the ratio
     form: str
-    unit: float  # of a difference between two ratios
-    difference: str
+    unit: Unit
 
 
+NATS, BITS, SHARE = Unit(1, "+.3f", " nats"), Unit(1 / log(2), "+.3f", " bits"), Unit(1, "+.1%")
 MEASURES = (
-    Measure("Taigi, perplexity a token", "taigi", "nats", "tokens", exp, ".1f", 1, "+.3f} nats"),
-    Measure("Taigi, bits a character", "taigi", "nats", "characters", lambda nats: nats / log(2), ".3f", 1 / log(2), "+.3f} bits"),
-    Measure("Mandarin, perplexity a token", "mandarin", "nats", "tokens", exp, ".1f", 1, "+.3f} nats"),
-    Measure("Mandarin, bits a character", "mandarin", "nats", "characters", lambda nats: nats / log(2), ".3f", 1 / log(2), "+.3f} bits"),
-    Measure("cloze, by summed log-likelihood", "cloze", "correct_loglikelihood", "questions", float, ".1%", 1, "+.1%}"),
-    Measure("cloze, by that a character", "cloze", "correct_loglikelihood_per_character", "questions", float, ".1%", 1, "+.1%}"),
+    Measure("Taigi, perplexity a token", "taigi", "nats", "tokens", exp, ".1f", NATS),
+    Measure("Taigi, bits a character", "taigi", "nats", "characters", BITS.scale.__mul__, ".3f", BITS),
+    Measure("Mandarin, perplexity a token", "mandarin", "nats", "tokens", exp, ".1f", NATS),
+    Measure("Mandarin, bits a character", "mandarin", "nats", "characters", BITS.scale.__mul__, ".3f", BITS),
+    Measure("cloze, by log-likelihood", "cloze", "correct_loglikelihood", "questions", float, ".1%", SHARE),
+    Measure("cloze, by that a character", "cloze", "correct_loglikelihood_per_character", "questions", float, ".1%", SHARE),
 )
 
 
@@ -84,12 +92,15 @@ def run(seed: int | None, base: Path, folder: Path, data: Path, scale: Scale, ke
 
 def evaluate(base: Path, adapters: dict[str, Path], data: Path, folder: Path) -> Columns:
     """graft's evaluation of one system, whose predictions lie in `folder` then."""
+    from transformers.utils.logging import disable_progress_bar
+
     from graft.core.recipe import load
     from graft.core.rows import read_jsonl
     from graft.engine.hf import HFEngine
     from graft.evaluate.tasks import measure
     from graft.model.chat import load_tokenizer
 
+    disable_progress_bar()  # of reading one file
     folder.mkdir(parents=True, exist_ok=True)
     recipe, tokenizer = load(data / "recipe.toml"), load_tokenizer(str(data / "tokenizer"))
     engine = HFEngine(str(base), None, recipe.model.precision, adapters, tokenizer)
@@ -143,7 +154,7 @@ def compared(measure: Measure, answers: dict[int | None, Columns]) -> dict[str, 
         told["systems"][system] = {key: measure.shown(getattr(found, key)) for key in ("mean", "low", "high")}
     if len(trained) > 1:
         told["systems"]["cpt"]["std"] = stdev(told["systems"][system]["mean"] for system in parts if system != BASE)
-    a_row = [[measure.unit * part / whole for part, whole in zip(own, wholes, strict=True)] for own in (*trained, parts[BASE])]
+    a_row = [[measure.unit.scale * part / whole for part, whole in zip(own, wholes, strict=True)] for own in (*trained, parts[BASE])]
     return told | {"paired": paired(a_row[:-1], a_row[-1:]).told()}
 
 
@@ -151,14 +162,15 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """The base, the seeds together with their standard deviation, the paired difference, and each seed."""
     measures = {measure.name: measure for measure in MEASURES}
     seeds = [system for system in next(iter(found.values()))["systems"] if system not in (BASE, "cpt")]
-    lines = [f"| held out | rows | base | after CPT | CPT less base, a row | {' | '.join(seeds)} |", "|---" * (5 + len(seeds)) + "|"]
+    lines = [f"| held out | rows | base | after CPT | CPT less base, mean of the rows | {' | '.join(seeds)} |", "|---" * (5 + len(seeds)) + "|"]
     for name, told in found.items():
-        form, systems, pair = measures[name].form, told["systems"], told["paired"]
+        form, unit, systems, pair = measures[name].form, measures[name].unit, told["systems"], told["paired"]
         between = f" ± {systems['cpt']['std']:{form}}" if "std" in systems["cpt"] else ""
-        apart, unit = measures[name].difference.split("}")
-        low, high, difference = (f"{pair[key]:{apart}}" for key in ("low", "high", "difference"))
+        apart = "{:{form}}{name} ({:{form}} to {:{form}})".format(
+            *(pair[key] for key in ("difference", "low", "high")), form=unit.form, name=unit.name
+        )
         p = f"p {pair['p']:.3f}" if pair["p"] else "p < 0.001"
-        cells = [interval(systems[BASE], form), interval(systems["cpt"], form) + between, f"{difference}{unit} ({low} to {high}), {p}"]
+        cells = [interval(systems[BASE], form), interval(systems["cpt"], form) + between, f"{apart}, {p}"]
         lines.append(f"| {name} | {told['rows']} | {' | '.join(cells)} | {' | '.join(interval(systems[s], form) for s in seeds)} |")
     return "\n".join(lines)
 
