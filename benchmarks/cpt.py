@@ -211,23 +211,26 @@ def draw(found: dict[str, dict[str, Any]], chance: float, letters: float, path: 
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    of_panel = {"taigi": panels[0], "mandarin": panels[1], "cloze": panels[2]}
-    for measure in MEASURES:
-        if measure.whole == "characters":
-            continue
-        axes, systems = of_panel[measure.task], {s: m for s, m in found[measure.name]["systems"].items() if s != "cpt"}
-        names = [BASE, *(system for system in systems if system != BASE)]
-        means = [systems[name] for name in names]
+    of_panel = dict(zip(("taigi", "mandarin", "cloze"), panels, strict=True))
+    for measure in (m for m in MEASURES if m.whole != "characters"):
+        told = found[measure.name]
+        names = [BASE, *(system for system in told["systems"] if system not in (BASE, "cpt"))]
+        means = [told["systems"][name] for name in names]
+        aside = 0.0 if measure.task != "cloze" else 0.08 if measure.part.endswith("character") else -0.08  # two in one panel
         off = [[m["mean"] - m["low"] for m in means], [m["high"] - m["mean"] for m in means]]
-        colour = COLOURS.get(measure.part) or COLOURS[measure.task]
-        axes.errorbar(names, [m["mean"] for m in means], yerr=off, fmt="o", capsize=4, color=colour, label=measure.name.removeprefix("cloze, "))
-        axes.set(title=f"{measure.name.split(',')[0]}, {found[measure.name]['rows']} held-out articles", ylabel="perplexity a token")
+        style = {"fmt": "o", "capsize": 4, "color": COLOURS.get(measure.part) or COLOURS[measure.task], "label": measure.name.partition(", ")[2]}
+        axes = of_panel[measure.task]
+        axes.errorbar([n + aside for n in range(len(names))], [m["mean"] for m in means], yerr=off, **style)
+        axes.set_xticks(range(len(names)), names)
+        axes.set(
+            title=f"{measure.name.partition(', ')[0]}, {told['rows']} held-out articles", ylabel="perplexity a token", xlim=(-0.5, len(names) - 0.5)
+        )
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[:2]:
         axes.set_ylim(bottom=0)
     panels[2].axhline(chance, color="#999999", linestyle="--", linewidth=1, label="chance")
     panels[2].axhline(letters, color="#999999", linestyle=":", linewidth=1, label="most letters in common with the text")
-    panels[2].set(ylim=(0, 1), ylabel="right next phrase of four, share")
+    panels[2].set(ylim=(0, 1), ylabel="share that is right")
     panels[2].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 

@@ -37,7 +37,7 @@ class Scale(Base):
     alpha: float = 128
 
 
-TINY = Scale(**TINY_BASE, documents=90, problems=200, held_out=45, items=20, batch=4, lr=1e-2, every=10, r=8, alpha=16)
+TINY = Scale(**TINY_BASE | {"base_epochs": 1}, documents=90, problems=200, held_out=45, items=20, batch=4, lr=1e-2, every=10, r=8, alpha=16)
 CHOICES = 4
 PHRASE = range(6, 25)  # letters and digits of a phrase that is asked for
 SHOWN = 8  # phrases before it, at most, and the headline
