@@ -145,7 +145,7 @@ class Asker:
         return found
 
     def _following(self, text: str, reply: str) -> float:
-        """Nats of a reply behind a text, whose begin is left out where both do not fit; a token that holds some of either is the reply's."""
+        """Nats of a reply behind a text, whose begin is left out where both do not fit; a token that holds some of both is the reply's."""
         encoded = self.tokenizer(text + reply, return_offsets_mapping=True)
         first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(text))
         ids = encoded["input_ids"][-self.window :]
