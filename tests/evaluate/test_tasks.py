@@ -10,6 +10,7 @@ from graft.core.store import AdapterStore
 from graft.data import questions
 from graft.engine.hf import HFEngine
 from graft.evaluate import stage
+from graft.evaluate.tasks import Asker
 from graft.model.chat import load_tokenizer
 
 from ..train.small import small_plan, train
@@ -23,6 +24,10 @@ batch_size = 4
 kind = "choice"
 path = "reading.jsonl"
 mcq = {{ prompt = "{{question}} {{options}}", option = "{{letter}}{{text}}", reply = "{{letter}}" }}
+[evaluate.tasks.next]
+kind = "cloze"
+path = "reading.jsonl"
+mcq = {{ prompt = "{{article}} {{question}} ", reply = "{{text}}" }}
 [evaluate.tasks.chat]
 kind = "generation"
 path = "chat.jsonl"
@@ -68,6 +73,7 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
     tasks = found["tasks"]
     assert {name: (told["kind"], told["rows"]) for name, told in tasks.items()} == {
         "reading": ("choice", 6),
+        "next": ("cloze", 6),
         "chat": ("generation", 5),
         "maths": ("exact", 3),
         "texts": ("perplexity", 3),
@@ -78,6 +84,7 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
             for mean in means.values():
                 assert mean["low"] <= mean["mean"] <= mean["high"]
     assert {"correct", "unreadable", "correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["reading"]["systems"]["base"])
+    assert {"correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["next"]["systems"]["base"])
     assert {"bleu", "rouge1", "rouge2", "rougeL", "equal"} == set(tasks["chat"]["systems"]["base"])
     assert "scores" in found and found["rows"] == 3, "calls and texts as before"
 
@@ -94,9 +101,36 @@ def test_predictions_are_kept_and_give_the_scores_again(plan, found):
     )
 
 
-def test_perplexity_is_that_of_the_engine(plan, found):
+def engine_of(plan):
     base, revision, adapters = plan.trained()
-    engine = HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+    return HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+
+
+def test_a_cloze_is_plain_text_behind_plain_text(plan, found):
+    engine = engine_of(plan)
+    lines = list(read_jsonl(plan.artifact("evaluate").path / "predictions-next.jsonl"))
+    for row, line in zip(read_jsonl(plan.artifact("questions").path / "next.jsonl"), lines, strict=True):
+        assert row["text"] == f"a {row['id']}? " and row["replies"] == list("wxyz") and row["right"] == line["wanted"] == int(row["id"]) % 4
+        context = engine.tokenizer(row["text"])["input_ids"]
+        nats = [sum(engine.score(context + engine.tokenizer(reply)["input_ids"], len(context), "small")) for reply in row["replies"]]
+        assert line["adapter"]["loglikelihoods_nats"] == pytest.approx(nats, abs=1e-3)
+        best = float(max(range(4), key=nats.__getitem__) == row["right"])
+        assert line["adapter"]["scores"] == {"correct_loglikelihood": [best], "correct_loglikelihood_per_character": [best]}
+    told = found["tasks"]["next"]["systems"]["adapter"]["correct_loglikelihood"]
+    assert told["mean"] == pytest.approx(sum(line["adapter"]["scores"]["correct_loglikelihood"][0] for line in lines) / 6, abs=1e-6)
+
+
+def test_a_text_too_long_for_the_model_loses_its_begin_not_the_reply(plan):
+    engine = engine_of(plan)
+    asker = Asker(plan.recipe, "next", plan.recipe.evaluate.tasks["next"], engine, engine.tokenizer, None)
+    context, reply = (engine.tokenizer(text)["input_ids"] for text in ("b" * 100, "wxyz"))
+    whole = [*context, *reply][-asker.window :]
+    assert asker._following("b" * 100, "wxyz") == pytest.approx(sum(engine.score(whole, len(whole) - len(reply))))
+    assert asker._following("b", "w" * 100) == pytest.approx(sum(engine.score(engine.tokenizer("w" * asker.window)["input_ids"], 1)))
+
+
+def test_perplexity_is_that_of_the_engine(plan, found):
+    engine = engine_of(plan)
     nats = tokens = 0
     for row in read_jsonl(plan.artifact("questions").path / "texts.jsonl"):
         ids = engine.tokenizer(row["text"])["input_ids"]

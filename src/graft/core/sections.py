@@ -204,7 +204,7 @@ class EvalTask(Section):
     """Questions that no training text may hold an n-gram of: a file in any layout of [corpora], asked of the adapter and of its base."""
 
     path: str  # a file, relative to the recipe
-    kind: Literal["generation", "choice", "exact", "perplexity"]  # ROUGE and BLEU; options; a final answer; texts
+    kind: Literal["generation", "choice", "cloze", "exact", "perplexity"]  # ROUGE and BLEU; options; what follows a text; a final answer; texts
     layout: Literal[LAYOUTS] = "auto"  # type: ignore[valid-type]
     text: str = "text"  # the key of a text record
     mcq: Mcq = Mcq()

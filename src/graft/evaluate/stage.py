@@ -28,7 +28,7 @@ def run(job: Job) -> None:
             draft.counts.update(counts)
             report = classify.render_report(metrics)
         if recipe.evaluate.tasks:
-            found = tasks.measure(job, draft.path, engine, tokenizer, systems)
+            found = tasks.measure(recipe, job.parents["questions"].path, draft.path, engine, tokenizer, systems)
             metrics["tasks"] = found
             draft.counts["tasks"] = tasks.counts(found)
             report += tasks.render_report(found)

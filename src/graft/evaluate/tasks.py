@@ -1,7 +1,8 @@
 """The tasks of [evaluate.tasks]: answers that are compared with the wanted ones, options that are generated and scored, texts that are predicted.
 
 Every system answers the same questions, `evaluate.repeats` times by other seeds; each mean comes with its interval, and the trained model's with the
-paired difference to its base. Log-likelihoods are of the reply that each option would be, as it would be trained: summed, and a character.
+paired difference to its base. Log-likelihoods are of the reply that each option would be, as it would be trained: summed, and a character; those
+of a cloze are of plain text behind plain text, without a chat template, which a base has never seen.
 """
 
 from __future__ import annotations
@@ -13,35 +14,38 @@ from typing import Any
 
 from rich.progress import track
 
+from graft.core.recipe import Recipe
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import EvalTask
-from graft.core.stages import Job
 from graft.engine.protocol import Engine, Request
 from graft.evaluate import metrics
 from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
 from graft.model.chat import render, render_prompt
 
-MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "perplexity": "perplexity"}
+MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "cloze": "correct_loglikelihood", "perplexity": "perplexity"}
 Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
 
 
-def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None]) -> dict[str, Any]:
-    """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl."""
+def measure(recipe: Recipe, questions: Path, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None]) -> dict[str, Any]:
+    """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl into `folder`.
+
+    questions: the folder of what is asked, <task>.jsonl each. systems: one, or two that are compared; each with its adapter in the engine.
+    """
     found = {}
-    for name, task in job.recipe.evaluate.tasks.items():
-        rows = list(read_jsonl(job.parents["questions"].path / f"{name}.jsonl"))
+    for name, task in recipe.evaluate.tasks.items():
+        rows = list(read_jsonl(questions / f"{name}.jsonl"))
         told: dict[str, Any] = {"kind": task.kind, "rows": len(rows), "systems": {}}
         lines = [{"id": row["id"], **({"wanted": row.get("wanted", row.get("right"))} if task.kind != "perplexity" else {})} for row in rows]
         scores: dict[str, Scores] = {}
         for system, adapter in systems.items():
-            asker = Asker(job, name, task, engine, tokenizer, adapter)
-            scores[system], means, kept = asker.texts(rows) if task.kind == "perplexity" else asker.answers(rows)
-            told["systems"][system] = means | {metric: mean_of(table, job.recipe.seed).told() for metric, table in scores[system].items()}
+            asker = Asker(recipe, name, task, engine, tokenizer, adapter)
+            scores[system], means, kept = {"perplexity": asker.texts, "cloze": asker.continuations}.get(task.kind, asker.answers)(rows)
+            told["systems"][system] = means | {metric: mean_of(table, recipe.seed).told() for metric, table in scores[system].items()}
             for line, own in zip(lines, kept, strict=True):
                 line[system] = own
         if len(systems) > 1:
             first, second = systems
-            both = {m: paired(scores[first][m], scores[second][m], job.recipe.seed).told() for m in scores[first]}
+            both = {m: paired(scores[first][m], scores[second][m], recipe.seed).told() for m in scores[first]}
             told["paired"] = {"of": f"{first} less {second}", **both}
         write_jsonl(folder / f"predictions-{name}.jsonl", lines)
         found[name] = told
@@ -51,9 +55,10 @@ def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dic
 class Asker:
     """One system's answers to one task."""
 
-    def __init__(self, job: Job, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None):
-        self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = job.recipe.evaluate, task, engine, tokenizer, adapter
-        self.seed, self.window, self.title = job.recipe.seed, job.recipe.shard.seq_len, f"evaluate {name}, {adapter or 'base'}"
+    def __init__(self, recipe: Recipe, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None):
+        self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = recipe.evaluate, task, engine, tokenizer, adapter
+        self.seed, self.title = recipe.seed, f"evaluate {name}, {adapter or 'base'}"
+        self.window = min(recipe.shard.seq_len, engine.max_length - 1)
 
     def answers(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
         """(scores of each repeat and row, metrics of the whole set, what is kept of each row)."""
@@ -73,12 +78,21 @@ class Asker:
             std = stdev(each) if len(each) > 1 else None
             whole["bleu"] = Mean(mean(each), mean(each) - half, mean(each) + half, len(rows), std).told()
         if self.task.kind == "choice":
-            likelihoods = [self._likelihoods(row) for row in track(rows, f"{self.title}, options", transient=True)]
-            for metric, index in (("correct_loglikelihood", 0), ("correct_loglikelihood_per_character", 1)):
-                scores[metric] = [[float(_best([pair[index] for pair in own]) == row["right"]) for row, own in zip(rows, likelihoods, strict=True)]]
-            for own, pairs in zip(kept, likelihoods, strict=True):
-                own["loglikelihoods_nats"] = [round(pair[0], 4) for pair in pairs]
+            nats = [self._likelihoods(row) for row in track(rows, f"{self.title}, options", transient=True)]
+            scores |= _likeliest(rows, nats)
+            for own, of_options in zip(kept, nats, strict=True):
+                own["loglikelihoods_nats"] = [round(n, 4) for n in of_options]
         return scores, whole, kept
+
+    def continuations(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
+        """The same of texts with replies that may follow them: nothing is generated."""
+        nats = [[self._following(row["text"], reply) for reply in row["replies"]] for row in track(rows, self.title, transient=True)]
+        scores = _likeliest(rows, nats)
+        kept = [
+            {"scores": {metric: [table[0][n]] for metric, table in scores.items()}, "loglikelihoods_nats": [round(n, 4) for n in of_options]}
+            for n, of_options in enumerate(nats)
+        ]
+        return scores, {}, kept
 
     def texts(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
         """The same of texts, in windows of a bin, each of which begins anew; a window's first token is not counted."""
@@ -86,8 +100,7 @@ class Asker:
         tokens: list[float] = []
         for row in track(rows, self.title, transient=True):
             ids = self.tokenizer(row["text"])["input_ids"]
-            length = min(self.window, self.engine.max_length - 1)
-            windows = [ids[at : at + length] for at in range(0, len(ids), length)]
+            windows = [ids[at : at + self.window] for at in range(0, len(ids), self.window)]
             found = [score for window in windows if len(window) > 1 for score in self.engine.score(window, 1, self.adapter)]
             nats.append(-sum(found))
             tokens.append(len(found))
@@ -121,16 +134,22 @@ class Asker:
         starts = track(range(0, len(rows), e.batch_size), self.title, transient=True)
         return [answer.text for at in starts for answer in self.engine.generate(requests[at : at + e.batch_size])]
 
-    def _likelihoods(self, row: dict[str, Any]) -> list[tuple[float, float]]:
-        """Of each option's reply: nats, and nats a character."""
+    def _likelihoods(self, row: dict[str, Any]) -> list[float]:
+        """Of each option's reply, nats."""
         found = []
         for reply in row["replies"]:
             done = render(self.tokenizer, [*row["messages"], {"role": "assistant", "content": reply}])
             first = next(i for i, supervised in enumerate(done.loss_mask) if supervised)
             scores = self.engine.score(done.ids, first, self.adapter)
-            nats = sum(score for score, supervised in zip(scores, done.loss_mask[first:], strict=True) if supervised)
-            found.append((nats, nats / max(len(reply), 1)))
+            found.append(sum(score for score, supervised in zip(scores, done.loss_mask[first:], strict=True) if supervised))
         return found
+
+    def _following(self, text: str, reply: str) -> float:
+        """Nats of a reply behind a text, whose begin is left out where both do not fit; a token that holds some of both is the reply's."""
+        encoded = self.tokenizer(text + reply, return_offsets_mapping=True)
+        first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(text))
+        ids = encoded["input_ids"][-self.window :]
+        return sum(self.engine.score(ids, max(1, first - (len(encoded["input_ids"]) - len(ids))), self.adapter))
 
     def _of_final(self, row: dict[str, Any], answer: str) -> dict[str, float]:
         given, wanted = metrics.final(answer, self.task.final), metrics.final(row["wanted"], self.task.final)
@@ -145,6 +164,13 @@ def _of_text(row: dict[str, Any], answer: str) -> dict[str, float]:
 def _of_option(row: dict[str, Any], answer: str) -> dict[str, float]:
     given = metrics.chosen(answer, row["options"])
     return {"correct": float(given == row["right"]), "unreadable": float(given is None)}
+
+
+def _likeliest(rows: list[dict[str, Any]], nats: list[list[float]]) -> Scores:
+    """Whether the right reply is the likeliest of a row's, by its nats [rows][replies] and by those a character."""
+    a_character = [[n / max(len(reply), 1) for n, reply in zip(own, row["replies"], strict=True)] for row, own in zip(rows, nats, strict=True)]
+    by = {"correct_loglikelihood": nats, "correct_loglikelihood_per_character": a_character}
+    return {metric: [[float(_best(own) == row["right"]) for row, own in zip(rows, table, strict=True)]] for metric, table in by.items()}
 
 
 def _best(values: list[float]) -> int:

@@ -37,12 +37,15 @@ def text_of(value: dict[str, Any], key: str) -> str:
 
 
 def check(mcq: Mcq) -> None:
-    """ConfigError where a template cannot be filled or leaves out what it must hold, or there are no two to 26 options."""
+    """ConfigError where a template cannot be filled or leaves out what it must hold, or there are no two to 26 options.
+
+    A prompt lists the options, but where the reply is an option's bare text, which may be what follows the prompt.
+    """
     if not 2 <= len(mcq.options) <= len(LETTERS):
         raise ConfigError(f"mcq.options names {len(mcq.options)} keys: name 2 to {len(LETTERS)}")
     samples = {"article": "\0a", "question": "\0q", "options": "\0o", "letter": "\0l", "text": "\0t", "number": "\0n"}
     rules = (
-        ("prompt", mcq.prompt, ("article", "question", "options"), ("question", "options")),
+        ("prompt", mcq.prompt, ("article", "question", "options"), ("question",) if mcq.reply == "{text}" else ("question", "options")),
         ("option", mcq.option, ("letter", "number", "text"), ("text",)),
         ("reply", mcq.reply, ("letter", "number", "text"), ()),
     )
