@@ -107,7 +107,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             "serve",
             "graft.serve.probe",
             1,
-            (*model, "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
+            (*model, "serve.system", "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
             served,
             external,
             CHECKPOINTS,
