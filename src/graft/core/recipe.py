@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from graft.core.errors import ConfigError
 from graft.core.sections import (
@@ -57,7 +57,7 @@ class Train(Section):
     global_batch: Count = 8  # bins a step
     micro_batch: Count | Literal["auto"] = "auto"  # bins a forward, at most; auto: with activation_checkpointing, the fastest that fits the GPU
     pack: bool = True  # false: one document a bin, padded
-    warmup: Share = 0.03  # share of all steps
+    warmup: Share | Count = 0.03  # a share of all steps; from 1 on, steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -106,11 +106,26 @@ class Train(Section):
         return {**data, "lora": None} if isinstance(data, dict) and data.get("lora") is False else data
 
 
+NAMED_TEMPLATES = ("tokenizer", "chatml", "llama-3", "alpaca")
+
+
 class Model(Section):
     base: str = "embedded"  # "embedded" (built by the recipe), a folder, or a hub id
     revision: str | None = None  # of a hub id: a branch, a tag or a commit; a run reads the commit that it names when the run begins
     precision: Literal["fp32", "bf16", "fp8", "nf4"] = "bf16"  # of the frozen base; adapters are bf16, or fp32 on an fp32 base
-    chat_template: Literal["tokenizer", "chatml", "llama-3", "alpaca"] = "tokenizer"
+    chat_template: str = "tokenizer"  # the tokenizer's own, another by its name, or a .jinja file, relative to the recipe
+
+    @field_validator("chat_template")
+    @classmethod
+    def _named_or_a_file(cls, value: str) -> str:
+        if value not in NAMED_TEMPLATES and not value.endswith(".jinja"):
+            raise ValueError(f"model.chat_template = {value!r} is none of {', '.join(map(repr, NAMED_TEMPLATES))}, and names no .jinja file")
+        return value
+
+    @property
+    def template_file(self) -> str | None:
+        """The .jinja file that the recipe names, relative to it."""
+        return None if self.chat_template in NAMED_TEMPLATES else self.chat_template
 
 
 class EmbeddedBase(Section):
@@ -129,6 +144,7 @@ class Serve(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     prompt: str = "幫我畫一隻在海邊散步的柴犬"  # what `graft run` asks the finished server
+    system: str | None = None  # the system prompt that it asks under, and that the chat page begins with
     engine: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed, beside a GPU and a base in bf16
     replicas: Count = 1  # engines; on a cluster that was joined, 1 stands for one a GPU, or a machine
     max_batch: Count = 16  # rows of an engine that are under way at once

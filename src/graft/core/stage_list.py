@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from graft.core.recipe import Recipe, Train
 
@@ -16,7 +16,7 @@ class Stage:
     version: int  # raised when the same keys would give another result
     keys: tuple[str, ...]
     parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, endpoint, deepspeed
+    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, template, endpoint, deepspeed
     place: str = DATA
 
 
@@ -107,12 +107,14 @@ def stages(recipe: Recipe) -> list[Stage]:
             "serve",
             "graft.serve.probe",
             1,
-            (*model, "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
+            (*model, "serve.system", "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
             served,
             external,
             CHECKPOINTS,
         )
     )
+    if recipe.model.template_file:
+        out = [replace(s, inputs=(*s.inputs, "template")) if "model.chat_template" in s.keys else s for s in out]
     return out
 
 

@@ -165,6 +165,18 @@ class Plan:
             raise ConfigError(f"model.base = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
         return base, self._commit("model", base, self.recipe.model.revision)
 
+    @property
+    def chat_template(self) -> str:
+        """The recipe's, as `load_tokenizer` takes it: "tokenizer", another name, or the text of the recipe's file."""
+        model = self.recipe.model
+        if model.template_file is None:
+            return model.chat_template
+        self.external_input("template")  # it is there
+        try:
+            return self.beside(model.template_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"model.chat_template names {model.template_file}, which is no UTF-8: save it as UTF-8") from None
+
     # ---- the hub ------------------------------------------------------------------------------------------------
     def dataset_commit(self, path: str) -> str:
         """The commit that a corpus such as `hub:owner/name` is read at."""
@@ -212,6 +224,8 @@ class Plan:
         if name == "evaluation":
             tasks = self.external_input("tasks").values()
             return [*(self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets), *tasks]
+        if name == "template":
+            return self._digest(self.beside(self.recipe.model.template_file or ""), "model.chat_template")
         if name == "tasks":
             return {name: self._digest(self.beside(task.path), f"evaluate.tasks.{name}.path") for name, task in self.recipe.evaluate.tasks.items()}
         if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar

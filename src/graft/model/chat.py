@@ -70,7 +70,10 @@ class Rendered:
 
 
 def load_tokenizer(base: str, revision: str | None = None, chat_template: str = "tokenizer") -> Any:
-    """The base's fast tokenizer with the recipe's template, whose date is pinned; ConfigError where it has none or lacks the template's tokens."""
+    """The base's fast tokenizer with the recipe's template, whose date is pinned; ConfigError where it has none or lacks the template's tokens.
+
+    chat_template: "tokenizer" for its own, one of TEMPLATES, or a template's text.
+    """
     from transformers import AutoTokenizer
 
     folder = model_folder(base, revision)
@@ -81,7 +84,8 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str = 
             f"model.base = {base!r}: no tokenizer can be loaded ({_first_line(e)}); name a Hugging Face model folder or hub id"
         ) from None
     if chat_template != "tokenizer":
-        tokenizer.chat_template = TEMPLATES[chat_template]
+        tokenizer.chat_template = TEMPLATES.get(chat_template, chat_template)
+    if chat_template in TEMPLATES:
         end = END_OF_TURN.get(chat_template, tokenizer.eos_token)
         if end is None or tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
             raise ConfigError(
@@ -157,7 +161,7 @@ def conversation(tokenizer: Any, messages: Messages, generation: bool = False) -
 
 def _apply(tokenizer: Any, messages: Messages, generation: bool) -> str:
     if not tokenizer.chat_template:
-        raise ConfigError(f"the tokenizer has no chat template: set model.chat_template to one of {', '.join(map(repr, TEMPLATES))}")
+        raise ConfigError(f"the tokenizer has no chat template: set model.chat_template to one of {', '.join(map(repr, TEMPLATES))}, or to a .jinja file")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
 
 
