@@ -18,8 +18,9 @@ from graft.core.sections import EvalTask
 from graft.core.stages import Job
 from graft.engine.protocol import Engine, Request
 from graft.evaluate import metrics
+from graft.evaluate.options import best, likelihoods, replies
 from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
-from graft.model.chat import render, render_prompt
+from graft.model.chat import render_prompt
 
 MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "perplexity": "perplexity"}
 Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
@@ -73,10 +74,12 @@ class Asker:
             std = stdev(each) if len(each) > 1 else None
             whole["bleu"] = Mean(mean(each), mean(each) - half, mean(each) + half, len(rows), std).told()
         if self.task.kind == "choice":
-            likelihoods = [self._likelihoods(row) for row in track(rows, f"{self.title}, options", transient=True)]
+            starts = track(range(0, len(rows), self.evaluate.batch_size), f"{self.title}, options", transient=True)
+            batches = ([replies(self.tokenizer, row) for row in rows[at : at + self.evaluate.batch_size]] for at in starts)
+            scored = [own for some in batches for own in likelihoods(self.engine, some, self.adapter)]
             for metric, index in (("correct_loglikelihood", 0), ("correct_loglikelihood_per_character", 1)):
-                scores[metric] = [[float(_best([pair[index] for pair in own]) == row["right"]) for row, own in zip(rows, likelihoods, strict=True)]]
-            for own, pairs in zip(kept, likelihoods, strict=True):
+                scores[metric] = [[float(best([pair[index] for pair in own]) == row["right"]) for row, own in zip(rows, scored, strict=True)]]
+            for own, pairs in zip(kept, scored, strict=True):
                 own["loglikelihoods_nats"] = [round(pair[0], 4) for pair in pairs]
         return scores, whole, kept
 
@@ -88,7 +91,8 @@ class Asker:
             ids = self.tokenizer(row["text"])["input_ids"]
             length = min(self.window, self.engine.max_length - 1)
             windows = [ids[at : at + length] for at in range(0, len(ids), length)]
-            found = [score for window in windows if len(window) > 1 for score in self.engine.score(window, 1, self.adapter)]
+            scores = self.engine.scores([(window, 1) for window in windows if len(window) > 1], self.adapter)
+            found = [score for own in scores for score in own]
             nats.append(-sum(found))
             tokens.append(len(found))
         a_token, a_character = ratio_of(nats, tokens, self.seed), ratio_of(nats, [len(row["text"]) for row in rows], self.seed)
@@ -121,17 +125,6 @@ class Asker:
         starts = track(range(0, len(rows), e.batch_size), self.title, transient=True)
         return [answer.text for at in starts for answer in self.engine.generate(requests[at : at + e.batch_size])]
 
-    def _likelihoods(self, row: dict[str, Any]) -> list[tuple[float, float]]:
-        """Of each option's reply: nats, and nats a character."""
-        found = []
-        for reply in row["replies"]:
-            done = render(self.tokenizer, [*row["messages"], {"role": "assistant", "content": reply}])
-            first = next(i for i, supervised in enumerate(done.loss_mask) if supervised)
-            scores = self.engine.score(done.ids, first, self.adapter)
-            nats = sum(score for score, supervised in zip(scores, done.loss_mask[first:], strict=True) if supervised)
-            found.append((nats, nats / max(len(reply), 1)))
-        return found
-
     def _of_final(self, row: dict[str, Any], answer: str) -> dict[str, float]:
         given, wanted = metrics.final(answer, self.task.final), metrics.final(row["wanted"], self.task.final)
         right = given is not None and wanted is not None and metrics.equal(given, wanted)
@@ -145,11 +138,6 @@ def _of_text(row: dict[str, Any], answer: str) -> dict[str, float]:
 def _of_option(row: dict[str, Any], answer: str) -> dict[str, float]:
     given = metrics.chosen(answer, row["options"])
     return {"correct": float(given == row["right"]), "unreadable": float(given is None)}
-
-
-def _best(values: list[float]) -> int:
-    """The largest one's place; the first of equal ones."""
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def counts(found: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,43 @@
+"""The log-likelihood of each option of a question: of the reply that it would be, as it would be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from graft.engine.protocol import Engine
+from graft.model.chat import render
+
+
+class Reply(NamedTuple):
+    """A conversation that ends with an option's reply."""
+
+    ids: list[int]
+    first: int  # token that is a target
+    mask: list[int]  # from there on, 1 of each that is
+    characters: int
+
+
+def replies(tokenizer: Any, row: dict[str, Any]) -> list[Reply]:
+    """Of a row's `messages` with each of its `replies`; DataError where one cannot be rendered surely."""
+    found = []
+    for text in row["replies"]:
+        done = render(tokenizer, [*row["messages"], {"role": "assistant", "content": text}])
+        first = done.loss_mask.index(1)
+        found.append(Reply(done.ids, first, done.loss_mask[first:], max(len(text), 1)))
+    return found
+
+
+def likelihoods(engine: Engine, asked: Sequence[Sequence[Reply]], adapter: str | None) -> list[list[tuple[float, float]]]:
+    """Of each question's replies: nats, and nats a character. All are scored at once; a reply's do not depend on the others."""
+    every = [reply for own in asked for reply in own]
+    scores = engine.scores([(reply.ids, reply.first) for reply in every], adapter)
+    nats = [sum(s for s, supervised in zip(own, reply.mask, strict=True) if supervised) for own, reply in zip(scores, every, strict=True)]
+    told = iter((own, own / reply.characters) for own, reply in zip(nats, every, strict=True))
+    return [list(islice(told, len(own))) for own in asked]
+
+
+def best(values: Sequence[float]) -> int:
+    """The largest one's place; the first of equal ones."""
+    return max(range(len(values)), key=values.__getitem__)
