@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(args: argparse.Namespace, hub: Literal["ask", "recorded", "open"] = "ask"):
+def _plan(args: argparse.Namespace, hub: Literal["ask", "recorded", "look"] = "ask"):
     from graft.core.stages import Plan
 
     return Plan(args.recipe, tuple(args.overrides), args.workspace, hub)
@@ -263,9 +263,11 @@ def _merge(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from graft import pipeline
 
-    plan = _plan(args, "ask" if args.gpus else "open")  # the shape of a base on the hub is asked there
+    plan = _plan(args, "look")
     pipeline.check(plan)
-    print(f"{args.recipe}: ok, stages {', '.join(plan.stages)}")
+    print(f"{args.recipe}: {'nothing wrong in what was looked at' if plan.unseen else 'ok'}, stages {', '.join(plan.stages)}")
+    for name, why in plan.unseen.items():
+        print(f"not looked at: {name} ({why})")
     from graft.train.sizing.check import report, report_here
 
     lines, fits = report(plan, args.gpus, args.price) if args.gpus else (report_here(plan, args.price), True)

@@ -140,7 +140,7 @@ def test_options_become_numbers_and_what_names_none_stays_empty(predict, tmp_pat
         said.splitlines()[1]
         == f'{out}: 7 answers; 1 names no option, left empty; 2 could not be asked ("option2" is null: 1, no JSON: 1), left empty'
     )
-    assert list(csv.DictReader(out.open()))[0] == {"ID": "Q1", "Answer": "1"} and not list(tmp_path.glob(".*"))
+    assert next(csv.DictReader(out.open())) == {"ID": "Q1", "Answer": "1"} and not list(tmp_path.glob(".*"))
 
 
 def test_all_that_is_known_is_kept_and_the_parser_is_the_evaluations(predict, plan, tmp_path):
