@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
 from graft.core.errors import ArtifactError, ConfigError
-from graft.core.hub import HUB, Kind, commit_of, dataset_of
+from graft.core.hub import HUB, UNREACHABLE, Kind, OutOfReach, commit_of, dataset_of
 from graft.core.recipe import Recipe, load, pick
 from graft.core.stage_list import CHECKPOINTS, DATA, Stage, stages
 
@@ -33,19 +33,20 @@ class Plan:
     """A recipe bound to a workspace: resolves each stage's inputs, fingerprint and directory.
 
     hub: what its branches stand for is asked, or is as the last `graft run` here recorded it, so that a branch that moved does not
-    part ranks and servers from that run, or is left open, which is enough to validate a recipe without a network.
+    part ranks and servers from that run; or it is looked at, and what cannot be from here stands in `unseen` with the reason: enough to validate.
     """
 
     path: Path
     overrides: tuple[str, ...] = ()
     root: Path = Path(".")
-    hub: Literal["ask", "recorded", "open"] = "ask"
+    hub: Literal["ask", "recorded", "look"] = "ask"
 
     def __post_init__(self) -> None:
         self.path, self.root = Path(self.path).resolve(), Path(self.root).resolve()
         self.recipe = load(self.path, self.overrides)
         self.stages = {s.name: s for s in stages(self.recipe)}
         self._commits = self._recorded() if self.hub == "recorded" else {}
+        self.unseen: dict[str, str] = {}
 
     # ---- places -------------------------------------------------------------------------------------------------
     def beside(self, relative: str) -> Path:
@@ -185,11 +186,17 @@ class Plan:
 
     def _commit(self, kind: Kind, name: str, revision: str | None) -> str:
         """What a revision stands for, asked once: a run reads one commit, whatever is pushed meanwhile."""
-        if self.hub == "open":
-            return revision or "main"
         key = f"{kind} {name}@{revision or 'main'}"
         if key not in self._commits:
-            self._commits[key] = commit_of(kind, name, revision)
+            try:
+                if UNREACHABLE in self.unseen.values():  # nobody waits for it again
+                    raise OutOfReach(UNREACHABLE, UNREACHABLE)
+                self._commits[key] = commit_of(kind, name, revision)
+            except OutOfReach as e:
+                if self.hub != "look":
+                    raise
+                self.unseen[name if kind == "model" else f"{HUB}{name}"] = e.why
+                self._commits[key] = revision or "main"
         return self._commits[key]
 
     def record_commits(self) -> None:

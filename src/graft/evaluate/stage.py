@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
+from graft.core.recipe import Recipe
 from graft.core.stages import Job
 from graft.core.store import AdapterStore
-from graft.engine.hf import HFEngine
+from graft.engine.protocol import Engine
+from graft.engine.start import start
 from graft.evaluate import classify, tasks
 from graft.model.chat import load_tokenizer
 
@@ -18,9 +22,8 @@ def run(job: Job) -> None:
     recipe, plan = job.recipe, job.plan
     base, revision, adapters = plan.trained()
     tokenizer = load_tokenizer(str(job.parents["sft"].path))
-    engine = HFEngine(base, revision, recipe.model.precision, adapters, tokenizer, max_batch=recipe.evaluate.batch_size)
     systems: dict[str, str | None] = {"adapter": recipe.name, "base": None} if adapters else {"model": None}
-    with job.writing() as draft:
+    with closing(engine_of(recipe, base, revision, adapters, tokenizer)) as engine, job.writing() as draft:
         metrics: dict[str, Any] = {}
         report = ""
         if recipe.augment:
@@ -38,3 +41,9 @@ def run(job: Job) -> None:
             store, told = AdapterStore(plan.served), {k: v for k, v in draft.counts.items() if isinstance(v, int | float)}
             told |= {f"{task} {metric}": v for task, means in draft.counts.get("tasks", {}).items() for metric, v in means.items()}
             store.note(store.publish(recipe.name, job.parents["sft"]).id, evaluation=told)
+
+
+def engine_of(recipe: Recipe, base: str, revision: str | None, adapters: dict[str, Path], tokenizer: Any) -> Engine:
+    """The one that the recipe is served by, for `evaluate.batch_size` rows at once."""
+    limits = {"max_batch": recipe.evaluate.batch_size, "max_adapters": len(adapters), "max_rank": recipe.serve.max_rank}
+    return start(recipe.serve.engine, base, revision, recipe.model.precision, tokenizer, adapters=adapters, **limits)

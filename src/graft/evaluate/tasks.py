@@ -7,6 +7,8 @@ of a cloze are of plain text behind plain text, without a chat template, which a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import exp, log
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,8 +21,9 @@ from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import EvalTask
 from graft.engine.protocol import Engine, Request
 from graft.evaluate import metrics
+from graft.evaluate.options import Reply, behind, best, likelihoods, replies
 from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
-from graft.model.chat import render, render_prompt
+from graft.model.chat import render_prompt
 
 MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "cloze": "correct_loglikelihood", "perplexity": "perplexity"}
 Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
@@ -78,18 +81,17 @@ class Asker:
             std = stdev(each) if len(each) > 1 else None
             whole["bleu"] = Mean(mean(each), mean(each) - half, mean(each) + half, len(rows), std).told()
         if self.task.kind == "choice":
-            nats = [self._likelihoods(row) for row in track(rows, f"{self.title}, options", transient=True)]
-            scores |= _likeliest(rows, nats)
+            by_likelihood, nats = self._likeliest(rows, partial(replies, self.tokenizer))
+            scores |= by_likelihood
             for own, of_options in zip(kept, nats, strict=True):
-                own["loglikelihoods_nats"] = [round(n, 4) for n in of_options]
+                own["loglikelihoods_nats"] = of_options
         return scores, whole, kept
 
     def continuations(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
         """The same of texts with replies that may follow them: nothing is generated."""
-        nats = [[self._following(row["text"], reply) for reply in row["replies"]] for row in track(rows, self.title, transient=True)]
-        scores = _likeliest(rows, nats)
+        scores, nats = self._likeliest(rows, partial(behind, self.tokenizer, most=self.window))
         kept = [
-            {"scores": {metric: [table[0][n]] for metric, table in scores.items()}, "loglikelihoods_nats": [round(n, 4) for n in of_options]}
+            {"scores": {metric: [table[0][n]] for metric, table in scores.items()}, "loglikelihoods_nats": of_options}
             for n, of_options in enumerate(nats)
         ]
         return scores, {}, kept
@@ -101,7 +103,8 @@ class Asker:
         for row in track(rows, self.title, transient=True):
             ids = self.tokenizer(row["text"])["input_ids"]
             windows = [ids[at : at + self.window] for at in range(0, len(ids), self.window)]
-            found = [score for window in windows if len(window) > 1 for score in self.engine.score(window, 1, self.adapter)]
+            scores = self.engine.scores([(window, 1) for window in windows if len(window) > 1], self.adapter)
+            found = [score for own in scores for score in own]
             nats.append(-sum(found))
             tokens.append(len(found))
         a_token, a_character = ratio_of(nats, tokens, self.seed), ratio_of(nats, [len(row["text"]) for row in rows], self.seed)
@@ -134,22 +137,15 @@ class Asker:
         starts = track(range(0, len(rows), e.batch_size), self.title, transient=True)
         return [answer.text for at in starts for answer in self.engine.generate(requests[at : at + e.batch_size])]
 
-    def _likelihoods(self, row: dict[str, Any]) -> list[float]:
-        """Of each option's reply, nats."""
-        found = []
-        for reply in row["replies"]:
-            done = render(self.tokenizer, [*row["messages"], {"role": "assistant", "content": reply}])
-            first = next(i for i, supervised in enumerate(done.loss_mask) if supervised)
-            scores = self.engine.score(done.ids, first, self.adapter)
-            found.append(sum(score for score, supervised in zip(scores, done.loss_mask[first:], strict=True) if supervised))
-        return found
-
-    def _following(self, text: str, reply: str) -> float:
-        """Nats of a reply behind a text, whose begin is left out where both do not fit; a token that holds some of both is the reply's."""
-        encoded = self.tokenizer(text + reply, return_offsets_mapping=True)
-        first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(text))
-        ids = encoded["input_ids"][-self.window :]
-        return sum(self.engine.score(ids, max(1, first - (len(encoded["input_ids"]) - len(ids))), self.adapter))
+    def _likeliest(self, rows: list[dict[str, Any]], replies_of: Callable[[dict[str, Any]], list[Reply]]) -> tuple[Scores, list[list[float]]]:
+        """(whether the right reply is the likeliest of a row's, by its nats and by those a character; the nats [rows][replies])."""
+        starts = track(range(0, len(rows), self.evaluate.batch_size), f"{self.title}, options", transient=True)
+        batches = ([replies_of(row) for row in rows[at : at + self.evaluate.batch_size]] for at in starts)
+        scored = [own for some in batches for own in likelihoods(self.engine, some, self.adapter)]
+        scores: Scores = {}
+        for metric, index in (("correct_loglikelihood", 0), ("correct_loglikelihood_per_character", 1)):
+            scores[metric] = [[float(best([pair[index] for pair in own]) == row["right"]) for row, own in zip(rows, scored, strict=True)]]
+        return scores, [[round(pair[0], 4) for pair in own] for own in scored]
 
     def _of_final(self, row: dict[str, Any], answer: str) -> dict[str, float]:
         given, wanted = metrics.final(answer, self.task.final), metrics.final(row["wanted"], self.task.final)
@@ -164,18 +160,6 @@ def _of_text(row: dict[str, Any], answer: str) -> dict[str, float]:
 def _of_option(row: dict[str, Any], answer: str) -> dict[str, float]:
     given = metrics.chosen(answer, row["options"])
     return {"correct": float(given == row["right"]), "unreadable": float(given is None)}
-
-
-def _likeliest(rows: list[dict[str, Any]], nats: list[list[float]]) -> Scores:
-    """Whether the right reply is the likeliest of a row's, by its nats [rows][replies] and by those a character."""
-    a_character = [[n / max(len(reply), 1) for n, reply in zip(own, row["replies"], strict=True)] for row, own in zip(rows, nats, strict=True)]
-    by = {"correct_loglikelihood": nats, "correct_loglikelihood_per_character": a_character}
-    return {metric: [[float(_best(own) == row["right"]) for row, own in zip(rows, table, strict=True)]] for metric, table in by.items()}
-
-
-def _best(values: list[float]) -> int:
-    """The largest one's place; the first of equal ones."""
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def counts(found: dict[str, Any]) -> dict[str, dict[str, float]]:
