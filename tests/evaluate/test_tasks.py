@@ -10,6 +10,7 @@ from graft.core.store import AdapterStore
 from graft.data import questions
 from graft.engine.hf import HFEngine
 from graft.evaluate import stage
+from graft.evaluate.options import behind, likelihoods
 from graft.evaluate.tasks import Asker
 from graft.model.chat import load_tokenizer
 
@@ -125,8 +126,10 @@ def test_a_text_too_long_for_the_model_loses_its_begin_not_the_reply(plan):
     asker = Asker(plan.recipe, "next", plan.recipe.evaluate.tasks["next"], engine, engine.tokenizer, None)
     context, reply = (engine.tokenizer(text)["input_ids"] for text in ("b" * 100, "wxyz"))
     whole = [*context, *reply][-asker.window :]
-    assert asker._following("b" * 100, "wxyz") == pytest.approx(sum(engine.score(whole, len(whole) - len(reply))))
-    assert asker._following("b", "w" * 100) == pytest.approx(sum(engine.score(engine.tokenizer("w" * asker.window)["input_ids"], 1)))
+    asked = [{"text": "b" * 100, "replies": ["wxyz"]}, {"text": "b", "replies": ["w" * 100]}]
+    ((long,),), ((wide,),) = (likelihoods(engine, [behind(engine.tokenizer, row, asker.window)], None) for row in asked)
+    assert long[0] == pytest.approx(sum(engine.score(whole, len(whole) - len(reply))))
+    assert wide[0] == pytest.approx(sum(engine.score(engine.tokenizer("w" * asker.window)["input_ids"], 1)))
 
 
 def test_perplexity_is_that_of_the_engine(plan, found):
