@@ -15,7 +15,7 @@ from graft.data.grammar import corpus
 from graft.model.base import random_llama
 from graft.model.lora import adapters, inject
 
-from .benchmarks.halves import BENCHMARKS, without_data_stages
+from .benchmarks.halves import BENCHMARKS, problem, without_data_stages
 
 
 @pytest.fixture
@@ -62,14 +62,6 @@ def test_one_seed_over_the_bound_is_enough(precision, fp8, nf4, holds):
 def test_a_task_that_was_not_learned_compares_nothing(precision):
     found = curves(bf16=1.95, **{precision.PEFT: 1.95})
     assert [bound["holds"] for bound in precision.bounds(found, learns=0.05)] == [False]
-
-
-def problem(rng):
-    name, other = rng.sample(["Ann", "Ben", "Cid", "Dora", "Eve", "Finn", "Gus", "Hana"], 2)
-    thing, place = rng.choice(["apples", "pens", "coins", "stones", "shells", "cards"]), rng.choice(["home", "the shop", "school", "the river"])
-    a, b = rng.randint(2, 60), rng.randint(2, 60)
-    question = f"{name} has {a} {thing}. {other} gives {name} {b} more at {place}. How many {thing} does {name} have now?"
-    return {"question": question, "answer": f"{name} has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} {thing} at {place}.\n#### {a + b}"}
 
 
 @pytest.mark.campaign

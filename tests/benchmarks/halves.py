@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,12 @@ def without_data_stages(folder: Path) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     assert subprocess.run([sys.executable, "-c", "import ray"], env=environment, capture_output=True).returncode == 1
     return environment
+
+
+def problem(rng: random.Random) -> dict[str, str]:
+    """A row like GSM8K's."""
+    name, other = rng.sample(["Ann", "Ben", "Cid", "Dora", "Eve", "Finn", "Gus", "Hana"], 2)
+    thing, place = rng.choice(["apples", "pens", "coins", "stones", "shells", "cards"]), rng.choice(["home", "the shop", "school", "the river"])
+    a, b = rng.randint(2, 60), rng.randint(2, 60)
+    question = f"{name} has {a} {thing}. {other} gives {name} {b} more at {place}. How many {thing} does {name} have now?"
+    return {"question": question, "answer": f"{name} has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} {thing} at {place}.\n#### {a + b}"}

@@ -19,7 +19,7 @@ from graft.core.rows import read_jsonl, write_jsonl
 from graft.data.grammar import corpus
 from graft.data.readers.mcq import choices
 
-from .halves import BENCHMARKS, without_data_stages
+from .halves import BENCHMARKS, problem, without_data_stages
 
 
 @pytest.fixture
@@ -155,13 +155,7 @@ def test_both_halves_at_a_tiny_scale(tmp_path: Path) -> None:
     (data / "taigi_news.txt").write_text("\n".join(f"頭 {n}\n民視新聞報導\n{text}" for n, text in enumerate(phrases)), encoding="utf-8")
     found = [{"title": f"{n}", "paragraphs": [{"context": text}]} for n, text in enumerate(texts[200:])]
     (data / "drcd_dev.json").write_text(json.dumps({"data": found}))
-    write_jsonl(
-        data / "gsm8k_train.jsonl",
-        (
-            {"question": f"How many are {n} and {n + 1} apples, counted twice?", "answer": f"{4 * n + 2} apples\n#### {4 * n + 2}" * 3}
-            for n in range(200)
-        ),
-    )
+    write_jsonl(data / "gsm8k_train.jsonl", (problem(random.Random(n)) for n in range(200)))
     program = [sys.executable, str(BENCHMARKS / "cpt.py"), "--tiny"]
     subprocess.run([*program, "--prepare", str(tmp_path / "made"), "--data", str(data)], check=True)
     (tmp_path / "made").rename(tmp_path / "moved")
