@@ -1,6 +1,7 @@
 """Predictions of an adapter that has really learned its answers, asked through the command line."""
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -240,6 +241,11 @@ def test_a_kill_leaves_nothing_half_written(plan, predict, tmp_path):
         (["--file", "texts.txt", "--out", "a.csv"], "holds texts, which ask nothing"),
         (["--file", "empty.jsonl", "--out", "a.csv"], "none of the first records can be read"),
         (["hi", "--set", "seed=9"], "needs"),
+        pytest.param(
+            ["hi", "--set", "serve.engine=vllm"],
+            "vLLM cannot be imported",
+            marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here"),
+        ),
     ],
 )
 def test_what_cannot_be_predicted_is_one_line(plan, predict, monkeypatch, arguments, words):

@@ -10,7 +10,7 @@ from graft.core.store import AdapterStore
 from graft.data import questions
 from graft.engine.hf import HFEngine
 from graft.evaluate import stage
-from graft.evaluate.options import behind, likelihoods
+from graft.evaluate.options import behind, likelihoods, replies
 from graft.evaluate.tasks import Asker
 from graft.model.chat import load_tokenizer
 
@@ -88,6 +88,22 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
     assert {"correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["next"]["systems"]["base"])
     assert {"bleu", "rouge1", "rouge2", "rougeL", "equal"} == set(tasks["chat"]["systems"]["base"])
     assert "scores" in found and found["rows"] == 3, "calls and texts as before"
+
+
+def test_the_likelihoods_are_those_of_each_option_alone(plan):
+    base, revision, adapters = plan.trained()
+    engine = HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+    rows = list(read_jsonl(plan.artifact("questions").path / "reading.jsonl"))
+    kept = list(read_jsonl(plan.artifact("evaluate").path / "predictions-reading.jsonl"))
+    for system, adapter in (("adapter", "small"), ("base", None)):
+        together = likelihoods(engine, [replies(engine.tokenizer, row) for row in rows], adapter)
+        for row, own, line in zip(rows, together, kept, strict=True):
+            for (nats, a_character), reply in zip(own, replies(engine.tokenizer, row), strict=True):
+                scores = engine.score(reply.ids, reply.first, adapter)
+                alone = sum(s for s, supervised in zip(scores, reply.mask, strict=True) if supervised)
+                assert abs(nats - alone) < 1e-5 and a_character == nats / reply.characters
+            assert line[system]["loglikelihoods_nats"] == pytest.approx([nats for nats, _ in own], abs=1e-4)
+    assert plan.artifact("evaluate").counts["engine"] == "HFEngine"
 
 
 def test_predictions_are_kept_and_give_the_scores_again(plan, found):

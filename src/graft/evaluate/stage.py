@@ -25,6 +25,7 @@ def run(job: Job) -> None:
     systems: dict[str, str | None] = {"adapter": recipe.name, "base": None} if adapters else {"model": None}
     with closing(engine_of(recipe, base, revision, adapters, tokenizer)) as engine, job.writing() as draft:
         metrics: dict[str, Any] = {}
+        draft.counts["engine"] = type(engine).__name__  # two engines round differently, and draw other samples
         report = ""
         if recipe.augment:
             metrics, counts = classify.measure(job, draft.path, engine, tokenizer, systems)
