@@ -74,6 +74,24 @@ def test_an_edited_strategy_file_is_never_skipped_over(recipes):
         p.external_input("deepspeed")
 
 
+def test_an_edited_template_is_never_skipped_over(recipes):
+    of_file = Plan(recipes / "taigi-tiny.toml", ("model.chat_template='interviewer/interview.jinja'",), recipes)
+    assert [s.name for s in of_file.stages.values() if "template" in s.inputs] == [
+        *("init", "shard-base", "shard-cpt", "shard-sft", "base", "cpt", "merge", "sft", "evaluate", "serve")
+    ]
+    assert not any("template" in s.inputs for s in Plan(recipes / "taigi-tiny.toml").stages.values())
+    before, path = of_file.external_input("template"), recipes / "interviewer/interview.jinja"
+    assert of_file.chat_template == path.read_text() and plan(recipes, "model.chat_template=chatml").chat_template == "chatml"
+    path.write_text(path.read_text() + " ")
+    assert of_file.external_input("template") != before
+    path.write_bytes("面試官".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"interview\.jinja, which is no UTF-8"):
+        _ = of_file.chat_template
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"model\.chat_template names .*interview\.jinja, which is no file"):
+        _ = of_file.chat_template
+
+
 def test_a_discarded_artifact_is_gone_under_its_name(recipes):
     p = plan(recipes)
     job = make(p, "augment", rows="one")
