@@ -63,7 +63,7 @@ def prepare(folder: Path, data: Path, tiny: bool) -> None:
         plan = Plan(RECIPE, (*overrides(folder), *embedded), Path(own))
         pipeline.run(plan, until="shard-sft")
         hand_over(plan, folder, ["cpt", "sft"])
-        shutil.copytree(plan.artifact("questions").path, folder / "questions")
+        shutil.copytree(plan.artifact("questions").path, folder / "questions", ignore=shutil.ignore_patterns("manifest.json"))
     print(size(folder))
 
 
