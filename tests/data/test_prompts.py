@@ -42,10 +42,14 @@ def read(tmp_path):
     ],
 )
 def test_a_conversation_with_and_without_its_answer(read, layout, asked, answer):
-    found, rows = read(asked, asked | answer, asked | {key: None for key in answer.keys() - asked.keys()}, {**asked, "system": "s"})
+    found, rows = read(asked, asked | answer, asked | {key: None for key in answer.keys() - asked.keys()})
     assert found.layout == layout and found.task.kind == "generation"
-    assert [row["messages"] for row in rows] == [[USER]] * 3 + [[SYSTEM, USER]]
-    assert [row.get("reference") for row in rows] == [None, "r", None, None]
+    assert [row["messages"] for row in rows] == [[USER]] * 3
+    assert [row.get("reference") for row in rows] == [None, "r", None]
+
+
+def test_a_system_column_is_asked_with(read):
+    assert read({"question": "q", "system": "s"})[1][0]["messages"] == [SYSTEM, USER]
 
 
 def test_options_with_and_without_their_answer(read):
