@@ -214,7 +214,7 @@ def test_rows_stream_and_each_is_the_engines(plan):
 
 def test_a_kill_leaves_nothing_half_written(plan, predict, tmp_path):
     out, part = tmp_path / "answers.csv", tmp_path / ".answers.csv.part"
-    rows = write(tmp_path / "long.jsonl", [{"question": f"{n}+{n}"} for n in range(20_000)])
+    rows = write(tmp_path / "long.jsonl", [{"id": "n" * 9000, "question": f"{n}+{n}"} for n in range(1000)])  # ids that fill the writer's buffer
     words = ["predict", str(plan.path), "--workspace", str(plan.root), "--set", "sft.lora={r=16, alpha=32}", "--file", str(rows), "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "graft.cli", *words], stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     until = time.monotonic() + 180
