@@ -161,7 +161,7 @@ def test_logprobs_are_those_of_the_model(engine):
 @pytest.mark.parametrize("name", [None, "one", "two"])
 def test_scores_of_many_are_those_of_each_alone(engine, name, monkeypatch):
     draw = random.Random(5)
-    ids = [[draw.randrange(4, 300) for _ in range(draw.choice([2, 3, 17, 40, MAX_LENGTH - 1]))] for _ in range(24)]
+    ids = [[draw.randrange(4, 300) for _ in range(draw.choice([2, 3, 17, 40, MAX_LENGTH]))] for _ in range(24)]
     asked = [(own, draw.randrange(1, len(own))) for own in ids]
     alone = [engine.score(own, first, name) for own, first in asked]
     for own, (whole, first) in zip(alone, asked, strict=True):
@@ -195,7 +195,7 @@ def test_scores_leave_rows_under_way_as_they_are(engine, mixed):
 
 def test_what_cannot_be_scored_is_named(engine):
     with pytest.raises(DataError, match=f"request 1 has {MAX_LENGTH} prompt tokens"):
-        engine.scores([([5, 6], 1), ([5] * MAX_LENGTH, 1)])
+        engine.scores([([5, 6], 1), ([5] * (MAX_LENGTH + 1), 1)])
     with pytest.raises(DataError, match="'three'"):
         engine.score([5, 6], 1, "three")
 

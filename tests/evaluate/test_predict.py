@@ -139,7 +139,7 @@ def test_options_become_numbers_and_what_names_none_stays_empty(predict, tmp_pat
     assert said.splitlines()[0].endswith("layout mcq, read as exam says")
     assert (
         said.splitlines()[1]
-        == f'{out}: 7 answers; 1 names no option, left empty; 2 could not be asked ("option2" is null: 1, no JSON: 1), left empty'
+        == f'{out}: 7 answers; 1 without an option that can be read, left empty; 2 that could not be asked ("option2" is null: 1, no JSON: 1), left empty'
     )
     assert next(csv.DictReader(out.open())) == {"ID": "Q1", "Answer": "1"} and not list(tmp_path.glob(".*"))
 
@@ -174,7 +174,9 @@ def test_the_likeliest_option_is_that_of_the_engine(predict, plan, tmp_path):
 def test_final_answers_and_plain_replies(predict, tmp_path):
     sums = write(tmp_path / "sums.jsonl", [{"question": "2+2"}, {"question": "3+3", "answer": "#### 6"}])
     said = predict("--file", sums, "--out", tmp_path / "sums.csv")
-    assert (tmp_path / "sums.csv").read_text() == "ID,Answer\n1,4\n2,\n" and said.endswith("1 has no final answer, left empty\n")
+    assert (tmp_path / "sums.csv").read_text() == "ID,Answer\n1,4\n2,\n" and said.endswith(
+        "; 1 without a final answer that can be read, left empty\n"
+    )
     chats = [
         {"messages": [{"role": "user", "content": "hi"}]},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
@@ -212,10 +214,10 @@ def test_rows_stream_and_each_is_the_engines(plan):
 
 def test_a_kill_leaves_nothing_half_written(plan, predict, tmp_path):
     out, part = tmp_path / "answers.csv", tmp_path / ".answers.csv.part"
-    rows = write(tmp_path / "long.jsonl", [{"question": f"{n}+{n}"} for n in range(20_000)])
+    rows = write(tmp_path / "long.jsonl", [{"id": "n" * 9000, "question": f"{n}+{n}"} for n in range(1000)])  # ids that fill the writer's buffer
     words = ["predict", str(plan.path), "--workspace", str(plan.root), "--set", "sft.lora={r=16, alpha=32}", "--file", str(rows), "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "graft.cli", *words], stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while not (part.exists() and part.stat().st_size) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -36,7 +36,8 @@ class Source:
     def rows(self) -> Iterator[dict[str, Any]]:
         """id, messages, and where there are such: options, the reply that each would be, and the reference, which is an option's number from 1 or
         a text. Or id and refused, the reason why a record cannot be asked. The id is the record's own, else its number from 1."""
-        for number, record in enumerate(chain.from_iterable(map(records, self.pieces)), 1):
+        found = chain.from_iterable(map(records, self.pieces))
+        for number, record in enumerate((r for r in found if r.reason != "empty"), 1):  # a blank line is no record
             name = _id(record.value or {}, number)
             try:
                 if record.value is None:

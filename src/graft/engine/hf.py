@@ -90,7 +90,7 @@ class HFEngine(Batched):
         """Log-probabilities (nats) of each ids[first:], first ≥ 1, each given all before it. Those of about one length pass together, padded behind
         their ends, which no token before them sees; in fp32 a row's are those that it has alone to 1e-5."""
         for number, (ids, _) in enumerate(asked):
-            self.check(number, Request(ids, 1, adapter=adapter))
+            self.check(number, Request(ids[:-1], 1, adapter=adapter))
         order = sorted(range(len(asked)), key=lambda number: len(asked[number][0]))
         found: list[list[float]] = [[]] * len(asked)
         slot = self.slots.take(adapter)

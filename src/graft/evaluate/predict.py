@@ -107,9 +107,9 @@ class Predictor:
             for n, row in rows
             for repeat in range(e.repeats)
         ]
-        replies = iter(self.engine.generate(requests))
+        completions = iter(self.engine.generate(requests))
         for _, row in rows:
-            texts = [reply.text for reply in islice(replies, e.repeats)]
+            texts = [completion.text for completion in islice(completions, e.repeats)]
             yield {"reply": texts[0], **({"replies": texts} if e.repeats > 1 else {}), **self._parsed(row, texts)}
 
     def _parsed(self, row: Row, texts: list[str]) -> Row:
@@ -141,13 +141,10 @@ def sentences(texts: Iterable[str]) -> Iterator[Row]:
 
 def shown(line: Row) -> str:
     """An answer for people: the reply, and what it is where the recipe knows calls."""
-    parsed = line.get("parsed")
-    if not parsed:
+    if not (parsed := line.get("parsed")):
         return str(line["reply"])
-    said = {"call": f"{parsed.get('name')} {json.dumps(parsed.get('arguments'), ensure_ascii=False)}", "malformed": parsed.get("reason")}.get(
-        parsed["kind"], ""
-    )
-    return f"{line['reply']}\n  {parsed['kind']} {said}".rstrip()
+    call = f"{parsed['name']} {json.dumps(parsed['arguments'], ensure_ascii=False)}" if parsed["kind"] == "call" else parsed.get("reason", "")
+    return f"{line['reply']}\n  {parsed['kind']} {call}".rstrip()
 
 
 def check_out(out: Path, file: Path) -> None:
@@ -193,14 +190,13 @@ def write(predictor: Predictor, rows: Iterable[Row], out: Path) -> str:
         part.unlink(missing_ok=True)
         raise
     fsync_dir(out.parent)
-    lacks = f"name{'s' if unread == 1 else ''} no option" if predictor.task.kind == "choice" else f"ha{'s' if unread == 1 else 've'} no final answer"
-    told = [f"{unread:,} {lacks}, left empty"] if unread else []
-    told += (
-        [f"{refused.total():,} could not be asked ({', '.join(f'{why}: {n:,}' for why, n in sorted(refused.items()))}), left empty"]
-        if refused
-        else []
-    )
-    return "; ".join([f"{out}: {count:,} answers", *told])
+    told = [f"{out}: {count:,} answers"]
+    if unread:
+        told.append(f"{unread:,} without {'an option' if predictor.task.kind == 'choice' else 'a final answer'} that can be read, left empty")
+    if refused:
+        reasons = ", ".join(f"{why}: {n:,}" for why, n in sorted(refused.items()))
+        told.append(f"{refused.total():,} that could not be asked ({reasons}), left empty")
+    return "; ".join(told)
 
 
 def _answer(predictor: Predictor, line: Row) -> str | int | None:
