@@ -161,7 +161,9 @@ def conversation(tokenizer: Any, messages: Messages, generation: bool = False) -
 
 def _apply(tokenizer: Any, messages: Messages, generation: bool) -> str:
     if not tokenizer.chat_template:
-        raise ConfigError(f"the tokenizer has no chat template: set model.chat_template to one of {', '.join(map(repr, TEMPLATES))}, or to a .jinja file")
+        raise ConfigError(
+            f"the tokenizer has no chat template: set model.chat_template to one of {', '.join(map(repr, TEMPLATES))}, or to a .jinja file"
+        )
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
 
 
