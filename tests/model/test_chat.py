@@ -247,9 +247,8 @@ def test_the_loss_of_an_interview_is_on_the_candidates_answers_alone(tmp_path):
     head = "<s>一場面試\n面試官：請介紹自己。\n應聘者："
     assert t.decode(rendered.ids) == head + "我是以晴。</s>\n面試官：為什麼想來？\n應聘者：「想學新東西」</s>\n面試官：好\n應聘者：OK</s>\n"
     assert targets(t, rendered) == ["我是以晴。</s>", "「想學新東西」</s>", "OK</s>"]
-    assert t.decode(render_prompt(t, messages[:2])) == head and rendered.ids[: len(render_prompt(t, messages[:-1]))] == render_prompt(
-        t, messages[:-1]
-    )
+    last = render_prompt(t, messages[:-1])
+    assert t.decode(render_prompt(t, messages[:2])) == head and rendered.ids[: len(last)] == last
     assert end_of_turn_ids(t) == [t.eos_token_id]
     save_tokenizer(t, tmp_path / "adapter")
     assert tokenizer_digest(load_tokenizer(str(tmp_path / "adapter"))) == tokenizer_digest(t)

@@ -143,8 +143,8 @@ class EmbeddedBase(Section):
 class Serve(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    system: str | None = None  # the system prompt that the chat page begins with, and under which `graft run` asks
     prompt: str = "幫我畫一隻在海邊散步的柴犬"  # what `graft run` asks the finished server
-    system: str | None = None  # the system prompt that it asks under, and that the chat page begins with
     engine: Literal["auto", "hf", "vllm"] = "auto"  # of evaluations too; auto: vllm where it is installed, beside a GPU and a base in bf16
     replicas: Count = 1  # engines; on a cluster that was joined, 1 stands for one a GPU, or a machine
     max_batch: Count = 16  # rows of an engine that are under way at once
