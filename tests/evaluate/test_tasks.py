@@ -11,6 +11,7 @@ from graft.data import questions
 from graft.engine.hf import HFEngine
 from graft.evaluate import stage
 from graft.model.chat import load_tokenizer
+from graft.report.gather import gather
 
 from ..train.small import small_plan, train
 
@@ -116,6 +117,18 @@ def test_the_report_the_store_and_the_counts_say_them(plan, found):
     counts = plan.artifact("evaluate").counts
     assert counts["tasks"]["texts"]["perplexity"] == pytest.approx(found["tasks"]["texts"]["systems"]["adapter"]["perplexity"]["mean"], abs=1e-5)
     assert AdapterStore(plan.served).get("small").notes["evaluation"]["reading correct"] == counts["tasks"]["reading"]["correct"]
+
+
+def test_the_page_of_the_run_shows_what_was_asked_said_and_wanted(plan):
+    tasks = {t.name: t for t in gather(plan).evaluation.tasks}
+    assert list(tasks) == ["reading", "chat", "maths", "texts"] and "answers of base unreadable" in tasks["reading"].note
+    shown = {name: [*t.best, *t.worst] for name, t in tasks.items()}
+    assert len(shown["chat"]) > 0 and len(shown["texts"]) == 3
+    for answer in [a for name in ("reading", "chat", "maths") for a in shown[name]]:
+        sides = dict(answer.sides)
+        assert list(sides) == ["prompt", "adapter’s answer", "wanted", "base’s answer"] and sides["prompt"] and sides["wanted"]
+    for answer in shown["texts"]:
+        assert "nats a token, base" in answer.facts[0] and answer.sides[0][1].startswith("abc")
 
 
 def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):
