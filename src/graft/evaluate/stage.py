@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from graft.core import tracking
 from graft.core.stages import Job
 from graft.core.store import AdapterStore
 from graft.engine.hf import HFEngine
@@ -16,6 +18,7 @@ from graft.model.chat import load_tokenizer
 def run(job: Job) -> None:
     """Write metrics.json, report.txt and the predictions; an adapter's figures also stand beside the version that servers find."""
     recipe, plan = job.recipe, job.plan
+    tracker = tracking.begin(job)
     base, revision, adapters = plan.trained()
     tokenizer = load_tokenizer(str(job.parents["sft"].path))
     engine = HFEngine(base, revision, recipe.model.precision, adapters, tokenizer, max_batch=recipe.evaluate.batch_size)
@@ -38,3 +41,23 @@ def run(job: Job) -> None:
             store, told = AdapterStore(plan.served), {k: v for k, v in draft.counts.items() if isinstance(v, int | float)}
             told |= {f"{task} {metric}": v for task, means in draft.counts.get("tasks", {}).items() for metric, v in means.items()}
             store.note(store.publish(recipe.name, job.parents["sft"]).id, evaluation=told)
+    if tracker:
+        figures = list(_figures(metrics))
+        summary = {"/".join(part for part in figure[:3] if part): float(figure[3]) for figure in figures}
+        tracker.table("evaluation", ("task", "system", "metric", "value", "low", "high"), figures, summary)
+        tracker.finish(job.artifact)
+
+
+def _figures(metrics: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float | None, float | None]]:
+    """Task ("" of calls and texts), system or pair of systems, metric, its value and its interval where it has one."""
+    for system, scores in metrics.get("scores", {}).items():
+        yield "", system, "accuracy", scores["accuracy"], None, None
+        for judged in ("strict", "intent"):
+            for metric, value in scores[judged].items():
+                yield "", system, f"{judged} {metric}", value, None, None
+    for task, told in metrics.get("tasks", {}).items():
+        pair = told.get("paired", {})
+        for system, means in (*told["systems"].items(), *([(pair["of"], pair)] if pair else [])):
+            for metric, mean in means.items():
+                if metric != "of":
+                    yield task, system, metric, mean.get("mean", mean.get("difference")), mean.get("low"), mean.get("high")
