@@ -37,13 +37,14 @@ def history(path):
 
 
 class WandbServer(ThreadingHTTPServer):
-    """runs: {id: {"history": lines, "group", "name"}}; artifacts: (name, aliases) in the order they were made; used: how many were declared as inputs."""
+    """runs: {id: {"history": lines, "group", "name"}}; artifacts: (name, aliases) in the order they were made; used: how many were declared as inputs;
+    files: names of those that were uploaded; received: every body, with its path."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.runs, self.artifacts, self.used = {}, [], 0
+        self.runs, self.artifacts, self.used, self.files, self.received = {}, [], 0, set(), []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def __exit__(self, *_):
@@ -98,22 +99,34 @@ class WandbServer(ThreadingHTTPServer):
             return {"createArtifact": {"artifact": {"id": number, "state": "COMMITTED", "artifactSequence": {"id": "cw==", "latestArtifact": None}}}}
         if name == "UseArtifact":
             self.used += 1
+        if name == "ArtifactType":
+            return {"project": {"artifact": None}}
+        if name == "CreateRunFiles":
+            self.files |= set(v["files"])
+            files = [{"name": file, "uploadUrl": f"{self.variables()['WANDB_BASE_URL']}/upload"} for file in v["files"]]
+            return {"createRunFiles": {"runID": "cnVu", "uploadHeaders": [], "files": files}}
         return {}
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def do_PUT(self):
+        self.do_POST()
+
     def do_POST(self):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = json.loads(gzip.decompress(raw) if self.headers.get("Content-Encoding") == "gzip" else raw)
-        if "query" in body:
+        raw = gzip.decompress(raw) if self.headers.get("Content-Encoding") == "gzip" else raw
+        answer = {}
+        if self.path == "/graphql":
+            body = json.loads(raw)
             name = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
             answer = {"data": self.server.answer(name[1] if name else "", body.get("variables") or {})}
-        else:
-            lines = body.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+        elif self.path.endswith("/file_stream"):
+            lines = json.loads(raw).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
             self.server.runs[self.path.split("/")[4]]["history"] += map(json.loads, lines)
             answer = {"exitcode": None, "limits": {}}
+        self.server.received.append(self.path.encode() + b"\n" + raw)
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

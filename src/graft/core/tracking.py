@@ -30,6 +30,7 @@ def check(tracking: Tracking) -> None:
     """ConfigError where the package is missing, or online no key is found; asks nobody."""
     if tracking.wandb == "off":
         return
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports, which go elsewhere
     try:
         import wandb
         from wandb.sdk.lib import wbauth
