@@ -12,6 +12,7 @@ from graft.core.stages import Job
 from graft.core.store import AdapterStore
 from graft.engine.hf import HFEngine
 from graft.evaluate import classify, tasks
+from graft.evaluate.semantic import Encoder
 from graft.model.chat import load_tokenizer
 
 
@@ -20,6 +21,9 @@ def run(job: Job) -> None:
     recipe, plan = job.recipe, job.plan
     tracker = tracking.begin(job)
     base, revision, adapters = plan.trained()
+    encoder = (
+        Encoder(*plan.semantic_encoder(), recipe.evaluate.batch_size) if recipe.evaluate.semantic else None
+    )  # before the engine takes what is free
     tokenizer = load_tokenizer(str(job.parents["sft"].path))
     engine = HFEngine(base, revision, recipe.model.precision, adapters, tokenizer, max_batch=recipe.evaluate.batch_size)
     systems: dict[str, str | None] = {"adapter": recipe.name, "base": None} if adapters else {"model": None}
@@ -31,7 +35,7 @@ def run(job: Job) -> None:
             draft.counts.update(counts)
             report = classify.render_report(metrics)
         if recipe.evaluate.tasks:
-            found = tasks.measure(job, draft.path, engine, tokenizer, systems)
+            found = tasks.measure(job, draft.path, engine, tokenizer, systems, encoder)
             metrics["tasks"] = found
             draft.counts["tasks"] = tasks.counts(found)
             report += tasks.render_report(found)

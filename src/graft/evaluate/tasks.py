@@ -18,6 +18,7 @@ from graft.core.sections import EvalTask
 from graft.core.stages import Job
 from graft.engine.protocol import Engine, Request
 from graft.evaluate import metrics
+from graft.evaluate.semantic import Encoder
 from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
 from graft.model.chat import render, render_prompt
 
@@ -25,7 +26,7 @@ MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "perple
 Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
 
 
-def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None]) -> dict[str, Any]:
+def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None], encoder: Encoder | None = None) -> dict[str, Any]:
     """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl."""
     found = {}
     for name, task in job.recipe.evaluate.tasks.items():
@@ -34,7 +35,7 @@ def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dic
         lines = [{"id": row["id"], **({"wanted": row.get("wanted", row.get("right"))} if task.kind != "perplexity" else {})} for row in rows]
         scores: dict[str, Scores] = {}
         for system, adapter in systems.items():
-            asker = Asker(job, name, task, engine, tokenizer, adapter)
+            asker = Asker(job, name, task, engine, tokenizer, adapter, encoder)
             scores[system], means, kept = asker.texts(rows) if task.kind == "perplexity" else asker.answers(rows)
             told["systems"][system] = means | {metric: mean_of(table, job.recipe.seed).told() for metric, table in scores[system].items()}
             for line, own in zip(lines, kept, strict=True):
@@ -51,8 +52,9 @@ def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dic
 class Asker:
     """One system's answers to one task."""
 
-    def __init__(self, job: Job, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None):
+    def __init__(self, job: Job, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None, encoder: Encoder | None):
         self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = job.recipe.evaluate, task, engine, tokenizer, adapter
+        self.encoder = encoder
         self.seed, self.window, self.title = job.recipe.seed, job.recipe.shard.seq_len, f"evaluate {name}, {adapter or 'base'}"
 
     def answers(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
@@ -61,6 +63,8 @@ class Asker:
         texts = [self._generated(rows, repeat) for repeat in range(self.evaluate.repeats)]
         judged = [[judge(row, text) for row, text in zip(rows, own, strict=True)] for own in texts]
         scores: Scores = {metric: [[score[metric] for score in own] for own in judged] for metric in judged[0][0]}
+        if self.encoder and self.task.kind == "generation":
+            scores["semantic"] = [self.encoder.similarity(own, [row["wanted"] for row in rows]) for own in texts]
         kept: list[dict[str, Any]] = [
             {"answers": [own[n] for own in texts], "scores": {metric: [own[n] for own in table] for metric, table in scores.items()}}
             for n in range(len(rows))
