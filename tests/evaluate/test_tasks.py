@@ -150,7 +150,7 @@ def test_the_page_of_the_run_shows_what_was_asked_said_and_wanted(plan):
         sides = dict(answer.sides)
         assert list(sides) == ["prompt", "adapter’s answer", "wanted", "base’s answer"] and sides["prompt"] and sides["wanted"]
     for answer in shown["texts"]:
-        assert "nats a token, base" in answer.facts[0] and answer.sides[0][1].startswith("abc")
+        assert "nats a token, base" in answer.judged and answer.sides[0][1].startswith("abc")
 
 
 def test_every_figure_is_one_of_the_table_that_is_tracked(found):

@@ -42,7 +42,7 @@ def test_unreadable_answers_are_counted(found):
     unread = sum(line["base"]["scores"]["unreadable"][0] for line in tasks()["reading"][1])
     assert f"{unread:.0f} of 30 answers of base unreadable" in found["reading"].note and found["reading"].note.startswith("choice, 30 rows, ")
     assert found["chat"].note == "generation, 30 rows"
-    assert any("unreadable" in a.facts[0] for a in found["maths"].worst)
+    assert any("unreadable" in a.judged for a in found["maths"].worst)
 
 
 def test_answers_are_ranked_by_the_tasks_own_score_and_then_by_what_the_base_did(found):
@@ -51,8 +51,8 @@ def test_answers_are_ranked_by_the_tasks_own_score_and_then_by_what_the_base_did
     for name in ("reading", "maths"):
         best, worst = found[name].best, found[name].worst
         assert len(best) == len(worst) == 10 and all(a.right for a in best) and not any(a.right for a in worst)
-        assert all("base wrong" in a.facts[0] or "base unreadable" in a.facts[0] for a in best), "first where the base did not"
-        assert all("base right" in a.facts[0] for a in worst)
+        assert all("base wrong" in a.judged or "base unreadable" in a.judged for a in best), "first where the base did not"
+        assert all("base right" in a.judged for a in worst)
 
 
 def test_an_answer_stands_beside_what_was_asked_wanted_and_said_by_the_base(found):
@@ -63,12 +63,12 @@ def test_an_answer_stands_beside_what_was_asked_wanted_and_said_by_the_base(foun
         "wanted": "wanted 29",
         "base’s answer": "base says 29",
     }
-    assert chat.right is None and chat.facts == ("adapter rougeL 0.983, base rougeL 0.967",)
+    assert chat.right is None and chat.judged == "adapter rougeL 0.983, base rougeL 0.967"
     sides, n = dict(reading.sides), int(reading.id)
     assert sides["wanted"] == f"{'ABCD'[n % 4]}. {'海山河湖'[n % 4]} {n}", "the option, not its number"
     assert sides["prompt"].startswith("文文") and sides["prompt"].endswith(f"文 question {n}") and len(sides["prompt"]) < 1600
-    assert n == 0 and reading.facts == ("adapter right, likeliest C. 河 0, base unreadable, likeliest B. 山 0",)
-    assert texts.facts == ("adapter 2.050 nats a token, base 2.550 nats a token",) and texts.sides[0][1].startswith("text 1 海")
+    assert n == 0 and reading.judged == "adapter right, likeliest C. 河 0, base unreadable, likeliest B. 山 0"
+    assert texts.judged == "adapter 2.050 nats a token, base 2.550 nats a token" and texts.sides[0][1].startswith("text 1 海")
 
 
 def test_few_answers_are_never_best_and_worst(tmp_path):

@@ -64,8 +64,9 @@ def commit_of(kind: Kind, name: str, revision: str | None, key: str = "model.bas
 
 
 def model_folder(base: str, revision: str | None, weights: bool = False, key: str = "model.base") -> Path:
-    """A base, or what another key of the recipe names, as a folder: itself, or the hub's cache once config, tokenizer and, where asked, weights are there; ConfigError where it cannot be had.
+    """A base as a folder: itself, or the hub's cache once config, tokenizer and, where asked, weights are there; ConfigError where it cannot be had.
 
+    key: of the recipe, that names it.
     Of the weights the safetensors that the model is made of, not the copies that some repositories hold in other forms. With a
     revision, `base` is never a folder that happens to have the name.
     """

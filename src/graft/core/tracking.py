@@ -36,7 +36,7 @@ def check(tracking: Tracking) -> None:
         from wandb.sdk.lib import wbauth
     except ImportError as e:
         raise ConfigError(
-            f"tracking.wandb = {tracking.wandb!r} needs the package wandb ({e}): pip install 'graft[train]', or set tracking.wandb = 'off'"
+            f"tracking.wandb = {tracking.wandb!r} needs the package wandb ({e}): pip install 'wandb>=0.31', or set tracking.wandb = 'off'"
         ) from None
     if tracking.wandb == "online":
         try:

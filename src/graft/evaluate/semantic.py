@@ -1,5 +1,6 @@
 """How near an answer is in meaning: the cosine of two texts' embeddings, each the mean of an encoder's last hidden states over its tokens, of length one
-(Reimers & Gurevych 2019, https://aclanthology.org/D19-1410: sentence-BERT with its default pooling). A text longer than the encoder takes is cut there.
+(Reimers & Gurevych 2019, https://aclanthology.org/D19-1410: sentence-BERT with its default pooling). Texts are taken as they
+are, without an instruction before them; one longer than the encoder takes is cut there.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def _task(t: Task) -> Iterator[str]:
 
 
 def _answer(a: Answer) -> str:
-    return _card(a.id, a.right, [escape(f) for f in a.facts], a.sides)
+    return _card(a.id, a.right, [escape(a.judged)], a.sides)
 
 
 def _card(name: str, right: bool | None, facts: list[str], sides: Sequence[Pair]) -> str:

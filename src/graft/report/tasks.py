@@ -1,12 +1,11 @@
 """The tasks of [evaluate.tasks] as a report shows them: means with intervals, and the ten best and worst answers beside the base's and what was wanted.
 
 A task's own score ranks them: ROUGE-L of a generation, right or wrong of a choice or a final answer, nats a token of a text. Among equals those come
-first where the base did otherwise. 10,000 answers take 0.2 s.
+first where the base did otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ def task(name: str, told: dict[str, Any], predictions: Path, questions: Path | N
     ids = {str(row.get("id")) for row in (*best, *worst)}
     asked = {str(q.get("id")): q for q in read_jsonl(questions) if str(q.get("id")) in ids} if questions and questions.is_file() else {}
     notes = [kind, *([f"{number(told['rows'])} rows"] if "rows" in told else []), *_unreadable(rows, systems)]
-    shown: Callable[[Row], Answer] = lambda row: _answer(kind, row, asked.get(str(row.get("id")), {}), systems)  # noqa: E731
-    return Task(name, _means(kind, told, systems), ", ".join(n for n in notes if n), tuple(map(shown, best)), tuple(map(shown, worst)))
+    shown = [tuple(_answer(kind, row, asked.get(str(row.get("id")), {}), systems) for row in chosen) for chosen in (best, worst)]
+    return Task(name, _means(kind, told, systems), ", ".join(n for n in notes if n), *shown)
 
 
 def _means(kind: str, told: dict[str, Any], systems: list[str]) -> Table:
@@ -91,7 +90,7 @@ def _chosen(kind: str, rows: list[Row], systems: list[str]) -> tuple[list[Row], 
         own = _score(kind, row, systems[0]) or 0.0
         return own, own - ((_score(kind, row, systems[1]) or 0.0) if len(systems) > 1 else 0.0)
 
-    ranked = sorted((row for row in rows if _score(kind, row, systems[0]) is not None), key=rank, reverse=True)
+    ranked = sorted((row for row in rows if systems and _score(kind, row, systems[0]) is not None), key=rank, reverse=True)
     half = (len(ranked) + 1) // 2
     best, worst = ranked[:half][:SHOWN], ranked[half:][::-1][:SHOWN]
     if kind == "perplexity":
@@ -103,12 +102,12 @@ def _answer(kind: str, row: Row, question: Row, systems: list[str]) -> Answer:
     """One answer with what was asked and wanted, and what the base said."""
     score = _score(kind, row, systems[0])
     right = score == 1 if kind in ("choice", "exact") else None
-    facts = [", ".join(f"{s} {_judged(kind, row, question, s)}" for s in systems)]
+    told = ", ".join(f"{s} {_judged(kind, row, question, s)}" for s in systems)
     if kind == "perplexity":
-        return Answer(str(row.get("id", "")), right, tuple(facts), (("text", cut(str(question.get("text", "")), TEXT)),))
+        return Answer(str(row.get("id", "")), right, told, (("text", cut(str(question.get("text", "")), TEXT)),))
     said: list[Pair] = [(f"{s}’s answer" if len(systems) > 1 else "answer", _said(row, s)) for s in systems]
     sides = [("prompt", ends(_prompt(question.get("messages")), TEXT)), said[0], ("wanted", cut(_wanted(row, question), TEXT)), *said[1:]]
-    return Answer(str(row.get("id", "")), right, tuple(facts), tuple(sides))
+    return Answer(str(row.get("id", "")), right, told, tuple(sides))
 
 
 def _judged(kind: str, row: Row, question: Row, system: str) -> str:

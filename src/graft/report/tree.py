@@ -118,11 +118,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to a task. right: None where there is more than right and wrong. sides: what stands beside each other, a title and a text."""
+    """One answer to a task. right: None where there is more than right and wrong. judged: the systems' scores. sides: titles and texts, side by side."""
 
     id: str
     right: bool | None
-    facts: tuple[str, ...]
+    judged: str
     sides: tuple[Pair, ...]
 
 
