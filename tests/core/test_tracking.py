@@ -134,8 +134,8 @@ def test_a_network_that_is_lost_in_mid_run_stops_nothing(tmp_path):
             assert process.poll() is None
         server.stop()
         began = time.monotonic()
-        said, _ = process.communicate("\n", timeout=60)
-    assert process.returncode == 0 and "finished" in said and time.monotonic() - began < 30, said[-3000:]
+        said, _ = process.communicate("\n", timeout=120)
+    assert process.returncode == 0 and "finished" in said and time.monotonic() - began < 90, said[-3000:]
     assert (tmp_path / "graft/checkpoints/made/sft/current/manifest.json").is_file()
 
 
@@ -156,7 +156,7 @@ def test_online_without_a_key_or_a_network_is_one_line_before_the_first_step(tmp
         and wanted in lines[0]
         and "Traceback" not in said
         and not any(v in said for k, v in variables.items() if k == "WANDB_API_KEY")
-        and time.monotonic() - began < 30
+        and time.monotonic() - began < 90
     ), said
     assert not list(tmp_path.glob("graft/checkpoints/made/sft"))
 
@@ -165,7 +165,7 @@ def test_without_the_package_it_is_one_line(tmp_path):
     gone = "import sys; sys.modules['wandb'] = None; sys.argv[0] = 'tracked.py'"
     program = f"{gone}; sys.path.insert(0, {str(Path(__file__).parent)!r}); import tracked; tracked.main(*sys.argv[1:])"
     process = start(tmp_path, tmp_path / "graft", 0, 3, "check", OFFLINE, program=["-c", program])
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "needs the package wandb" in said and "pip install 'wandb>=0.31'" in said and said.count("\n") == 1, said
 
 
