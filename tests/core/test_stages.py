@@ -201,3 +201,23 @@ def test_file_digests_are_remembered_until_the_file_changes(recipes):
     assert p.external_input("seeds") == p.external_input("seeds") == sha256_file(seeds)
     seeds.write_text("changed")
     assert p.external_input("seeds") == sha256_file(seeds)
+
+
+def test_an_encoder_is_an_input_of_the_evaluation_alone(recipes, tmp_path):
+    (recipes / "chat.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    tasks = 'evaluate.tasks={chat = {kind = "generation", path = "chat.jsonl"}}'
+
+    def of(name):
+        return Plan(recipes / "image-intent-tiny.toml", (tasks, f"evaluate.semantic={name}"), tmp_path / "ws", hub="open")
+
+    assert of("owner/encoder@v1").semantic_encoder() == ("owner/encoder", "v1") and of("owner/encoder").semantic_encoder() == (
+        "owner/encoder",
+        "main",
+    )
+    assert of("owner/encoder@v1").external_input("semantic") == "hub:owner/encoder@v1"
+    assert [name for name, stage in of("owner/encoder").stages.items() if "semantic" in stage.inputs] == ["evaluate"]
+    with pytest.raises(ConfigError, match=r"evaluate\.semantic = './none' is neither a folder beside the recipe nor a hub id"):
+        of("./none").external_input("semantic")
+    (recipes / "encoder").mkdir()
+    with pytest.raises(ConfigError, match=r"evaluate\.semantic = .* has no config\.json"):
+        of("encoder").external_input("semantic")

@@ -11,14 +11,18 @@ from graft.data import questions
 from graft.engine.hf import HFEngine
 from graft.evaluate import stage
 from graft.evaluate.options import behind, likelihoods, replies
+from graft.evaluate.semantic import Encoder
 from graft.evaluate.tasks import Asker
 from graft.model.chat import load_tokenizer
+from graft.report.gather import gather
 
 from ..train.small import small_plan, train
+from .test_semantic import write_encoder
 
 TASKS = """
 [evaluate]
 max_new_tokens = 8
+semantic = "encoder"
 batch_size = 4
 {more}
 [evaluate.tasks.reading]
@@ -44,6 +48,7 @@ path = "texts.txt"
 
 def plan_with(root, more=""):
     small_plan(root)
+    write_encoder(root / "encoder")
     options = {f"option{n + 1}": text for n, text in enumerate("wxyz")}
     reading = [{"article": "a", "question": f"{n}?", **options, "answer": "ABCD"[n % 4]} for n in range(6)]
     (root / "reading.jsonl").write_text("\n".join(map(json.dumps, reading)))
@@ -86,7 +91,7 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
                 assert mean["low"] <= mean["mean"] <= mean["high"]
     assert {"correct", "unreadable", "correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["reading"]["systems"]["base"])
     assert {"correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["next"]["systems"]["base"])
-    assert {"bleu", "rouge1", "rouge2", "rougeL", "equal"} == set(tasks["chat"]["systems"]["base"])
+    assert {"bleu", "rouge1", "rouge2", "rougeL", "equal", "semantic"} == set(tasks["chat"]["systems"]["base"])
     assert "scores" in found and found["rows"] == 3, "calls and texts as before"
 
 
@@ -169,6 +174,45 @@ def test_the_report_the_store_and_the_counts_say_them(plan, found):
     counts = plan.artifact("evaluate").counts
     assert counts["tasks"]["texts"]["perplexity"] == pytest.approx(found["tasks"]["texts"]["systems"]["adapter"]["perplexity"]["mean"], abs=1e-5)
     assert AdapterStore(plan.served).get("small").notes["evaluation"]["reading correct"] == counts["tasks"]["reading"]["correct"]
+
+
+def test_the_encoder_is_an_input_and_its_score_one_of_the_others(plan, found):
+    chat, lines = found["tasks"]["chat"], list(read_jsonl(plan.artifact("evaluate").path / "predictions-chat.jsonl"))
+    encoder = Encoder(str(plan.root / "encoder"), None, 4, "cpu")
+    for system in ("adapter", "base"):
+        near = encoder.similarity([line[system]["answers"][0] for line in lines], [line["wanted"] for line in lines])
+        assert [line[system]["scores"]["semantic"][0] for line in lines] == pytest.approx(near)
+        assert chat["systems"][system]["semantic"]["mean"] == pytest.approx(sum(near) / len(near), abs=1e-6)
+    assert "difference" in chat["paired"]["semantic"] and "semantic" in (plan.artifact("evaluate").path / "report.txt").read_text()
+    inputs = plan.artifact("evaluate").manifest["inputs"]["semantic"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(inputs)
+    before = plan.resolve("evaluate").fingerprint
+    config = plan.root / "encoder/config.json"
+    said = config.read_text()
+    config.write_text(said + " ")
+    assert plan.resolve("evaluate").fingerprint != before and plan.resolve("sft").artifact
+    config.write_text(said)
+
+
+def test_the_page_of_the_run_shows_what_was_asked_said_and_wanted(plan):
+    tasks = {t.name: t for t in gather(plan).evaluation.tasks}
+    assert list(tasks) == ["reading", "chat", "maths", "texts"] and "answers of base unreadable" in tasks["reading"].note
+    shown = {name: [*t.best, *t.worst] for name, t in tasks.items()}
+    assert len(shown["chat"]) > 0 and len(shown["texts"]) == 3
+    for answer in [a for name in ("reading", "chat", "maths") for a in shown[name]]:
+        sides = dict(answer.sides)
+        assert list(sides) == ["prompt", "adapter’s answer", "wanted", "base’s answer"] and sides["prompt"] and sides["wanted"]
+    for answer in shown["texts"]:
+        assert "nats a token, base" in answer.judged and answer.sides[0][1].startswith("abc")
+
+
+def test_every_figure_is_one_of_the_table_that_is_tracked(found):
+    figures = list(stage._figures(found))
+    tasks = {(task, system, metric): value for task, system, metric, value, *_ in figures}
+    assert len(tasks) == len(figures) and all(isinstance(value, float) for value in tasks.values())
+    assert tasks["chat", "base", "rougeL"] == found["tasks"]["chat"]["systems"]["base"]["rougeL"]["mean"]
+    assert tasks["chat", "adapter less base", "rougeL"] == found["tasks"]["chat"]["paired"]["rougeL"]["difference"]
+    assert tasks["", "adapter", "strict f1"] == found["scores"]["adapter"]["strict"]["f1"]
 
 
 def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):

@@ -51,8 +51,9 @@ def dataset_of(path: str) -> HubDataset:
     return HubDataset(**named.groupdict())
 
 
-def commit_of(kind: Kind, name: str, revision: str | None) -> str:
+def commit_of(kind: Kind, name: str, revision: str | None, key: str = "model.base") -> str:
     """The commit that a branch or tag (main where None) stands for; ConfigError where it is not to be had, OutOfReach where nobody can tell from here.
+    key: of the recipe, that names a model.
 
     One file is fetched, so that a repository that is closed to this user says so now, not when the run gets there.
     """
@@ -81,21 +82,22 @@ def commit_of(kind: Kind, name: str, revision: str | None) -> str:
             if kind == "model":  # a dataset needs no README
                 raise
     except Exception as e:  # noqa: BLE001  the hub has many ways to fail, offline among them
-        message = f"model.base = {name!r} {why_not(e)}" if kind == "model" else f"{HUB}{name} {why_not(e)}"
+        message = f"{key} = {name!r} {why_not(e)}" if kind == "model" else f"{HUB}{name} {why_not(e)}"
         raise (OutOfReach(message, why) if (why := out_of_reach(e)) else ConfigError(message)) from None
     return commit
 
 
-def model_folder(base: str, revision: str | None, weights: bool = False) -> Path:
+def model_folder(base: str, revision: str | None, weights: bool = False, key: str = "model.base") -> Path:
     """A base as a folder: itself, or the hub's cache once config, tokenizer and, where asked, weights are there; ConfigError where it cannot be had.
 
+    key: of the recipe, that names it.
     Of the weights the safetensors that the model is made of, not the copies that some repositories hold in other forms. With a
     revision, `base` is never a folder that happens to have the name.
     """
     if revision is None and Path(base).is_dir():
         return Path(base)
     if base.startswith((".", "/", "~")):
-        raise ConfigError(f"model.base = {base!r} is no folder: mend the path, or name a hub id like 'owner/name'")
+        raise ConfigError(f"{key} = {base!r} is no folder: mend the path, or name a hub id like 'owner/name'")
     from huggingface_hub import snapshot_download
 
     try:
@@ -103,7 +105,7 @@ def model_folder(base: str, revision: str | None, weights: bool = False) -> Path
         if weights:
             snapshot_download(base, revision=revision, allow_patterns=[*_SMALL, *weight_files(folder)])
     except Exception as e:  # noqa: BLE001  as above
-        raise ConfigError(f"model.base = {base!r} {why_not(e)}") from None
+        raise ConfigError(f"{key} = {base!r} {why_not(e)}") from None
     return folder
 
 

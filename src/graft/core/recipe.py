@@ -158,6 +158,7 @@ class Serve(Section):
 class Tracking(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "graft"
+    weights: bool = False  # upload what was trained too; else its manifest alone
 
 
 class Recipe(Section):

@@ -227,3 +227,10 @@ class Evaluate(Section):
     tasks: dict[Name, EvalTask] = {}
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0  # of the tasks' answers
     repeats: Count = 1  # of each answer, by other seeds: the tasks' mean and standard deviation
+    semantic: str | None = None  # a folder or hub id (owner/name, owner/name@revision) of an encoder: how near generated answers are in meaning
+
+    @model_validator(mode="after")
+    def _semantic_has_something_to_compare(self) -> Evaluate:
+        if self.semantic and "generation" not in {task.kind for task in self.tasks.values()}:
+            raise ValueError(f"evaluate.semantic = {self.semantic!r} scores tasks of kind 'generation', and there is none: add one, or leave it out")
+        return self

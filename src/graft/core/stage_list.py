@@ -16,7 +16,7 @@ class Stage:
     version: int  # raised when the same keys would give another result
     keys: tuple[str, ...]
     parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, template, endpoint, deepspeed
+    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, template, semantic, endpoint, deepspeed
     place: str = DATA
 
 
@@ -101,7 +101,8 @@ def stages(recipe: Recipe) -> list[Stage]:
     external = model_input if not source else ()
     asked = {**({"prepare": "rows/*"} if recipe.augment else {}), **({"questions": "*"} if recipe.evaluate.tasks else {})}
     if asked:
-        out.append(Stage("evaluate", "graft.evaluate.stage", 1, ("seed", "task", *model, "evaluate"), {**served, **asked}, external, CHECKPOINTS))
+        inputs = (*external, *(("semantic",) if recipe.evaluate.semantic else ()))
+        out.append(Stage("evaluate", "graft.evaluate.stage", 1, ("seed", "task", *model, "evaluate"), {**served, **asked}, inputs, CHECKPOINTS))
     out.append(
         Stage(
             "serve",

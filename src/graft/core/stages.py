@@ -159,12 +159,20 @@ class Plan:
 
     def external_base(self) -> tuple[str, str | None]:
         """(folder, None) or (hub id, commit); ConfigError where the recipe's base is neither."""
-        base, folder = self.recipe.model.base, self.beside(self.recipe.model.base)
-        if folder.is_dir():
+        return self._model("model.base", self.recipe.model.base, self.recipe.model.revision)
+
+    def semantic_encoder(self) -> tuple[str, str | None]:
+        """The same of evaluate.semantic, a folder, `owner/name` or `owner/name@revision`."""
+        name = self.recipe.evaluate.semantic or ""
+        base, _, revision = (name, "", "") if self.beside(name).is_dir() else name.partition("@")
+        return self._model("evaluate.semantic", base, revision or None)
+
+    def _model(self, key: str, base: str, revision: str | None) -> tuple[str, str | None]:
+        if (folder := self.beside(base)).is_dir():
             return str(folder), None
         if base.startswith((".", "/", "~")) or base.count("/") != 1:
-            raise ConfigError(f"model.base = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
-        return base, self._commit("model", base, self.recipe.model.revision)
+            raise ConfigError(f"{key} = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
+        return base, self._commit("model", base, revision, key)
 
     @property
     def chat_template(self) -> str:
@@ -184,14 +192,14 @@ class Plan:
         dataset = dataset_of(path)
         return self._commit("dataset", dataset.name, dataset.revision)
 
-    def _commit(self, kind: Kind, name: str, revision: str | None) -> str:
+    def _commit(self, kind: Kind, name: str, revision: str | None, of: str = "model.base") -> str:
         """What a revision stands for, asked once: a run reads one commit, whatever is pushed meanwhile."""
         key = f"{kind} {name}@{revision or 'main'}"
         if key not in self._commits:
             try:
                 if UNREACHABLE in self.unseen.values():  # nobody waits for it again
                     raise OutOfReach(UNREACHABLE, UNREACHABLE)
-                self._commits[key] = commit_of(kind, name, revision)
+                self._commits[key] = commit_of(kind, name, revision, of)
             except OutOfReach as e:
                 if self.hub != "look":
                     raise
@@ -244,13 +252,13 @@ class Plan:
         if name == "endpoint":
             url = self.endpoint
             return f"embedded {sha256_file(GRAMMAR)[:12]}" if url is None else urlsplit(url).netloc.rsplit("@", 1)[-1]
-        base, commit = self.external_base()
+        key, (base, commit) = ("evaluate.semantic", self.semantic_encoder()) if name == "semantic" else ("model.base", self.external_base())
         if commit:
             return f"{HUB}{base}@{commit}"
         folder = Path(base)
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.base = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
-        return {p.name: self._digest(p, "model.base") for p in sorted(folder.iterdir()) if p.is_file()}
+            raise ConfigError(f"{key} = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
+        return {p.name: self._digest(p, key) for p in sorted(folder.iterdir()) if p.is_file()}
 
     def _corpus_files(self, corpus: str) -> list[Path]:
         """The files of a corpus in the order they are read, hidden ones left out; ConfigError where there are none."""

@@ -22,6 +22,7 @@ from graft.core.sections import EvalTask
 from graft.engine.protocol import Engine, Request
 from graft.evaluate import metrics
 from graft.evaluate.options import Reply, behind, best, likelihoods, replies
+from graft.evaluate.semantic import Encoder
 from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
 from graft.model.chat import render_prompt
 
@@ -29,7 +30,9 @@ MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "cloze"
 Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
 
 
-def measure(recipe: Recipe, questions: Path, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None]) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, questions: Path, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None], encoder: Encoder | None = None
+) -> dict[str, Any]:
     """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl into `folder`.
 
     questions: the folder of what is asked, <task>.jsonl each. systems: one, or two that are compared; each with its adapter in the engine.
@@ -41,7 +44,7 @@ def measure(recipe: Recipe, questions: Path, folder: Path, engine: Engine, token
         lines = [{"id": row["id"], **({"wanted": row.get("wanted", row.get("right"))} if task.kind != "perplexity" else {})} for row in rows]
         scores: dict[str, Scores] = {}
         for system, adapter in systems.items():
-            asker = Asker(recipe, name, task, engine, tokenizer, adapter)
+            asker = Asker(recipe, name, task, engine, tokenizer, adapter, encoder)
             scores[system], means, kept = {"perplexity": asker.texts, "cloze": asker.continuations}.get(task.kind, asker.answers)(rows)
             told["systems"][system] = means | {metric: mean_of(table, recipe.seed).told() for metric, table in scores[system].items()}
             for line, own in zip(lines, kept, strict=True):
@@ -58,8 +61,11 @@ def measure(recipe: Recipe, questions: Path, folder: Path, engine: Engine, token
 class Asker:
     """One system's answers to one task."""
 
-    def __init__(self, recipe: Recipe, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None):
+    def __init__(
+        self, recipe: Recipe, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None, encoder: Encoder | None = None
+    ):
         self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = recipe.evaluate, task, engine, tokenizer, adapter
+        self.encoder = encoder
         self.seed, self.title = recipe.seed, f"evaluate {name}, {adapter or 'base'}"
         self.window = min(recipe.shard.seq_len, engine.max_length - 1)
 
@@ -69,6 +75,8 @@ class Asker:
         texts = [self._generated(rows, repeat) for repeat in range(self.evaluate.repeats)]
         judged = [[judge(row, text) for row, text in zip(rows, own, strict=True)] for own in texts]
         scores: Scores = {metric: [[score[metric] for score in own] for own in judged] for metric in judged[0][0]}
+        if self.encoder and self.task.kind == "generation":
+            scores["semantic"] = [self.encoder.similarity(own, [row["wanted"] for row in rows]) for own in texts]
         kept: list[dict[str, Any]] = [
             {"answers": [own[n] for own in texts], "scores": {metric: [own[n] for own in table] for metric, table in scores.items()}}
             for n in range(len(rows))

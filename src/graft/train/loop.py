@@ -215,6 +215,7 @@ def _train(
         counts |= {"skipped_steps": guard.state["skipped"], "device_hours": device_s / 3600}
         counts |= {"data_changes": begin.changes} if begin.changes else {}
         _publish(job, best, save, run_dir, counts, model)
+        report.published(job.artifact)
     dist.barrier()
     watch.close()
     dist.destroy_process_group()
