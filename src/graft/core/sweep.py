@@ -25,7 +25,7 @@ class Arm(Section):
     """One setting of the recipe."""
 
     name: Name
-    set: dict[str, Any] = {}  # recipe keys, as after --set; paths are relative to the recipe
+    set: dict[str, Any] = Field(default_factory=dict)  # recipe keys, as after --set; paths are relative to the recipe
     match_tokens: Name | None = None  # another arm: sft takes as many steps as have that one's tokens, to the nearest step
 
     @property
