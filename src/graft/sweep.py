@@ -25,7 +25,9 @@ from graft import pipeline
 from graft.core import sweep
 from graft.core.artifact import Artifact, write_text_atomic
 from graft.core.errors import ConfigError, GraftError
-from graft.core.stages import CHECKPOINTS, Plan
+from graft.core.recipe import load
+from graft.core.stage_list import CHECKPOINTS, stages
+from graft.core.stages import Plan
 from graft.core.sweep import Arm
 from graft.evaluate import arms
 from graft.report.arms import plot, table
@@ -75,24 +77,22 @@ class Sweep:
         self.told = sweep.load(self.path)
         self.recipe = self.path.parent / self.told.recipe
         self.root = Path(root)
-        self.runs = [self._run(arm, seed) for arm in self.told.arms for seed in self.told.seeds]
-        first = self.runs[0].plan
-        if END not in first.stages or "sft" not in first.stages:
+        whole = load(self.recipe)
+        if END not in [stage.name for stage in stages(whole)]:
             raise ConfigError(
                 f"{self.path}: {self.recipe} has no evaluation of what it trains, so there is nothing to compare: add [evaluate.tasks.NAME]"
             )
-        for run in self.runs:
-            if run.plan.recipe.evaluate != first.recipe.evaluate:
-                raise ConfigError(
-                    f"{self.path}: arm {run.arm.name!r} changes [evaluate]: arms are compared on the same questions, change it in the recipe"
-                )
+        self.evaluate = whole.evaluate
+        self.runs = [self._run(arm, seed) for arm in self.told.arms for seed in self.told.seeds]
         self.settle()
 
     def _run(self, arm: Arm, seed: int, more: tuple[str, ...] = ()) -> Run:
         own = (f"name={json.dumps(self.told.name)}", f"seed={seed}")
         try:
             plan = Plan(self.recipe, (*arm.overrides, *more, *own), self.root, "recorded")
-            pipeline.check(plan, END if END in plan.stages else None)
+            if plan.recipe.evaluate != self.evaluate:
+                raise ConfigError("it changes [evaluate], but arms are compared on the same questions: change it in the recipe")
+            pipeline.check(plan, END)
             plan.record_commits()
         except ConfigError as e:
             raise ConfigError(f"{self.path}: arm {arm.name!r}: {e}") from None

@@ -2,6 +2,7 @@
 
 import json
 from math import exp
+from statistics import fmean
 
 import pytest
 
@@ -9,7 +10,8 @@ from graft.core.rows import read_jsonl
 from graft.core.store import AdapterStore
 from graft.data import questions
 from graft.engine.hf import HFEngine
-from graft.evaluate import stage
+from graft.evaluate import arms, stage
+from graft.evaluate.arms import CALLS
 from graft.model.chat import load_tokenizer
 
 from ..train.small import small_plan, train
@@ -80,6 +82,26 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
     assert {"correct", "unreadable", "correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["reading"]["systems"]["base"])
     assert {"bleu", "rouge1", "rouge2", "rougeL", "equal"} == set(tasks["chat"]["systems"]["base"])
     assert "scores" in found and found["rows"] == 3, "calls and texts as before"
+
+
+def test_a_sweep_reads_the_same_figures_and_each_rows_scores(plan, found):
+    metrics, found = found, arms.read(plan.artifact("evaluate"))
+    assert {name: (t.kind, t.main) for name, t in found.items()} == {
+        CALLS: ("calls", "F1"),
+        "reading": ("choice", "correct"),
+        "chat": ("generation", "rougeL"),
+        "maths": ("exact", "correct"),
+        "texts": ("perplexity", "perplexity"),
+    }
+    assert found[CALLS].means == {"F1": metrics["scores"]["adapter"]["strict"]["f1"], "accuracy": metrics["scores"]["adapter"]["accuracy"]}
+    for name in ("reading", "chat", "maths", "texts"):
+        systems = metrics["tasks"][name]["systems"]
+        for own, system in ((found[name].means, "adapter"), (found[name].base, "base")):
+            assert own == {metric: told["mean"] for metric, told in systems[system].items()}
+        assert found[name].rows
+        for metric, rows in found[name].rows.items():
+            assert len(rows) == metrics["tasks"][name]["rows"] and fmean(rows.values()) == pytest.approx(found[name].means[metric], abs=1e-4)
+    assert fmean(found[CALLS].rows["accuracy"].values()) == pytest.approx(found[CALLS].means["accuracy"])
 
 
 def test_predictions_are_kept_and_give_the_scores_again(plan, found):

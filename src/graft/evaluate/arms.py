@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from graft.core.artifact import Artifact
 from graft.core.rows import read_jsonl
@@ -58,7 +60,12 @@ def _scores(kept: dict[str, Any]) -> dict[str, float]:
 def spread(values: Mapping[int, float]) -> dict[str, Any]:
     """values: by seed. Mean, sample standard deviation where there are two and more, and each."""
     each = list(values.values())
-    return {"mean": mean(each), **({"std": stdev(each)} if len(each) > 1 else {}), "n": len(each), "by_seed": {str(s): v for s, v in values.items()}}
+    return {
+        "mean": mean(each),
+        **({"std": float(np.std(each, ddof=1))} if len(each) > 1 else {}),
+        "n": len(each),
+        "by_seed": {str(s): v for s, v in values.items()},
+    }
 
 
 def tasks(runs: Mapping[int, dict[str, Task]]) -> dict[str, Any]:

@@ -79,8 +79,12 @@ def paired_runs(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float
         raise ValueError(f"{a.shape} and {b.shape} runs and rows cannot be paired")
     rng, apart = np.random.default_rng(seed), a - b
     runs, rows = apart.shape
-    means = [apart[rng.integers(0, runs, runs)].mean(axis=0)[rng.integers(0, rows, rows)].mean() for _ in range(RESAMPLES)]
-    return _paired(apart.mean(axis=0), np.array(means))
+    means = []
+    for at in range(0, RESAMPLES, BLOCK):
+        count = min(BLOCK, RESAMPLES - at)
+        drawn = apart[rng.integers(0, runs, (count, runs))].mean(axis=1)
+        means.append(np.take_along_axis(drawn, rng.integers(0, rows, (count, rows)), axis=1).mean(axis=1))
+    return _paired(apart.mean(axis=0), np.concatenate(means))
 
 
 def _paired(apart: Any, means: Any) -> Paired:

@@ -11,7 +11,7 @@ from graft.report.charts import WIDTH, figure, said, spread_chart
 from graft.report.flat import duration
 from graft.report.tree import Spread
 
-GAP, HEAD, FOOT = 28, 40, 26  # user units of the plot
+GAP, HEAD, FOOT = 28, 40, 10  # user units of the plot
 STYLE = """
 text { font: 13px system-ui, "Noto Sans TC", sans-serif; fill: #63625e } .name { font-size: 17px; fill: #1c1c1a }
 .title, .arm, .told { fill: #1c1c1a } .title { font-weight: 600 } .told { font-size: 12px; font-variant-numeric: tabular-nums }
@@ -117,4 +117,4 @@ def plot(results: dict[str, Any]) -> str:
         x, y = GAP + n % columns * (WIDTH + GAP), HEAD + n // columns * (height + GAP)
         parts.append(picture.replace("<svg ", f'<svg x="{x}" y="{y}" width="{WIDTH}" height="{height}" ', 1))
     note = "blue: the mean, with a standard deviation to either side; orange: each seed" if len(results["seeds"]) > 1 else "one seed: no deviation"
-    return "\n".join([*parts, f'<text x="{GAP}" y="{total - 12}">{note}</text></svg>\n'])
+    return "\n".join([*parts, f'<text x="{GAP}" y="{total - 14}">{note}</text></svg>\n'])

@@ -184,29 +184,39 @@ def confusion_chart(confusion: Confusion) -> str:
 
 
 def spread_chart(title: str, spreads: Sequence[Spread]) -> tuple[str, int]:
-    """(picture, its height): a row each, with every run as a small dot, their mean as a large one, a bar of a standard deviation to either side."""
+    """(picture, its height): a row each, with every run as a small dot, their mean as a large one, a bar of a standard deviation to either side.
+
+    A row whose mean is not finite has its name alone, and what it is.
+    """
     row, left, right, top = 28, 12 + 7 * min(NAMED, max(len(s.name) for s in spreads)), 112, 26
-    ends = [v for s in spreads for v in (*s.each, s.mean - (s.std or 0), s.mean + (s.std or 0))]
-    low, high = span(ends)
+    finite = [s for s in spreads if math.isfinite(s.mean)]
+    low, high = span([v for s in finite for v in (*s.each, s.mean - (s.std or 0), s.mean + (s.std or 0))])
     place = _to(low, high, left + 8, WIDTH - right - 8)
     bottom = top + row * len(spreads)
     parts = [f'<text class="title" x="0" y="14">{escape(title)}</text>']
-    for value, text in _labelled(ticks(low, high, 3)):
+    for value, text in _labelled(ticks(low, high, 4)):
         x = f"{place(value):.1f}"
         parts.append(f'<path class="grid" d="M{x} {top}V{bottom}"/><text x="{x}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
     for n, s in enumerate(spreads):
         y = top + row * n + row / 2
         name = s.name if len(s.name) <= NAMED else f"{s.name[: NAMED - 1]}…"
         parts.append(f'<text class="arm" x="{left - 6}" y="{y + 4}" text-anchor="end">{escape(name)}<title>{escape(s.name)}</title></text>')
-        if s.std is not None:
-            a, b = place(s.mean - s.std), place(s.mean + s.std)
-            parts.append(f'<path class="bar" d="M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10"/>')
-        parts += [f'<circle class="one" cx="{place(v):.1f}" cy="{y}" r="2.4"/>' for v in s.each if len(s.each) > 1]
-        parts.append(f'<circle class="mean" cx="{place(s.mean):.1f}" cy="{y}" r="4.2"/>')
+        if s in finite:
+            parts += _spread(s, place, y)
         parts.append(f'<text class="told" x="{WIDTH}" y="{y + 4}" text-anchor="end">{figure(s.mean, s.std)}</text>')
     told = "; ".join(f"{s.name} {figure(s.mean, s.std)}" for s in spreads)
     height = bottom + 24
     return _svg(f"{title}: {told}", "".join(parts), height), height
+
+
+def _spread(s: Spread, place: Scale, y: float) -> list[str]:
+    parts = []
+    if s.std is not None:
+        a, b = place(s.mean - s.std), place(s.mean + s.std)
+        parts.append(f'<path class="bar" d="M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10"/>')
+    if len(s.each) > 1:
+        parts += [f'<circle class="one" cx="{place(v):.1f}" cy="{y}" r="2.4"/>' for v in s.each]
+    return [*parts, f'<circle class="mean" cx="{place(s.mean):.1f}" cy="{y}" r="4.2"/>']
 
 
 def figure(mean: float, std: float | None = None) -> str:
