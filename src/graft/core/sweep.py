@@ -35,7 +35,7 @@ class Arm(Section):
 
 
 class Sweep(Section):
-    name: Name  # the runs' place, data_shards/NAME and checkpoints/NAME, instead of the recipe's own
+    name: Name  # of the runs and their adapters instead of the recipe's own: data_shards/NAME, checkpoints/NAME
     recipe: str  # relative to this file
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
