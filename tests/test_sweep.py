@@ -91,9 +91,9 @@ def refused(work, capsys, said, sweep, *options):
 
 
 def make_data(sweep):
-    """The data stages of every run by hand: 14 bins of the recipe's own corpus, 5 of the other."""
+    """The data stages of every run, by hand: 14 bins of the recipe's own corpus, 5 of the other."""
     for run in sweep.runs:
-        for stage in ("prepare", SHARDS):
+        for stage in ("prepare", "questions", SHARDS):
             job = run.plan.resolve(stage)
             if job.artifact is None:
                 with job.writing() as draft:
@@ -143,3 +143,11 @@ def test_the_printed_commands_are_the_runs(work, capsys):
         assert words[:6] == ["graft", "run", "small.toml", "--slurm", "--until", "evaluate"]
         sets = tuple(words[n + 1] for n, word in enumerate(words) if word == "--set")
         assert Plan(words[2], sets).resolve("sft").fingerprint == run.plan.resolve("sft").fingerprint
+
+
+def test_a_run_that_fails_ends_it_in_one_line_that_names_it(work, capsys):
+    make_data(sweep := Sweep("study.toml"))
+    with sweep.runs[0].plan.lock():
+        assert main(["sweep", "study.toml"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("graft: arm 'long', seed 1: another `graft run` works on 'study'") and err.count("\n") == 1

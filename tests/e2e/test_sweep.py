@@ -166,14 +166,10 @@ def test_a_complete_sweep_makes_nothing(swept):
     assert manifests(swept.workspace) == made
 
 
-def test_an_arm_that_fails_is_one_line_and_the_others_are_told(swept):
-    file = swept.workspace / "more.toml"
-    file.write_text(SWEEP + '[[arms]]\nname = "short"\nset = { shard.seq_len = 8 }\n')
-    process = swept.start(*swept.command)
-    assert process.wait(200) == 2
-    last = swept.said().splitlines()[-1]
-    assert last.startswith("graft: arm 'short', seed 1: shard-sft: none of 12 inputs can be used") and "Traceback" not in swept.said()
+def test_an_arm_that_is_not_made_does_not_hold_up_the_report(swept):
+    (swept.workspace / "more.toml").write_text(SWEEP + '[[arms]]\nname = "short"\nset = { shard.seq_len = 32 }\n')
+    made = manifests(swept.workspace)
     swept.run(*swept.command, "--report-only")
     results, metrics = evaluations(swept.workspace)
     assert len(metrics) == 4 and [arm["name"] for arm in results["arms"]] == ["both", "first-again"]
-    assert "4 of 6 runs are complete" in (swept.workspace / "checkpoints/more/sweep/table.md").read_text()
+    assert "4 of 6 runs are complete" in (swept.workspace / "checkpoints/more/sweep/table.md").read_text() and manifests(swept.workspace) == made
