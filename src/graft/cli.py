@@ -76,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--gpus-per-node", type=int, metavar="N", help="with --slurm: default GPUS_PER_NODE of slurm/site.env, or none")
     run.add_argument("--data-nodes", metavar="N", help="with --slurm: nodes of the data job (default: DATA_NODES of slurm/site.env, or 1)")
     run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
+    several = verb("sweep", _sweep, "run a recipe at several settings and seeds, skip what is complete, and compare the evaluations")
+    several.add_argument("sweep", metavar="FILE", help="a .toml file, for example configs/sweeps/finetome-scaling.toml")
+    several.add_argument("--workspace", default=os.environ.get("GRAFT_WORKSPACE", "."), metavar="DIR", help="where data_shards/ and checkpoints/ lie")
+    instead = several.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print each run, and what is missing of it")
+    instead.add_argument("--report-only", action="store_true", help="compare the runs that are complete, and make none")
+    instead.add_argument(
+        "--slurm", action="store_true", help="print the commands that submit what is missing; one after another, as the runs share their data"
+    )
     with_recipe(verb("status", _status, "say what each stage of a recipe is doing: state, job, nodes, restarts, steps, tokens/s, time left"))
     with_recipe(verb("cancel", _cancel, "end the recipe's SLURM jobs; what is complete stays, and so do checkpoints"))
     check = with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
@@ -175,6 +184,19 @@ def _submit(plan: Plan, args: argparse.Namespace) -> int:
         raise ConfigError("--slurm takes none of --from, --only, --data, --keep and --allow-data-change: submit those by sbatch slurm/*.sbatch")
     jobs = submit(plan, Sizes(args.nodes, args.gpus_per_node, args.data_nodes), args.until)
     print("\n".join(followed(jobs, args.recipe)) if jobs else f"{args.recipe}: every stage is complete")
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from graft.sweep import Sweep
+
+    sweep = Sweep(args.sweep, args.workspace)
+    if args.dry_run or args.slurm:
+        print("\n".join(sweep.outlook() if args.dry_run else sweep.commands()))
+        return 0
+    if not args.report_only:
+        sweep.make()
+    print(sweep.report())
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 from math import exp
+from statistics import fmean
 
 import pytest
 
@@ -9,10 +10,15 @@ from graft.core.rows import read_jsonl
 from graft.core.store import AdapterStore
 from graft.data import questions
 from graft.engine.hf import HFEngine
+<<<<<<< HEAD
 from graft.evaluate import stage
 from graft.evaluate.options import behind, likelihoods, replies
 from graft.evaluate.semantic import Encoder
 from graft.evaluate.tasks import Asker
+=======
+from graft.evaluate import arms, stage
+from graft.evaluate.arms import CALLS
+>>>>>>> sweep
 from graft.model.chat import load_tokenizer
 from graft.report.gather import gather
 
@@ -226,3 +232,23 @@ def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):
     line = next(read_jsonl(plan.artifact("evaluate").path / "predictions-chat.jsonl"))
     assert len(set(line["base"]["answers"])) == 3 == len(line["base"]["scores"]["rouge1"])
     assert "± between repeats" in (plan.artifact("evaluate").path / "report.txt").read_text()
+
+
+def test_a_sweep_reads_the_same_figures_and_each_rows_scores(plan, found):
+    metrics, found = found, arms.read(plan.artifact("evaluate"))
+    assert {name: (t.kind, t.main) for name, t in found.items()} == {
+        CALLS: ("calls", "F1"),
+        "reading": ("choice", "correct"),
+        "chat": ("generation", "rougeL"),
+        "maths": ("exact", "correct"),
+        "texts": ("perplexity", "perplexity"),
+    }
+    assert found[CALLS].means == {"F1": metrics["scores"]["adapter"]["strict"]["f1"], "accuracy": metrics["scores"]["adapter"]["accuracy"]}
+    for name in ("reading", "chat", "maths", "texts"):
+        systems = metrics["tasks"][name]["systems"]
+        for own, system in ((found[name].means, "adapter"), (found[name].base, "base")):
+            assert own == {metric: told["mean"] for metric, told in systems[system].items()}
+        assert found[name].rows
+        for metric, rows in found[name].rows.items():
+            assert len(rows) == metrics["tasks"][name]["rows"] and fmean(rows.values()) == pytest.approx(found[name].means[metric], abs=1e-4)
+    assert fmean(found[CALLS].rows["accuracy"].values()) == pytest.approx(found[CALLS].means["accuracy"])

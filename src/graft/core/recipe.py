@@ -10,7 +10,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -30,6 +30,8 @@ from graft.core.sections import (
     Share,
     Task,
 )
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Lora(Section):
@@ -252,20 +254,29 @@ class Recipe(Section):
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read and validate a recipe; raises ConfigError with one line that says what, where and the mend."""
-    path = Path(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise ConfigError(f"no recipe at {path}" + (f": that folder has {', '.join(near)}" if near else "; give the path of a .toml file")) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
-        raise ConfigError(f"{path} is not a TOML file: {e}") from None
+    tree = read_toml(Path(path), "recipe")
     for item in overrides:
         _override(tree, item)
+    return validated(Recipe, tree, path)
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The file as TOML has it; ConfigError where there is none, or none that can be read. what: "recipe"."""
     try:
-        return Recipe.model_validate(tree)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise ConfigError(f"no {what} at {path}" + (f": that folder has {', '.join(near)}" if near else "; give the path of a .toml file")) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+        raise ConfigError(f"{path} is not a TOML file: {e}") from None
+
+
+def validated(model: type[M], tree: dict[str, Any], path: str | Path) -> M:
+    """The typed tree; ConfigError names up to three keys that are wrong, and the nearest valid one of those that are unknown."""
+    try:
+        return model.model_validate(tree)
     except ValidationError as e:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(err) for err in e.errors()[:3])) from None
+        raise ConfigError(f"{path}: " + "; ".join(_explain(err, model) for err in e.errors()[:3])) from None
 
 
 def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -317,11 +328,11 @@ def _override(tree: dict[str, Any], item: str) -> None:
     node[last] = value
 
 
-def _explain(err: Any) -> str:
+def _explain(err: Any, model: type[BaseModel]) -> str:
     loc = [str(p) for p in err["loc"]]
     where = ".".join(loc)
     if err["type"] == "extra_forbidden":
-        known = keys()
+        known = keys(model)
         parent = ".".join(loc[:-1])
         siblings = [k[len(parent) + 1 :].split(".")[0] if parent else k.split(".")[0] for k in known if k.startswith(parent)]
         near = difflib.get_close_matches(loc[-1], siblings, 1, 0.5) or difflib.get_close_matches(

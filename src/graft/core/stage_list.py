@@ -38,7 +38,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             "prepare",
             "graft.data.prepare",
             2,
-            ("seed", "task", "prepare", "corpora", "dedup", "decontaminate", "shard.part_mib"),
+            (*(["seed"] if recipe.augment else []), "task", "prepare", "corpora", "dedup", "decontaminate", "shard.part_mib"),  # it splits rows alone
             {"augment": "rows.jsonl"} if recipe.augment else {},
             ("corpora", "evaluation", "machine"),
         )

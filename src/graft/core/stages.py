@@ -210,6 +210,7 @@ class Plan:
     def record_commits(self) -> None:
         """Keep the commits that this run reads for those who share its artifacts."""
         if self._commits:
+            self._commits_file.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(self._commits_file, json.dumps(self._recorded() | self._commits, indent=1))
 
     def _recorded(self) -> dict[str, str]:

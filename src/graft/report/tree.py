@@ -81,6 +81,16 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """One figure of several runs. std: None of a single one."""
+
+    name: str
+    mean: float
+    std: float | None
+    each: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Training:
     """One training stage that has begun."""
 
