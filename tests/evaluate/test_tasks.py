@@ -10,15 +10,11 @@ from graft.core.rows import read_jsonl
 from graft.core.store import AdapterStore
 from graft.data import questions
 from graft.engine.hf import HFEngine
-<<<<<<< HEAD
-from graft.evaluate import stage
+from graft.evaluate import arms, stage
+from graft.evaluate.arms import CALLS
 from graft.evaluate.options import behind, likelihoods, replies
 from graft.evaluate.semantic import Encoder
 from graft.evaluate.tasks import Asker
-=======
-from graft.evaluate import arms, stage
-from graft.evaluate.arms import CALLS
->>>>>>> sweep
 from graft.model.chat import load_tokenizer
 from graft.report.gather import gather
 
