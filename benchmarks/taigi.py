@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,43 +89,56 @@ def items(article: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 # ---- the half on the GPU ----------------------------------------------------------------------------------------------
 def train(args: argparse.Namespace) -> None:
+    """Every step whose figures are not yet in the workspace."""
     from graft.core.rows import read_jsonl, write_jsonl
     from graft.core.stages import Plan
 
-    data, device = args.train.resolve(), where()
-    args.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {**machine(device), "command": shlex.join(["python", *sys.argv]), "stages": {}}
+    data, home, out = args.train.resolve(), args.workspace.resolve(), args.out.resolve()
+    for folder in (home, out):
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = home / "taigi.json"
+    told = {**machine(where()), "command": shlex.join(["python", *sys.argv]), "steps": {}}
+    result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else told
 
-    def keep(name: str, began_s: float, **figures: Any) -> None:
-        result["stages"][name] = {"wall_s": time.perf_counter() - began_s, **figures}
-        print(f"{name}: {result['stages'][name]}", flush=True)
-        (args.out / "taigi.json").write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    def step(name: str, act: Callable[[], dict[str, Any]]) -> None:
+        if name not in result["steps"]:
+            began_s = time.perf_counter()
+            figures = act()
+            result["steps"][name] = {"wall_s": time.perf_counter() - began_s, **figures}
+            kept.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+            print(f"{name}: {result['steps'][name]}", flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="graft-taigi-") as own:
-        began_s, base = time.perf_counter(), Path(own) / "base"
-        weights = write_base(base, data / "tokenizer", args.tiny)
-        keep("base", began_s, weights=weights)
-        cut = ("tracking.wandb=off", f"cpt.max_steps={args.steps}", f"sft.max_steps={args.steps}", f"model.base={base}")
-        plan = Plan(RECIPE, (*overrides(data), *cut, *args.set), Path(own))
-        began_s = time.perf_counter()
+    base = home / "base"
+    step("base", lambda: {"weights": write_base(base, data / "tokenizer", args.tiny)})
+    cut = ("tracking.wandb=off", f"cpt.max_steps={args.steps}", f"sft.max_steps={args.steps}", f"model.base={base}")
+    plan = Plan(RECIPE, (*overrides(data), *cut, *args.set), home)
+
+    def give() -> dict[str, Any]:
         for stage, source in (("prepare", None), ("questions", "questions"), ("shard-cpt", "cpt"), ("shard-sft", "sft")):
             with plan.resolve(stage).writing() as draft:
                 if source:
                     shutil.copytree(data / source, draft.path, dirs_exist_ok=True)
-        keep("base hashed, shards given", began_s)
-        words = [str(plan.path), *(word for o in plan.overrides for word in ("--set", o)), "--workspace", own]
-        for stage in STAGES:
-            began_s = time.perf_counter()
-            graft("run", *words, "--only", stage)
-            keep(stage, began_s, **plan.artifact(stage).counts)
-        for file in ("metrics.json", "report.txt", "predictions-reading.jsonl"):
-            shutil.copy(plan.artifact("evaluate").path / file, args.out)
-        began_s, asked = time.perf_counter(), Path(own) / "asked.jsonl"
-        write_jsonl(asked, [{k: v for k, v in row.items() if k != "answer"} for row in read_jsonl(data / "given/exam.jsonl")])
-        graft("predict", *words, "--file", str(asked), "--out", str(args.out.resolve() / "answers.csv"))
-        answers = (args.out / "answers.csv").read_text(encoding="utf-8").splitlines()
-        keep("predict", began_s, rows=len(answers) - 1, answered=sum(not line.endswith(",") for line in answers[1:]))
-    (args.out / "taigi.md").write_text(report(result), encoding="utf-8")
+        return {}
+
+    words = [str(plan.path), *(word for o in plan.overrides for word in ("--set", o)), "--workspace", str(home)]
+
+    def run(stage: str) -> dict[str, Any]:
+        graft("run", *words, "--only", stage)
+        return dict(plan.artifact(stage).counts)
+
+    def predict() -> dict[str, Any]:
+        write_jsonl(home / "asked.jsonl", ({k: v for k, v in row.items() if k != "answer"} for row in read_jsonl(data / "given/exam.jsonl")))
+        graft("predict", *words, "--file", str(home / "asked.jsonl"), "--out", str(home / "answers.csv"))
+        answers = (home / "answers.csv").read_text(encoding="utf-8").splitlines()[1:]
+        return {"rows": len(answers), "answered": sum(not line.endswith(",") for line in answers)}
+
+    step("base hashed, shards given", give)
+    for stage in STAGES:
+        step(stage, partial(run, stage))
+    step("predict", predict)
+    for file in (kept, home / "answers.csv", *(plan.artifact("evaluate").path / name for name in ("metrics.json", "report.txt"))):
+        shutil.copy(file, out)
+    (out / "taigi.md").write_text(report(result), encoding="utf-8")
     print(report(result))
 
 
@@ -156,8 +170,8 @@ def report(result: dict[str, Any]) -> str:
     def shown(value: Any) -> str:
         return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else json.dumps(value, ensure_ascii=False)
 
-    lines = ["| stage | wall time | what |", "|---|---|---|"]
-    for name, told in result["stages"].items():
+    lines = ["| step | wall time | what |", "|---|---|---|"]
+    for name, told in result["steps"].items():
         lines.append(f"| {name} | {told['wall_s']:.0f} s | {', '.join(f'{k} {shown(v)}' for k, v in told.items() if k != 'wall_s')} |")
     return "\n".join(lines) + f"\n\nRandom weights: every answer is a guess. {said_of_machine(result)}\n\n    {result['command']}\n"
 
@@ -169,6 +183,7 @@ def main() -> None:
     half.add_argument("--train", type=Path, metavar="DIR")
     parser.add_argument("--data", type=Path, default=ROOT / "../shared/data", help="the folder with taigi_news.txt and drcd_dev.json")
     parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--workspace", type=Path, default=Path("/tmp/graft-taigi"), help="55 GB; what is complete there is not done again")
     parser.add_argument("--steps", type=int, default=20, help="of each training stage")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--tiny", action="store_true")
