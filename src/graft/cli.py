@@ -321,7 +321,7 @@ def _predict_file(args: argparse.Namespace) -> int:
 
     plan, file, out = _plan(args, "recorded"), Path(args.file), Path(args.out)
     found = source(plan.recipe, file, args.like)
-    print(f"{file}: layout {found.layout}, {f'read as {found.name} says' if found.name else 'which no part of the recipe says how to read'}")
+    print(f"{file}: layout {found.layout}" + (f", read as {found.name} says" if found.name else ""))
     from graft.evaluate.predict import Predictor, check_out, write
 
     check_out(out, file)
