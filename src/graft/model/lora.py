@@ -234,7 +234,7 @@ def _bytes_on(device: torch.device, file: Path, first: int) -> Tensor:
     """[bytes] uint8: a file's from `first` on, read by several threads into pinned memory, which torch keeps for the next adapter, and sent from there."""
     there = torch.empty(file.stat().st_size - first, dtype=torch.uint8, device=device)
     staged = torch.empty(min(len(there), STAGED_BYTES), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    held = memoryview(staged.numpy())
+    held = staged.numpy().data
     with file.open("rb", buffering=0) as f, ThreadPoolExecutor(READERS) as readers:
         for at in range(0, len(there), len(staged)):
             size = min(len(staged), len(there) - at)
