@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from graft.cli import main
 from graft.core.errors import ConfigError
 from graft.core.recipe import keys, load, pick
 from graft.core.stage_list import stages
@@ -21,11 +20,20 @@ def test_the_set_of_keys_is_frozen():
     assert keys() == known, "the recipe's keys changed: say so in CHANGELOG.md and update tests/core/recipe_keys.txt"
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
-def test_shipped_recipes_pass_the_check_on_the_tree_as_it_is(path, tmp_path, capsys):
+SHIPPED = sorted(RECIPES.glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_validate(path):
     assert load(path).name == path.stem
-    assert main(["check", str(path), "--workspace", str(tmp_path)]) == 0
-    assert "ok, stages" in capsys.readouterr().out
+
+
+def test_shipped_recipes_pass_the_check_on_the_tree_as_it_is(tmp_path):
+    """Where no hub can be reached: keys, numbers and all files that they name."""
+    code = "import sys; from graft.cli import main; sys.exit(any([main(['check', path]) for path in sys.argv[1:]]))"
+    nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, SHIPPED)], env=nowhere, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(", stages ") == len(SHIPPED), done.stderr
 
 
 @pytest.mark.parametrize("system", ["interviewer", "finetome", "taigi", "image-intent"])

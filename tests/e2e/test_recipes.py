@@ -31,7 +31,7 @@ def tree():
 
 
 def cut(name: str) -> tuple[str, ...]:
-    """Overrides: 30 steps of the base, 4 of what the recipe is about."""
+    """Overrides: a few steps of the base, 4 of what the recipe is about."""
     made = "prose" if name == "finetome-tiny" else "zh-base"
     trained = ("cpt", "sft") if TWINS[name] == "cpt" else ("sft",)
     sizes = [f"corpora.{made}.documents=100", "base.train.epochs=1", "evaluate.max_new_tokens=8", f"serve.port={free_port()}"]

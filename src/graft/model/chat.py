@@ -83,14 +83,16 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str = 
         raise ConfigError(
             f"model.base = {base!r}: no tokenizer can be loaded ({_first_line(e)}); name a Hugging Face model folder or hub id"
         ) from None
-    if chat_template != "tokenizer":
-        tokenizer.chat_template = TEMPLATES.get(chat_template, chat_template)
     if chat_template in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[chat_template]
         end = END_OF_TURN.get(chat_template, tokenizer.eos_token)
         if end is None or tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
             raise ConfigError(
                 f"model.chat_template = {chat_template!r} ends a turn with {end or 'an end of sequence'}, which the tokenizer of {base!r} does not have"
             )
+    elif chat_template != "tokenizer":
+        tokenizer.chat_template = chat_template
+        _refuse_broken(tokenizer)
     template = tokenizer.chat_template
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(PINNED):
         tokenizer.chat_template = PINNED + template
@@ -157,6 +159,18 @@ def conversation(tokenizer: Any, messages: Messages, generation: bool = False) -
         return _apply(tokenizer, messages, generation)
     except TemplateError as e:
         raise DataError(f"the chat template refuses the conversation: {_first_line(e)}") from None
+
+
+def _refuse_broken(tokenizer: Any) -> None:
+    """ConfigError where the template is none; one that only refuses a conversation may suit the rows."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        _apply(tokenizer, [{"role": "user", "content": "a"}], True)
+    except TemplateSyntaxError as e:
+        raise ConfigError(f"model.chat_template is no Jinja template: line {e.lineno}: {_first_line(e)}") from None
+    except TemplateError:
+        pass
 
 
 def _apply(tokenizer: Any, messages: Messages, generation: bool) -> str:
