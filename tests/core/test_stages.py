@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.core import stages
 from graft.core.artifact import sha256_file
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.stages import Plan, lineage
@@ -203,18 +204,18 @@ def test_file_digests_are_remembered_until_the_file_changes(recipes):
     assert p.external_input("seeds") == sha256_file(seeds)
 
 
-def test_an_encoder_is_an_input_of_the_evaluation_alone(recipes, tmp_path):
+def test_an_encoder_is_an_input_of_the_evaluation_alone(recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "commit_of", lambda kind, name, revision, key: f"commit of {key} {revision}")  # tests/core/test_hub.py asks a hub
+
     (recipes / "chat.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     tasks = 'evaluate.tasks={chat = {kind = "generation", path = "chat.jsonl"}}'
 
     def of(name):
-        return Plan(recipes / "image-intent-tiny.toml", (tasks, f"evaluate.semantic={name}"), tmp_path / "ws", hub="open")
+        return Plan(recipes / "image-intent-tiny.toml", (tasks, f"evaluate.semantic={name}"), tmp_path / "ws")
 
-    assert of("owner/encoder@v1").semantic_encoder() == ("owner/encoder", "v1") and of("owner/encoder").semantic_encoder() == (
-        "owner/encoder",
-        "main",
-    )
-    assert of("owner/encoder@v1").external_input("semantic") == "hub:owner/encoder@v1"
+    for name, revision in (("owner/encoder@v1", "v1"), ("owner/encoder", None)):
+        assert of(name).semantic_encoder() == ("owner/encoder", f"commit of evaluate.semantic {revision}")
+        assert of(name).external_input("semantic") == f"hub:owner/encoder@commit of evaluate.semantic {revision}"
     assert [name for name, stage in of("owner/encoder").stages.items() if "semantic" in stage.inputs] == ["evaluate"]
     with pytest.raises(ConfigError, match=r"evaluate\.semantic = './none' is neither a folder beside the recipe nor a hub id"):
         of("./none").external_input("semantic")

@@ -198,12 +198,14 @@ def test_the_encoder_is_an_input_and_its_score_one_of_the_others(plan, found):
 
 def test_the_page_of_the_run_shows_what_was_asked_said_and_wanted(plan):
     tasks = {t.name: t for t in gather(plan).evaluation.tasks}
-    assert list(tasks) == ["reading", "chat", "maths", "texts"] and "answers of base unreadable" in tasks["reading"].note
+    assert list(tasks) == ["reading", "next", "chat", "maths", "texts"] and "answers of base unreadable" in tasks["reading"].note
     shown = {name: [*t.best, *t.worst] for name, t in tasks.items()}
     assert len(shown["chat"]) > 0 and len(shown["texts"]) == 3
-    for answer in [a for name in ("reading", "chat", "maths") for a in shown[name]]:
+    assert shown["next"]
+    for answer in [a for name in ("reading", "next", "chat", "maths") for a in shown[name]]:
         sides = dict(answer.sides)
         assert list(sides) == ["prompt", "adapter’s answer", "wanted", "base’s answer"] and sides["prompt"] and sides["wanted"]
+    assert all(answer.right == (dict(answer.sides)["adapter’s answer"] == dict(answer.sides)["wanted"]) for answer in shown["next"])
     for answer in shown["texts"]:
         assert "nats a token, base" in answer.judged and answer.sides[0][1].startswith("abc")
 
@@ -235,12 +237,13 @@ def test_a_sweep_reads_the_same_figures_and_each_rows_scores(plan, found):
     assert {name: (t.kind, t.main) for name, t in found.items()} == {
         CALLS: ("calls", "F1"),
         "reading": ("choice", "correct"),
+        "next": ("cloze", "correct_loglikelihood"),
         "chat": ("generation", "rougeL"),
         "maths": ("exact", "correct"),
         "texts": ("perplexity", "perplexity"),
     }
     assert found[CALLS].means == {"F1": metrics["scores"]["adapter"]["strict"]["f1"], "accuracy": metrics["scores"]["adapter"]["accuracy"]}
-    for name in ("reading", "chat", "maths", "texts"):
+    for name in ("reading", "next", "chat", "maths", "texts"):
         systems = metrics["tasks"][name]["systems"]
         for own, system in ((found[name].means, "adapter"), (found[name].base, "base")):
             assert own == {metric: told["mean"] for metric, told in systems[system].items()}

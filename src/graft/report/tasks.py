@@ -14,13 +14,19 @@ from graft.report.flat import number
 from graft.report.scrub import cut, ends
 from graft.report.tree import Answer, Pair, Table, Task
 
+RIGHT_OR_WRONG = ("choice", "exact", "cloze")
 SHOWN = 10  # answers of a kind
 TEXT = 1500  # code points of a prompt or an answer
-OWN = {"generation": "rougeL", "choice": "correct", "exact": "correct"}  # the score of a row; a text's is told by its nats and tokens
+OWN = {
+    "generation": "rougeL",
+    "choice": "correct",
+    "exact": "correct",
+    "cloze": "correct_loglikelihood",
+}  # the score of a row; a text's is told by its nats and tokens
 NAMES = {
     ("choice", "correct"): "right, by the generated answer",
-    ("choice", "correct_loglikelihood"): "right, by log-likelihood",
-    ("choice", "correct_loglikelihood_per_character"): "right, by log-likelihood a character",
+    **{(kind, "correct_loglikelihood"): "right, by log-likelihood" for kind in ("choice", "cloze")},
+    **{(kind, "correct_loglikelihood_per_character"): "right, by log-likelihood a character" for kind in ("choice", "cloze")},
     ("exact", "correct"): "right",
 }
 Row = dict[str, Any]
@@ -101,12 +107,13 @@ def _chosen(kind: str, rows: list[Row], systems: list[str]) -> tuple[list[Row], 
 def _answer(kind: str, row: Row, question: Row, systems: list[str]) -> Answer:
     """One answer with what was asked and wanted, and what the base said."""
     score = _score(kind, row, systems[0])
-    right = score == 1 if kind in ("choice", "exact") else None
+    right = score == 1 if kind in RIGHT_OR_WRONG else None
     told = ", ".join(f"{s} {_judged(kind, row, question, s)}" for s in systems)
     if kind == "perplexity":
         return Answer(str(row.get("id", "")), right, told, (("text", cut(str(question.get("text", "")), TEXT)),))
-    said: list[Pair] = [(f"{s}’s answer" if len(systems) > 1 else "answer", _said(row, s)) for s in systems]
-    sides = [("prompt", ends(_prompt(question.get("messages")), TEXT)), said[0], ("wanted", cut(_wanted(row, question), TEXT)), *said[1:]]
+    said: list[Pair] = [(f"{s}’s answer" if len(systems) > 1 else "answer", _said(row, question, s)) for s in systems]
+    asked = str(question.get("text", "")) if kind == "cloze" else _prompt(question.get("messages"))
+    sides = [("prompt", ends(asked, TEXT)), said[0], ("wanted", cut(_wanted(row, question), TEXT)), *said[1:]]
     return Answer(str(row.get("id", "")), right, told, tuple(sides))
 
 
@@ -115,23 +122,28 @@ def _judged(kind: str, row: Row, question: Row, system: str) -> str:
     score = _score(kind, row, system)
     if score is None:
         return "no score"
-    if kind not in ("choice", "exact"):
+    if kind not in RIGHT_OR_WRONG:
         return f"{-score:.3f} nats a token" if kind == "perplexity" else f"{OWN[kind]} {score:.3f}"
     scores = _scores(row, system)
-    repeats = len(scores["correct"])
-    said = f"right in {sum(scores['correct']):.0f} of {repeats}" if repeats > 1 else "right" if score else "wrong"
+    repeats = len(scores[OWN[kind]])
+    said = f"right in {sum(scores[OWN[kind]]):.0f} of {repeats}" if repeats > 1 else "right" if score else "wrong"
     if not score and all(scores.get("unreadable", [0])):
         said = "unreadable"
-    likelihoods, replies = row[system].get("loglikelihoods_nats"), question.get("replies")
-    if likelihoods and replies and len(likelihoods) == len(replies):
-        said += f", likeliest {cut(str(replies[max(range(len(replies)), key=likelihoods.__getitem__)]), 40)}"
-    return said
+    likeliest = _likeliest(row, question, system)
+    return f"{said}, likeliest {cut(likeliest, 40)}" if likeliest and kind == "choice" else said
 
 
-def _said(row: Row, system: str) -> str:
-    """The first repeat's answer."""
-    answers = row[system].get("answers") if isinstance(row.get(system), dict) else None
-    return cut(str(answers[0]), TEXT) if answers else ""
+def _likeliest(row: Row, question: Row, system: str) -> str:
+    nats, replies = row[system].get("loglikelihoods_nats"), question.get("replies")
+    return str(replies[max(range(len(replies)), key=nats.__getitem__)]) if nats and replies and len(nats) == len(replies) else ""
+
+
+def _said(row: Row, question: Row, system: str) -> str:
+    """The first repeat's answer; where none is generated, the likeliest reply."""
+    if not isinstance(row.get(system), dict):
+        return ""
+    answers = row[system].get("answers")
+    return cut(str(answers[0]) if answers else _likeliest(row, question, system), TEXT)
 
 
 def _wanted(row: Row, question: Row) -> str:
