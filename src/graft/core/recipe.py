@@ -218,7 +218,9 @@ class Recipe(Section):
             raise ValueError("images, but the embedded base sees none: add a [base.vision] section")
         for name, heads, width in (("base", self.base, 1), ("base.vision", self.base.vision if self.base else None, 4)):
             if heads and heads.hidden_size % (width * heads.heads):  # a tower's heads turn by row and by column, in pairs
-                raise ValueError(f"{name}.hidden_size = {heads.hidden_size} is no multiple of {f'{width} x ' * (width > 1)}{name}.heads = {heads.heads}")
+                raise ValueError(
+                    f"{name}.hidden_size = {heads.hidden_size} is no multiple of {f'{width} x ' * (width > 1)}{name}.heads = {heads.heads}"
+                )
         if self.base and self.base.heads % self.base.kv_heads:
             raise ValueError(f"base.heads = {self.base.heads} is no multiple of base.kv_heads = {self.base.kv_heads}")
         return self

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from graft.core.errors import ConfigError, DataError
+from graft.core.errors import ConfigError
 from graft.core.hub import model_folder
 
 CONFIG = "preprocessor_config.json"
@@ -41,13 +41,10 @@ class ImageProcessor:
         self.factor = self.processor.patch_size * self.processor.merge_size  # pixels of a token's side
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """(1, rows, columns) of patches of an image of that size; DataError for one 200 times as long as it is wide, or the reverse."""
+        """(1, rows, columns) of patches of an image of that size, which must not be 200 times as long as wide, or as wide as long."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        try:
-            rows, columns = smart_resize(height, width, self.factor, self.least, self.most)
-        except ValueError:
-            raise DataError(f"an image of {width} x {height} pixels is too narrow") from None
+        rows, columns = smart_resize(height, width, self.factor, self.least, self.most)
         return 1, rows // self.processor.patch_size, columns // self.processor.patch_size
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
@@ -66,6 +63,13 @@ def _of(config: dict[str, Any]) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil.from_dict({k: v for k, v in config.items() if k not in ("image_processor_type", "processor_class")})
+
+
+def copy_config(base: str, revision: str | None, folder: Path) -> None:
+    """Put the base's preprocessor_config.json, where it has one, beside what was trained on it."""
+    path = model_folder(base, revision) / CONFIG
+    if path.is_file():
+        (folder / CONFIG).write_bytes(path.read_bytes())
 
 
 def write_config(folder: Path, patch_size: int = 14, merge_size: int = 2) -> None:
