@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +38,6 @@ class GlobalBatch(NamedTuple):
 class Feed:
     """`waited_s`: seconds for which the last batch kept the device waiting."""
 
-    collate: Callable[[Sequence[Bin]], Any] = staticmethod(collate)
-
     def __init__(self, shards: ShardSet, seed: int, global_batch: int, micro: int, world: int, rank: int, device: torch.device):
         self.shards, self.order, self.costs = shards, BinOrder(len(shards), seed), shards.costs()
         self.global_batch, self.micro, self.world, self.rank, self.device = global_batch, micro, world, rank, device
@@ -62,6 +60,10 @@ class Feed:
         began_s = time.perf_counter()
         self._ahead = self._read(step)
         self.waited_s = time.perf_counter() - began_s if torch.cuda.current_stream().query() else 0.0
+
+    def collate(self, bins: Sequence[Bin]) -> Any:
+        """A micro-batch of these."""
+        return collate(bins)
 
     def _read(self, step: int) -> GlobalBatch:
         indices = self.order.take(step * self.global_batch, self.global_batch)
@@ -92,7 +94,7 @@ class ImageFeed(Feed):
 
     def __init__(self, pictures: Pictures, total: int, *args: Any):
         super().__init__(*args)
-        self.pictures, self.collate, self.total = pictures, pictures.collate, total
+        self.pictures, self.total = pictures, total
         self._asked = -1  # the last step whose images are being decoded
 
     def take(self, step: int) -> GlobalBatch:
@@ -101,3 +103,6 @@ class ImageFeed(Feed):
             self.pictures.decode(self.shards.bin(i) for i in indices[self._own(self.costs[indices]).flatten()])
             self._asked = ahead
         return super().take(step)
+
+    def collate(self, bins: Sequence[Bin]) -> Any:
+        return self.pictures.collate(bins)
