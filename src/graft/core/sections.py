@@ -181,7 +181,7 @@ class Corpus(Section):
             raise ValueError(f"images = {self.images!r} is the folder of the images that local files name: path is {self.path!r}")
         if self.kind in ("grammar", "dialogues", "drawings") and self.documents is None:
             raise ValueError(f"kind = {self.kind!r} needs documents = N, it has no end of its own")
-        if (self.kind == "identity") != (self.name is not None and self.author is not None):
+        if [self.name is not None, self.author is not None] != [self.kind == "identity"] * 2:
             raise ValueError(f"kind = {self.kind!r}: name and author are of kind = 'identity', which needs both")
         return self
 
