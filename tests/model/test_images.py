@@ -41,7 +41,7 @@ def test_pixels_are_normalised_as_the_base_says(real):
 
 
 def test_a_base_that_sees_nothing_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="it sees no images; name a Qwen2.5-VL model"):
+    with pytest.raises(ConfigError, match=r"it sees no images; name a Qwen2\.5-VL model"):
         ImageProcessor(str(tmp_path), None, 10_000)
     (tmp_path / CONFIG).write_text(json.dumps({"image_processor_type": "CLIPImageProcessor"}))
     with pytest.raises(ConfigError, match=r"does not know \(CLIPImageProcessor\)"):

@@ -111,12 +111,12 @@ def test_adapters_frozen_towers_and_trained_ones(plan, model):
 
 def test_a_base_of_text_is_refused_in_one_line(plan, tmp_path):
     random_llama(SHAPE, 300, 256, 0).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="has no vision tower: leave it out, or name a Qwen2.5-VL model"):
+    with pytest.raises(ConfigError, match=r"has no vision tower: leave it out, or name a Qwen2\.5-VL model"):
         build(str(tmp_path), None, "fp32", Train(train_vision=True), 0, CPU)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((plan.beside("base") / name).read_bytes())
     folder = plan.artifact("shard-sft").path / "train"
-    with pytest.raises(ConfigError, match="has rows with images, and .* sees none"):
+    with pytest.raises(ConfigError, match=r"has rows with images, and .* sees none"):
         refuse_misfits([(folder, ShardSet.open(folder))], str(tmp_path), None, plan.recipe)
 
 
