@@ -116,5 +116,5 @@ def test_images_need_a_base_that_sees_and_no_merge():
     assert seeing.shows_images and seeing.stage_shows_images("base") and seeing.stage_shows_images("sft")
     assert not load(TINY).shows_images
     with pytest.raises(ConfigError, match=r"add a \[base.vision\] section"):
-        load(RECIPES / "ui-vqa-tiny.toml", ["base.vision={}", "base={hidden_size=8, heads=2, kv_heads=2, train={corpora=['drawn'], lora=false}}"])
-    assert load(RECIPES / "ui-vqa-tiny.toml", ["sft.corpora=['self']", "base.train.corpora=['self']"]).shows_images is False
+        load(RECIPES / "ui-vqa-tiny.toml", ["base={hidden_size=8, heads=2, kv_heads=2, train={corpora=['drawn'], lora=false}}"])
+    assert load(RECIPES / "ui-vqa-tiny.toml", ["sft.corpora=['self']", "base.train.corpora=['other-self']"]).shows_images is False
