@@ -6,6 +6,7 @@
     python benchmarks/serve.py solo --rows 40 --without vllm            (what batch mates change; with vLLM too where it is installed)
     python benchmarks/serve.py vllm --rows 512 --prompt 256 --answer 128 (8B beside `vllm serve`, one GPU of 120 GiB: six minutes)
     python benchmarks/serve.py gate                                     (trains in bf16, fp8 and nf4, serves each in bf16 and nf4: five minutes)
+    python benchmarks/serve.py gate solo --trained DATA                 (DATA by precision.py --prepare: a base of 150M that has learned; six minutes)
     python benchmarks/serve.py mixed ttft hotload --tiny                (under a minute on a CPU: does it run)
     python benchmarks/serve.py --table a.json b.json --append           (earlier calls into RESULTS.md)
 
@@ -41,6 +42,7 @@ from serve_gate import gate
 from serve_live import Keep, hotload, ttft
 from serve_peers import Peft
 from serve_table import ENGINE, PARTS, PEFT, alike, report
+from serve_trained import made as made_to_know
 from serve_vllm import vllm
 from train_gpu import ROOT, attempt, gpus
 
@@ -55,7 +57,7 @@ def mixed(args: argparse.Namespace, served: Served, keep: Keep) -> None:
 
     rng = np.random.default_rng(0)
     names: list[str | None] = [None, *served.adapters]
-    prompts = [rng.choice(served.words, n).tolist() for n in lengths(args.prompt, args.rows, rng)]
+    prompts = served.prompts(lengths(args.prompt, args.rows, rng), rng)
     rows = [(p, n, names[i % len(names)]) for i, (p, n) in enumerate(zip(prompts, lengths(args.answer, args.rows, rng), strict=True))]
     engine = HFEngine(str(served.base), None, args.precision, served.adapters, served.tokenizer(), max_batch=args.batch)
 
@@ -99,7 +101,7 @@ def solo(args: argparse.Namespace, served: Served, keep: Keep) -> None:
 
     rng = np.random.default_rng(2)
     names: list[str | None] = [None, *served.adapters]
-    prompts = [rng.choice(served.words, n).tolist() for n in lengths(args.prompt, args.rows, rng)]
+    prompts = served.prompts(lengths(args.prompt, args.rows, rng), rng)
     ways = zip(prompts, lengths(args.answer, args.rows, rng), strict=True)
     requests = [Request(p, n, adapter=names[i % len(names)], ends=(), logprobs=20) for i, (p, n) in enumerate(ways)]
 
@@ -143,6 +145,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--precision", choices=["fp32", "bf16", "nf4"], help="bf16 where there is a GPU, else fp32")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape and short loads")
+    parser.add_argument(
+        "--trained", type=Path, metavar="DATA", help="gate and solo: precision.py's base, from its --prepare's folder, for the random one"
+    )
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rows", type=int, default=64, help="mixed: requests")
     parser.add_argument("--batch", type=int, default=16, help="mixed: rows under way")
@@ -167,6 +172,8 @@ def arguments() -> argparse.Namespace:
     if args.tiny:
         args.like, args.prompt, args.answer, args.rows, args.batch, args.rounds, args.loads, args.repeat = "tiny", [8, 32], [8], 18, 6, 2, 2, 1
         args.concurrent = [1, 4]
+    if args.trained and not set(args.what) <= {"gate", "solo"}:
+        parser.error("--trained is for gate and solo: the others ask random words")
     args.like = args.like or ("llama-3.1-8b" if gpu else "cpu-124m")
     args.precision = args.precision or ("bf16" if gpu else "fp32")
     return args
@@ -183,7 +190,11 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         device, driver = f"{found[0] if found else platform.machine()}, {os.cpu_count()} cores, no GPU", ""
     device += f" (driver {driver})" if driver else f", {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    what = f"{args.like}{f' cut to {args.layers} layers' if args.layers else ''} in {args.precision}, {args.adapters} adapters"
+    what = (
+        f"precision.py's base in {args.precision}"
+        if args.trained
+        else f"{args.like}{f' cut to {args.layers} layers' if args.layers else ''} in {args.precision}, {args.adapters} adapters"
+    )
     command = " ".join(["python", "benchmarks/serve.py", *sys.argv[1:]])
     return {
         "what": what,
@@ -200,7 +211,7 @@ RUN = {"mixed": mixed, "solo": solo, "ttft": ttft, "hotload": hotload, "vllm": v
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """This call, and its file after each run: the call may be cut off."""
-    served, runs = made(args), list[dict[str, Any]]()
+    served, runs = made_to_know(args) if args.trained else made(args), list[dict[str, Any]]()
     call = {**about(args), "runs": runs}
     for part in args.what:
 

@@ -44,6 +44,10 @@ class Served:
 
         return load_tokenizer(str(self.base))
 
+    def prompts(self, tokens: list[int], rng: np.random.Generator) -> list[list[int]]:
+        """Ids of random words, of these lengths."""
+        return [rng.choice(self.words, n).tolist() for n in tokens]
+
 
 def made(args: argparse.Namespace) -> Served:
     """Written where they are not there yet: 10 s for the CPU's shape, some two minutes for 8B."""

@@ -15,10 +15,10 @@ from typing import Any
 
 from serve_bases import Served
 from serve_live import Keep
+from serve_trained import TRAINED, Trained
 from train_gpu import finished, write_workspace
 
 STEPS, LR = 10, 1e-3  # enough to move every canary
-TRAINED = ("bf16", "fp8", "nf4")
 SERVED = (("HFEngine", "bf16"), ("HFEngine", "nf4"), ("VLLMEngine", "bf16"))
 
 
@@ -30,8 +30,8 @@ def gate(args: argparse.Namespace, served: Served, keep: Keep) -> None:
 
     with tempfile.TemporaryDirectory(dir=args.folder) as workspaces:
         candidates = {}
-        for precision in TRAINED:
-            plan = trained(precision, Path(workspaces) / precision, served.base, args)
+        plans = served.plans if isinstance(served, Trained) else {p: trained(p, Path(workspaces) / p, served.base, args) for p in TRAINED}
+        for precision, plan in plans.items():
             version = AdapterStore(plan.served).verified(plan.recipe.name)
             parity = json.loads((version.folder / "parity.json").read_text(encoding="utf-8"))
             candidates[precision] = Candidate(version, served.tokenizer(), tuple(end_of_turn_ids(served.tokenizer())), parity)

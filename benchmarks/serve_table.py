@@ -89,7 +89,7 @@ PARTS = {"mixed": mixed, "solo": solo, "ttft": ttft, "hotload": hotload, "vllm":
 LEGEND = {
     "mixed": "Both greedy, the same prompts, adapters, batch size and number of new tokens; no answer ends before its length. PEFT's batches are sorted by prompt, as the engine does.",
     "solo": "Greedy. Tokens of a row are compared up to the first other one; there, the gap is between the logprobs of the two tokens, by the row alone.",
-    "gate": "Adapters of a few steps through the ordinary training path, on random tokens; nats, root mean square over the canaries' targets.",
+    "gate": "Adapters of the ordinary training path: of a random base by a few steps on random tokens, of one that has learned (--trained) by its whole task. Nats, root mean square over the canaries' targets.",
     "vllm": "The same adapters, rank, rows under way, bytes of keys and values and sampling; each server's process holds its own model on the one GPU, and idles while the other\n"
     "answers. Prompts of token ids to /v1/completions, none twice; one process of clients. The first burst of each kind is not counted.",
     "ttft": "From before a request is written, or handed to the engine's runner, to its first text. Clients of one process ask again after a random pause, connections kept; the first request of each\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -248,10 +249,15 @@ def test_a_base_in_nf4_is_left_to_the_other_engine(wide):
 
 def test_its_process_goes_with_the_one_that_started_it(wide, tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
-    with subprocess.Popen([sys.executable, str(tmp_path / "child.py"), str(wide[0])], stdout=subprocess.PIPE, text=True) as child:
-        pids = next(list(map(int, line.split()[1:])) for line in child.stdout if line.startswith("@"))
-        assert pids and all(alive(pid) for pid in pids)
+    log = tmp_path / "child.log"
+    with log.open("w") as out, subprocess.Popen([sys.executable, str(tmp_path / "child.py"), str(wide[0])], stdout=out, stderr=out) as child:
+        deadline = time.monotonic() + 120
+        while not (told := re.search(r"^@(.*)\n", log.read_text(), re.MULTILINE)) and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pids = list(map(int, told[1].split())) if told else []
+        lived = bool(pids) and all(map(alive, pids))
         child.kill()
+    assert lived, log.read_text()[-3000:]
     deadline = time.monotonic() + 10
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -270,6 +276,22 @@ def test_a_core_that_dies_is_said(wide):
     with pytest.raises(ServeError, match="vLLM's process has ended"):
         while True:
             engine.step()
+    engine.close()
+
+
+def test_a_core_that_dies_while_nothing_runs_is_said_too(wide):
+    import multiprocessing
+
+    base = str(wide[0])
+    before = set(multiprocessing.active_children())
+    engine = VLLMEngine(base, None, "bf16", load_tokenizer(base), max_batch=2, max_adapters=0, kv_tokens=4096)
+    (core,) = set(multiprocessing.active_children()) - before
+    assert engine.step() == []
+    os.kill(core.pid, signal.SIGKILL)
+    with pytest.raises(ServeError, match="vLLM's process has ended"):
+        for _ in range(600):
+            engine.step()
+            time.sleep(0.05)
     engine.close()
 
 

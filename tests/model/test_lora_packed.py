@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.recipe import EmbeddedBase, Lora, Train
 from graft.core.shards import Bin
+from graft.model import lora
 from graft.model.attention import block_causal_mask
 from graft.model.base import random_llama
 from graft.model.lora import LoraLinear, inject, merge_into, read_adapter, save_adapter
@@ -84,6 +86,17 @@ def test_peft_reads_the_saved_adapter_to_the_same_logits(tmp_path):
     theirs = PeftModel.from_pretrained(llama(), tmp_path).eval()
     torch.testing.assert_close(theirs(ids).logits, lm(ids).logits, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(theirs(ids).logits, llama()(ids).logits, atol=1e-3)
+
+
+def test_an_adapters_bytes_come_as_its_library_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "STAGED_BYTES", 40_000)  # several times over
+    monkeypatch.setattr(lora, "PART_BYTES", 3000)
+    save_adapter(with_random_adapter(), ALL, tmp_path, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    first = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert lora._bytes_on(torch.device("cpu"), file, first).numpy().tobytes() == file.read_bytes()[first:]
+    shapes = lora.read_tensors(file, torch.device("meta"))
+    assert {n: (t.shape, t.dtype) for n, t in shapes.items()} == {n: (t.shape, t.dtype) for n, t in load_file(file).items()}
 
 
 def test_merged_weights_give_the_adapters_logits(tmp_path):

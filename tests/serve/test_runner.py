@@ -13,7 +13,7 @@ from graft.engine.protocol import Request
 from graft.serve.api import build
 from graft.serve.app import Replica
 from graft.serve.guard import Keys
-from graft.serve.runner import Overloaded, Runner
+from graft.serve.runner import IDLE_S, Overloaded, Runner
 
 PROMPT = [5, 6, 7]
 
@@ -119,6 +119,27 @@ def test_an_engine_that_breaks_tells_every_reader(spec):
         client = TestClient(build(runner), base_url="http://localhost")
         reply = client.post("/v1/chat/completions", json={"model": "base", "messages": [{"role": "user", "content": "x"}]})
         assert reply.status_code == 503 and reply.headers["retry-after"] and "failed" in reply.json()["error"]["message"]
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_ends_while_nobody_asks_is_found_out(spec):
+    async def scene():
+        runner = Runner(spec)
+        await wait(lambda: runner.state == "ready")
+        gone = False
+
+        def step():
+            if gone:
+                raise ServeError("its process has ended")
+            return []
+
+        runner.engine.step = step
+        await asyncio.sleep(1.5 * IDLE_S)
+        assert runner.state == "ready"
+        gone = True
+        await wait(lambda: runner.state == "failed", 10)
+        assert runner.error == "its process has ended"
 
     asyncio.run(scene())
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import ArtifactError
 from graft.engine.protocol import SlotsBusy
-from graft.model.lora import Rows, SlotLoraLinear, inject_slots, read_adapter
+from graft.model.lora import Rows, SlotLoraLinear, inject_slots, put, read_adapter
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 Linears = dict[str, tuple[int, int]]  # name -> (in, out)
@@ -22,7 +22,7 @@ def linears(model: nn.Module) -> Linears:
 
 
 def fitted(name: str, folder: Path, known: Linears, max_rank: int, device: torch.device | str = "cpu") -> tuple[dict[str, Any], Pairs]:
-    """(config, A and B by layer) of a saved adapter; ArtifactError where it does not fit a base of these linear layers, tensor by tensor."""
+    """(config, A and B by layer, on "meta" their shapes alone) of a saved adapter; ArtifactError where it does not fit a base of these linear layers, tensor by tensor."""
     config, pairs = read_adapter(folder, device)
     r = config["r"]
     if r > max_rank:
@@ -67,11 +67,10 @@ class Slots:
         with torch.inference_mode(False), torch.no_grad():
             for module in pairs.keys() - self._layers.keys():
                 self._layers |= inject_slots(self._model, [module], self._n, config["r"], self._dtype, self.rows)
-            for module, layer in self._layers.items():
-                if module in pairs:
-                    layer.put(slot, *pairs[module], config["lora_alpha"] / config["r"])
-                elif evicted:
-                    layer.clear(slot)
+            put(self._layers, slot, pairs, config["lora_alpha"] / config["r"])
+            if evicted:
+                for module in self._layers.keys() - pairs.keys():
+                    self._layers[module].clear(slot)
         if evicted:
             del self._slot[evicted]
         self.unload(name)

@@ -114,7 +114,7 @@ class VLLMEngine(Batched):
     def load(self, name: str, folder: Path, again: bool = False) -> str | None:
         if name in self._adapters and not again:
             return None
-        fitted(name, folder, self._linears, self.max_rank)  # vLLM would leave out what it does not know
+        fitted(name, folder, self._linears, self.max_rank, "meta")  # vLLM would leave out what it does not know
         gone = self._room()
         adapter = _Adapter(name, next(self._names), folder)
         try:
@@ -205,7 +205,7 @@ class VLLMEngine(Batched):
     def step(self) -> list[Chunk]:
         """Waits for vLLM while rows are under way, or until wake()."""
         found, self._kept = self._kept, []
-        return found or (self._next() if self._rows else [])
+        return found or ([] if not self._rows and self._came.empty() else self._next())
 
     def wake(self) -> None:
         self._came.put(None)
@@ -297,6 +297,7 @@ def _lora(adapter: _Adapter) -> Any:
 def _started(**settings: Any) -> Any:
     """An LLMEngine whose core is a process of its own, with the defaults of vLLM's own server."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a fork of a process that has threads may hang
     try:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.usage.usage_lib import UsageContext

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOWER = "visual"  # the module of a Qwen2.5-VL that sees
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STAGED_BYTES, PART_BYTES, READERS = 256 << 20, 4 << 20, 8  # of an adapter on its way to a GPU
 NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "alpha_pattern", "rank_pattern")  # each changes y = W x + (alpha / r) B A x
 
 
@@ -86,15 +89,13 @@ class SlotLoraLinear(nn.Module):
         self.register_buffer("A", torch.zeros(n + 1, r, base.in_features, dtype=dtype, device=device))
         self.register_buffer("B", torch.zeros(n + 1, r, base.out_features, dtype=dtype, device=device))
 
-    def put(self, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
-        """a [r, in], b [out, r], of a rank that need not be the slots': a smaller one is padded with zeros, for a larger one all grow."""
-        if (more := a.shape[0] - self.A.shape[1]) > 0:
+    def room(self, slot: int, r: int) -> tuple[Tensor, Tensor]:
+        """Where an adapter of rank r goes, A [r, in] and B [r, out]: the slot's other rows, where it has more, are zero; where it has fewer, all slots grow."""
+        if (more := r - self.A.shape[1]) > 0:
             self.A, self.B = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, 0, 0, more))
-        if a.shape[0] < self.A.shape[1]:
+        if r < self.A.shape[1]:
             self.clear(slot)
-        self.A[slot, : a.shape[0]] = a.to(self.A)
-        b = b.to(self.B.device)
-        self.B[slot, : a.shape[0]] = (b if b.dtype == self.B.dtype else b.float()).T * scale
+        return self.A[slot, :r], self.B[slot, :r]
 
     def clear(self, slot: int) -> None:
         self.A[slot], self.B[slot] = 0.0, 0.0
@@ -114,6 +115,14 @@ class SlotLoraLinear(nn.Module):
             z = torch.bmm(torch.bmm(grouped, self.A[rows.used].transpose(1, 2)), self.B[rows.used])
             flat += z.view(-1, z.shape[-1])[rows.back]
         return y
+
+
+def put(layers: dict[str, SlotLoraLinear], slot: int, pairs: dict[str, tuple[Tensor, Tensor]], scale: float) -> None:
+    """An adapter, A [r, in] and B [out, r] of each of these layers on their device, into their slot, by few operations on all of them."""
+    rooms = [layers[name].room(slot, a.shape[0]) for name, (a, _) in pairs.items()]
+    bs = [b if b.dtype == into.dtype else b.float() for (_, b), (_, into) in zip(pairs.values(), rooms, strict=True)]
+    torch._foreach_copy_([into for into, _ in rooms], [a for a, _ in pairs.values()])
+    torch._foreach_copy_([into for _, into in rooms], [b.T for b in torch._foreach_mul(bs, scale)])
 
 
 def targets(model: nn.Module, names: tuple[str, ...] | list[str], vision: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
@@ -209,23 +218,48 @@ def read_adapter(folder: Path, device: torch.device | str = "cpu") -> tuple[dict
 
 
 def read_tensors(file: Path, device: torch.device) -> dict[str, Tensor]:
-    """A safetensors file (https://github.com/huggingface/safetensors#format), checked by its library; to a GPU its bytes go in one copy, since
-    an adapter's hundreds of small ones take several times as long. SafetensorError, FileNotFoundError."""
+    """A safetensors file (https://github.com/huggingface/safetensors#format), checked by its library; on the device "meta" its names, dtypes and shapes
+    alone. To a GPU its bytes go at once: an adapter's hundreds of small copies take several times as long. SafetensorError, FileNotFoundError."""
     if device.type == "cpu":
         return load_file(file)
     with safe_open(file, framework="pt") as checked:
         names = list(checked.keys())
-    data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-    start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-    header = json.loads(data[8:start].numpy().tobytes())
-    there = data[start:].to(device)
-    found = {}
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+    if other := next((name for name in names if header[name]["dtype"] not in STORED), None):
+        raise ArtifactError(f"{file}: {other} is of dtype {header[other]['dtype']}, adapters are of {', '.join(STORED)}")
+    if device.type == "meta":
+        return {name: torch.empty(header[name]["shape"], dtype=STORED[header[name]["dtype"]], device=device) for name in names}
+    there, found = _bytes_on(device, file, 8 + size), {}
     for name in names:
         begin, end = header[name]["data_offsets"]
-        if header[name]["dtype"] not in STORED:
-            raise ArtifactError(f"{file}: {name} is of dtype {header[name]['dtype']}, adapters are of {', '.join(STORED)}")
         found[name] = there[begin:end].view(STORED[header[name]["dtype"]]).view(header[name]["shape"])
     return found
+
+
+def _bytes_on(device: torch.device, file: Path, first: int) -> Tensor:
+    """[bytes] uint8: a file's from `first` on, read by several threads into pinned memory, which torch keeps for the next adapter, and sent from there."""
+    there = torch.empty(file.stat().st_size - first, dtype=torch.uint8, device=device)
+    staged = torch.empty(min(len(there), STAGED_BYTES), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    held = staged.numpy().data
+    with file.open("rb", buffering=0) as f, ThreadPoolExecutor(READERS) as readers:
+        for at in range(0, len(there), len(staged)):
+            size = min(len(staged), len(there) - at)
+
+            def send(start: int, at: int = at, size: int = size) -> None:
+                end = min(start + PART_BYTES, size)
+                got = start
+                while got < end:
+                    if not (more := os.preadv(f.fileno(), [held[got:end]], first + at + got)):
+                        raise ArtifactError(f"{file} became shorter while it was read")
+                    got += more
+                there[at + start : at + end].copy_(staged[start:end], non_blocking=True)
+
+            list(readers.map(send, range(0, size, PART_BYTES)))
+            if device.type == "cuda" and at + size < len(there):
+                torch.cuda.current_stream(device).synchronize()  # before what was sent is written over
+    return there
 
 
 def merge_into(weight_of: Callable[[str], Tensor], config: dict[str, Any], pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

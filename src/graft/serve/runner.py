@@ -21,6 +21,7 @@ from graft.engine.protocol import Chunk, Engine, Request
 from graft.serve.spec import ServeSpec
 
 T = TypeVar("T")
+IDLE_S = 1.0  # after which an engine that has nothing to do is asked for a step all the same: it says then that it has ended
 
 
 class Overloaded(ServeError):
@@ -186,10 +187,13 @@ class Runner:
             self._asked -= 1
 
     def _answer_calls(self, engine: Engine, wait: bool) -> bool:
-        """Make the calls that wait, at least one if `wait`; whether the sign to stop was among them."""
+        """Make the calls that wait, at least one that comes within IDLE_S if `wait`; whether the sign to stop was among them."""
         stop = False
         while wait or not self._calls.empty():
-            call, wait = self._calls.get(), False
+            try:
+                call, wait = self._calls.get(timeout=IDLE_S), False
+            except queue.Empty:
+                break
             if call is None:
                 stop = True
                 continue
