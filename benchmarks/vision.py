@@ -56,7 +56,9 @@ class Model:
         done = render(self.tokenizer, [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}], counts)
         ids = torch.tensor([done.ids[: done.loss_mask.index(1)]])
         kinds = (ids == self.lm.config.image_token_id).int()
-        out = self.lm.generate(input_ids=ids, mm_token_type_ids=kinds, max_new_tokens=64, do_sample=False, eos_token_id=self.tokenizer.eos_token_id, **seen)
+        out = self.lm.generate(
+            input_ids=ids, mm_token_type_ids=kinds, max_new_tokens=64, do_sample=False, eos_token_id=self.tokenizer.eos_token_id, **seen
+        )
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
