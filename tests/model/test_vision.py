@@ -126,3 +126,17 @@ def test_peft_reads_the_saved_adapter_to_the_same_logits(base, processor, tmp_pa
     given = row(processor, [(112, 112)])
     with torch.no_grad():
         torch.testing.assert_close(logits(theirs, *given), logits(lm, *given), rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_tower_has_gradients_of_rows_without_images_too(base, processor):
+    given = batch(tiny(), [row(processor, [])], 16)
+    lm = tiny()
+    frozen = VisionLM(lm)(given)
+    for trained in (False, True):
+        lm.model.visual.requires_grad_(trained)
+        lm.zero_grad()
+        loss = VisionLM(lm)(given)
+        loss.backward()
+        assert torch.equal(loss, frozen)
+        gradients = [p.grad for p in lm.model.visual.parameters()]
+        assert all(g is not None and not g.any() for g in gradients) if trained else gradients == [None] * len(gradients)

@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from graft.core.sections import Mcq
-from graft.data.augment.pixels import FORMATS, Unusable, decoded, explained
+from graft.data.augment.pixels import FORMATS, Unusable, decoded, explained, orientation
 from graft.data.readers.image_rows import to_messages_and_images, with_parts
 from graft.data.readers.mcq import Refused
 from graft.model.chat import Messages
@@ -104,7 +104,7 @@ def _looked_at(file: io.BytesIO) -> tuple[str, tuple[int, int], list[str]]:
             f"{image.mode} image to RGB": image.mode != "RGB",
             "transparent image to white": image.has_transparency_data,
             "first frame of an animation": getattr(image, "n_frames", 1) > 1,
-            "image turned upright": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            "image turned upright": orientation(image) not in (None, 1),
         }
         if not any(why.values()):
             image.load()

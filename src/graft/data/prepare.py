@@ -164,8 +164,8 @@ def link(source: Path, target: Path) -> None:
 
 def link_images(files: Iterable[Path], artifact: Path) -> None:
     """Give images, named by their content, a place in an artifact's images/, each once."""
-    (artifact / FOLDER).mkdir(exist_ok=True)
     for file in files:
+        (artifact / FOLDER).mkdir(exist_ok=True)
         if not (artifact / FOLDER / file.name).exists():
             link(file, artifact / FOLDER / file.name)
 

@@ -51,7 +51,9 @@ def families_held_out(rows: Iterable[Row], share: float, seed: int) -> set[str]:
     chosen: set[str] = set()
     for label, names in families.items():
         if len(names) < 2:
-            raise DataError(f"prepare: class {label!r} has {len(names)} seed families, a test family and a training family are needed: add seeds")
+            raise DataError(
+                f"prepare: class {label!r} has {len(names)} seed families, a test family and a training family are needed: add seeds, or images"
+            )
         order = sorted(names)
         random.Random(seed).shuffle(order)
         chosen.update(order[: min(max(1, int(share * len(order) + 0.5)), len(order) - 1)])

@@ -130,13 +130,14 @@ def decoded(file: BinaryIO, max_side: int) -> Image.Image:
             raise Unusable(f"too large: {width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million")
         opened.draft(opened.mode, (max_side, max_side))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that still covers max_side
         opened.load()
-        turn = _TURN.get(_orientation(opened))
+        turn = _TURN.get(orientation(opened))
         image = _rgb(opened)
     image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return image.transpose(turn) if turn is not None else image
 
 
-def _orientation(image: Image.Image) -> Any:
+def orientation(image: Image.Image) -> Any:
+    """The EXIF tag: how the image is turned; None where nothing says it."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001 - broken metadata does not make a broken picture
