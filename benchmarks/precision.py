@@ -16,130 +16,56 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from precision_data import ROOT, TINY, Scale, prepare
+from precision_data import TINY, Scale, prepare
+from small_base import (
+    Curve,
+    given,
+    launch,
+    machine,
+    make_base,
+    parser_of,
+    plan_of,
+    refuse_other_bins,
+    said_of,
+    said_of_machine,
+    where,
+)
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 PRECISIONS, PEFT = ("bf16", "fp8", "nf4"), "PEFT + bitsandbytes nf4"
 PAIRS = (("fp8", "bf16"), ("nf4", PEFT))  # that must end alike
 LIMIT = 0.005  # of the held-out loss
 COLOURS = {"bf16": "#222222", "fp8": "#d1495b", "nf4": "#00798c", PEFT: "#edae49"}
-Curve = dict[int, float]  # held-out loss (nats a target) by steps taken
 
 
 # ---- graft's rows -----------------------------------------------------------------------------------------------------
-RECIPE = """
-name = "precision"
-seed = {seed}
-deepspeed = "{root}/configs/deepspeed/zero2.json"
-[corpora.made]
-path = "made.jsonl"
-[model]
-base = "{base}"
-precision = "{precision}"
-[shard]
-seq_len = {seq_len}
-{training}
-"""
-WHOLE = """
-[cpt]
-corpora = ["made"]
-lora = false
-lr = {base_lr}
-epochs = {base_epochs}
-global_batch = {base_batch}
-micro_batch = {base_batch}
-warmup = 0.1
-weight_decay = 0.1
-validate_every = 50
-keep = "best"
-save_every = 100000
-[sft]
-corpora = ["made"]
-"""
 LORA = """
 [sft]
 corpora = ["made"]
-lr = {lr}
-epochs = {epochs}
-global_batch = {batch}
-micro_batch = {batch}
-validate_every = {every}
+lr = {scale.lr}
+epochs = {scale.epochs}
+global_batch = {scale.batch}
+micro_batch = {scale.batch}
+validate_every = {scale.every}
 save_every = 100000
 """
 
 
-def plan_of(home: Path, stage: str, base: Path, data: Path, scale: Scale, seed: int = 0, precision: str = "bf16") -> Any:
-    """A workspace whose `stage` is ready to train: its shards are those of `data`."""
-    from graft.core.stages import Plan
-
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "made.jsonl").write_text("{}\n")
-    training = (WHOLE if stage == "cpt" else LORA).format(**asdict(scale))
-    (home / "recipe.toml").write_text(
-        RECIPE.format(seed=seed, root=ROOT, base=base, precision=precision, training=training, seq_len=scale.seq_len), encoding="utf-8"
-    )
-    plan = Plan(home / "recipe.toml", (), home)
-    for parent in ("prepare", f"shard-{stage}"):
-        job = plan.resolve(parent)
-        if job.artifact is None:
-            with job.writing() as draft:
-                if parent != "prepare":
-                    shutil.copytree(data, draft.path, dirs_exist_ok=True)
-    return plan
-
-
-def launch(plan: Any, stage: str) -> Curve:
-    """Train through graft's own launcher, on one GPU or one process."""
-    from graft.core.metrics import read_metrics
-
-    command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", stage, "--workspace", str(plan.root)]
-    done = subprocess.run(command, env={**os.environ, "GRAFT_PROCESSES": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{plan.root}: {done.stdout[-1000:]}\n{done.stderr[-4000:]}")
-    metrics = read_metrics(plan.artifact(stage).path / "metrics.jsonl")
-    return {m["step"] + 1: m["validation_loss"] for m in metrics if "validation_loss" in m}
-
-
-def make_base(folder: Path, data: Path, scale: Scale) -> tuple[Path, dict[str, Any]]:
-    """(the trained base, what there is to say of it)."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from graft.core.recipe import EmbeddedBase, Train
-    from graft.model.base import random_llama
-    from graft.model.chat import load_tokenizer
-
-    disable_progress_bar()  # of writing one file
-    init = folder / "init"
-    tokenizer = load_tokenizer(str(data / "tokenizer"), None, "tokenizer")
-    shape = {"hidden_size": scale.hidden, "intermediate_size": scale.inter, "layers": scale.layers, "heads": scale.heads, "kv_heads": scale.kv_heads}
-    model = random_llama(EmbeddedBase(**shape, train=Train()), len(tokenizer), scale.seq_len, seed=0)
-    for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model.save_pretrained(init)
-    tokenizer.save_pretrained(init, save_jinja_files=False)
-    plan = plan_of(folder / "base", "cpt", init, data / "base", scale)
-    curve = launch(plan, "cpt")
-    trained = plan.artifact("cpt")
-    return trained.path, {"weights": model.num_parameters(), "held_out": curve, **trained.counts}
+def lora_plan(home: Path, base: Path, data: Path, scale: Scale, seed: int = 0, precision: str = "bf16") -> Any:
+    return plan_of(home, "sft", base, data / "sft", scale.seq_len, LORA.format(scale=scale), seed, precision)
 
 
 def run_graft(precision: str, base: Path, folder: Path, data: Path, scale: Scale, seed: int) -> Curve:
-    return launch(plan_of(folder / f"{precision}-{seed}", "sft", base, data / "sft", scale, seed, precision), "sft")
+    return launch(lora_plan(folder / f"{precision}-{seed}", base, data, scale, seed, precision), "sft")
 
 
 def untrained(precision: str, base: Path, folder: Path, data: Path, scale: Scale) -> Curve:
@@ -147,7 +73,7 @@ def untrained(precision: str, base: Path, folder: Path, data: Path, scale: Scale
     from graft.train.build import build
 
     device = where()
-    train = plan_of(folder / f"{precision}-untrained", "sft", base, data / "sft", scale, precision=precision).recipe.train_stage("sft")
+    train = lora_plan(folder / f"{precision}-untrained", base, data, scale, precision=precision).recipe.train_stage("sft")
     model = build(str(base), None, precision, train.model_copy(update={"compile": False}), 0, device)
     return {0: held_out_loss(model, data, train.micro_batch, device)}
 
@@ -167,7 +93,7 @@ def run_peft(base: Path, folder: Path, data: Path, scale: Scale, seed: int) -> C
     from graft.train.split import total_steps
 
     device = where()
-    train = plan_of(folder / f"peft-{seed}", "sft", base, data / "sft", scale, seed, "nf4").recipe.train_stage("sft")
+    train = lora_plan(folder / f"peft-{seed}", base, data, scale, seed, "nf4").recipe.train_stage("sft")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     given = {"dtype": torch.bfloat16, "quantization_config": nf4, "attn_implementation": "sdpa", "device_map": {"": device}}
     lm = prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(base, **given), use_gradient_checkpointing=False)
@@ -213,12 +139,6 @@ def draw_as_graft(model: Any, lora: Any, seed: int, device: Any) -> None:
 
 
 # ---- both -------------------------------------------------------------------------------------------------------------
-def where() -> Any:
-    import torch
-
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def held_out_loss(loss_of: Callable[[Any], Any], data: Path, micro: int, device: Any) -> float:
     """Mean nats a target over the held-out bins of the LoRA task; loss_of: their sum over a batch."""
     import torch
@@ -320,22 +240,18 @@ def train(args: argparse.Namespace, scale: Scale) -> bool:
     from graft.model.frozen import fp8_works
 
     began_s, device, data = time.perf_counter(), where(), args.train.resolve()
-    if (seq_len := json.loads((data / "sft/train/index.json").read_text())["seq_len"]) != scale.seq_len:
-        sys.exit(f"{data} has bins of {seq_len} tokens, not {scale.seq_len}: give --tiny to both halves or to neither")
+    refuse_other_bins(data / "sft", scale.seq_len)
     args.out.mkdir(parents=True, exist_ok=True)
     at_once = args.at_once or (6 if device.type == "cuda" else 1)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     rows = [row for row in PRECISIONS if row != "fp8" or fp8_works(device)] + [PEFT]
     with tempfile.TemporaryDirectory(prefix="graft-precision-") as own:
         base, said = make_base(Path(own), data, scale)
-        losses = ", ".join(f"{loss:.3f}" for loss in said["held_out"].values())
-        print(f"base: {said['weights']:,} weights, {said['steps']} steps, held-out loss {losses}, {time.perf_counter() - began_s:.0f} s", flush=True)
+        print(f"{said_of(said)}, {time.perf_counter() - began_s:.0f} s", flush=True)
         found = run_all(rows, args.seeds, at_once, base, Path(own), data, scale)
     kept = bounds(found, scale.learns)
     result = {
-        "commit": subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip(),
-        "versions": {"python": platform.python_version(), **dict(versions())},
-        "device": device_name(device),
+        **machine(device),
         "scale": asdict(scale),
         "base": said,
         "held_out": found,
@@ -349,43 +265,15 @@ def train(args: argparse.Namespace, scale: Scale) -> bool:
     for bound in kept:
         wanted = f"at most {bound['most']:.1%}" if "most" in bound else f"at least {bound['least']:.1%}"
         print(f"{'holds' if bound['holds'] else 'BROKEN'}: {bound['what']}: {bound['found']:+.2%}, {wanted}")
-    print(
-        f"{result['device']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; commit {result['commit']}; {result['wall_s']:.0f} s in all"
-    )
+    print(f"{said_of_machine(result)}; {result['wall_s']:.0f} s in all")
     return all(bound["holds"] for bound in kept)
 
 
-def versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            yield name, version(name)
-
-
-def device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    half = parser.add_mutually_exclusive_group(required=True)
-    half.add_argument("--prepare", type=Path, metavar="DIR", help="write tokenizer and shards")
-    half.add_argument("--train", type=Path, metavar="DIR", help="read them and train")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "../shared/data", help="the folder with taigi_news.txt, drcd_dev.json and gsm8k_train.jsonl"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("."), help="where the results go; base and runs, 4 GB, lie in the temporary folder meanwhile"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__)
     parser.add_argument("--at-once", type=int, help="runs that share the GPU (6) or the CPU (1)")
-    parser.add_argument("--tiny", action="store_true")
-    for name in ("epochs", "lr", "base_epochs", "base_lr"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float)
     args = parser.parse_args()
-    given = {name: value for name in ("epochs", "lr", "base_epochs", "base_lr") if (value := getattr(args, name)) is not None}
-    scale = replace(TINY if args.tiny else Scale(), **given)
+    scale = replace(TINY if args.tiny else Scale(), **given(args))
     if args.prepare:
         prepare(args.prepare, args.data.resolve(), scale)
         return 0

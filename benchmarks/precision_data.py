@@ -6,33 +6,21 @@ token that is new to the frozen embedding; the task is to answer the problems th
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from small_base import ROOT, TINY_BASE, Base, articles, hand_over, size
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Base):
     """Of the data, the base and both trainings."""
 
-    vocabulary: int = 8192
-    hidden: int = 1024
-    inter: int = 2816
-    layers: int = 12
-    heads: int = 16
-    kv_heads: int = 8
-    seq_len: int = 1024
     documents: int = 100_000  # of news and of articles, at most
     shown: int = 1000  # problems for the base
     problems: int = 10_000  # that follow, at most: the task
-    base_batch: int = 16  # bins
-    base_lr: float = 1e-3
-    base_epochs: float = 4.0
     batch: int = 8  # bins
     lr: float = 1e-3
     epochs: float = 3.0
@@ -40,10 +28,7 @@ class Scale:
     learns: float = 0.05  # share of its held-out loss that bf16 must lose, else the comparison says nothing
 
 
-TINY = Scale(
-    vocabulary=2000, hidden=64, inter=176, layers=2, heads=4, kv_heads=2, seq_len=256, documents=40, shown=400, problems=400,
-    base_batch=8, base_lr=5e-3, base_epochs=2, batch=4, lr=1e-2, epochs=3,
-)  # fmt: skip
+TINY = Scale(**TINY_BASE, documents=40, shown=400, problems=400, batch=4, lr=1e-2, epochs=3)
 RECIPE = """
 name = "precision-data"
 deepspeed = "{root}/configs/deepspeed/zero2.json"
@@ -85,8 +70,7 @@ def prepare(folder: Path, data: Path, scale: Scale) -> None:
         sys.exit(f"{folder} exists: remove it, or name another folder")
     with tempfile.TemporaryDirectory(prefix="graft-") as own:
         home = Path(own)
-        articles = json.loads((data / "drcd_dev.json").read_text(encoding="utf-8"))["data"]
-        write_jsonl(home / "drcd.jsonl", [{"title": a["title"], "text": p["context"]} for a in articles for p in a["paragraphs"]])
+        write_jsonl(home / "drcd.jsonl", articles(data))
         rows = list(read_jsonl(data / "gsm8k_train.jsonl"))
         chats = [[{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows]
         write_jsonl(home / "shown.jsonl", [{"text": in_chatml(chat)} for chat in chats[: scale.shown]])
@@ -94,11 +78,5 @@ def prepare(folder: Path, data: Path, scale: Scale) -> None:
         (home / "recipe.toml").write_text(RECIPE.format(root=ROOT, data=data, **asdict(scale)), encoding="utf-8")
         plan = Plan(home / "recipe.toml", (), home)
         pipeline.run(plan, until="shard-sft")
-        for name in ("base", "sft"):
-            for split in ("train", "validation"):
-                shutil.copytree(plan.artifact(f"shard-{name}").path / split, folder / name / split)
-        (folder / "tokenizer").mkdir()
-        for path in plan.artifact("init").path.glob("tokenizer*"):
-            shutil.copy(path, folder / "tokenizer")
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    print(f"{folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
+        hand_over(plan, folder, ["base", "sft"])
+    print(size(folder))

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from precision import launch, make_base, plan_of, where
+from precision import lora_plan
 from precision_data import TINY, Scale
 from serve_bases import Served
+from small_base import launch, make_base, where
 
 TRAINED = ("bf16", "fp8", "nf4")
 
@@ -60,7 +61,7 @@ def made(args: argparse.Namespace) -> Trained:
     precisions = [p for p in TRAINED if p != "fp8" or fp8_works(where())]
 
     def run(precision: str) -> tuple[str, Any]:
-        plan = plan_of(home / precision, "sft", base, data / "sft", scale, precision=precision)
+        plan = lora_plan(home / precision, base, data, scale, precision=precision)
         if plan.resolve("sft").artifact is None:
             launch(plan, "sft")
         return precision, plan

@@ -34,7 +34,7 @@ def asked(count: int):
 class Model:
     def __init__(self, plan: Plan, adapter: bool):
         recipe, base = plan.recipe, plan.base_model("sft")
-        self.lm, self.tokenizer = load_base(*base, "fp32", "cpu"), load_tokenizer(*base, recipe.model.chat_template)
+        self.lm, self.tokenizer = load_base(*base, "fp32", "cpu"), load_tokenizer(*base, plan.chat_template)
         self.processor = ImageProcessor(*base, recipe.shard.image_pixels)
         if adapter:
             train = recipe.train_stage("sft")

@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +15,7 @@ from graft.data.grammar import corpus
 from graft.model.base import random_llama
 from graft.model.lora import adapters, inject
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ABSENT = ("ray", "numba", "orjson", "datasets")  # where the GPU is
-BLOCKER = f"""
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {ABSENT}:
-            raise ModuleNotFoundError(f"{{name}} is not for trainers", name=name)
-sys.meta_path.insert(0, Blocker())
-"""
+from .benchmarks.halves import BENCHMARKS, problem, without_data_stages
 
 
 @pytest.fixture
@@ -75,31 +64,20 @@ def test_a_task_that_was_not_learned_compares_nothing(precision):
     assert [bound["holds"] for bound in precision.bounds(found, learns=0.05)] == [False]
 
 
-def problem(rng):
-    name, other = rng.sample(["Ann", "Ben", "Cid", "Dora", "Eve", "Finn", "Gus", "Hana"], 2)
-    thing, place = rng.choice(["apples", "pens", "coins", "stones", "shells", "cards"]), rng.choice(["home", "the shop", "school", "the river"])
-    a, b = rng.randint(2, 60), rng.randint(2, 60)
-    question = f"{name} has {a} {thing}. {other} gives {name} {b} more at {place}. How many {thing} does {name} have now?"
-    return {"question": question, "answer": f"{name} has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} {thing} at {place}.\n#### {a + b}"}
-
-
 @pytest.mark.campaign
 def test_both_halves_at_a_tiny_scale(precision, tmp_path):
     """On the CPU, where nothing but FP8 is missing: 8 minutes on two busy cores."""
     rng, texts = random.Random(0), [t for t in corpus(600, 0) if len(t) > 100]
-    data, absent = tmp_path / "data", tmp_path / "absent"
+    data = tmp_path / "data"
     data.mkdir()
-    absent.mkdir()
     (data / "taigi_news.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
     articles = [{"title": f"{n}", "paragraphs": [{"context": text}]} for n, text in enumerate(texts[200:])]
     (data / "drcd_dev.json").write_text(json.dumps({"data": articles}))
     write_jsonl(data / "gsm8k_train.jsonl", [problem(rng) for _ in range(800)])
-    (absent / "sitecustomize.py").write_text(BLOCKER)
     program = [sys.executable, str(BENCHMARKS / "precision.py"), "--tiny"]
     subprocess.run([*program, "--prepare", str(tmp_path / "made"), "--data", str(data)], check=True)
     (tmp_path / "made").rename(tmp_path / "moved")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(absent), os.environ.get("PYTHONPATH", "")])}
-    assert subprocess.run([sys.executable, "-c", "import ray"], env=environment, capture_output=True).returncode == 1
+    environment = without_data_stages(tmp_path / "absent")
     subprocess.run([*program, "--train", str(tmp_path / "moved"), "--out", str(tmp_path / "out"), "--seeds", "0"], env=environment, check=True)
     result = json.loads((tmp_path / "out/precision.json").read_text())
     assert list(result["held_out"]) == ["bf16", "nf4", precision.PEFT]

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parsed(argv)
     # threads that wait for each other sleep, they do not spin: on busy cores evaluation took 117 s spinning, 16 s sleeping
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -33,6 +34,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("graft: interrupted; what is complete stays, run the same command to go on", file=sys.stderr)
         return 130
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    """With sentences behind options too, which argparse takes for unknown where the recipe stood before these."""
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if more and (not hasattr(args, "texts") or any(word.startswith("-") and word != "-" for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.texts += more
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--gpus-per-node", type=int, metavar="N", help="with --slurm: default GPUS_PER_NODE of slurm/site.env, or none")
     run.add_argument("--data-nodes", metavar="N", help="with --slurm: nodes of the data job (default: DATA_NODES of slurm/site.env, or 1)")
     run.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
+    several = verb("sweep", _sweep, "run a recipe at several settings and seeds, skip what is complete, and compare the evaluations")
+    several.add_argument("sweep", metavar="FILE", help="a .toml file, for example configs/sweeps/finetome-scaling.toml")
+    several.add_argument("--workspace", default=os.environ.get("GRAFT_WORKSPACE", "."), metavar="DIR", help="where data_shards/ and checkpoints/ lie")
+    instead = several.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print each run, and what is missing of it")
+    instead.add_argument("--report-only", action="store_true", help="compare the runs that are complete, and make none")
+    instead.add_argument(
+        "--slurm", action="store_true", help="print the commands that submit what is missing; one after another, as the runs share their data"
+    )
     with_recipe(verb("status", _status, "say what each stage of a recipe is doing: state, job, nodes, restarts, steps, tokens/s, time left"))
     with_recipe(verb("cancel", _cancel, "end the recipe's SLURM jobs; what is complete stays, and so do checkpoints"))
     check = with_recipe(verb("check", _check, "validate a recipe and its inputs, without torch or Ray"))
@@ -99,6 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     evaluate = with_recipe(verb("evaluate", _evaluate, "evaluate the recipe's adapter"))
     evaluate.add_argument("--server", metavar="URL", help="ask a running server the same, and compare; exit code 1 where an answer differs")
+    predict = with_recipe(verb("predict", _predict, "have the recipe's adapter answer sentences, or a file of questions"))
+    predict.add_argument("texts", nargs="*", metavar="TEXT", help="what is asked, each by itself; - reads lines from stdin")
+    predict.add_argument("--file", metavar="FILE", help="questions in any layout that [evaluate.tasks] reads, with or without their answers")
+    predict.add_argument("--out", metavar="FILE", help="of the answers to --file: .csv for ID,Answer, .jsonl for all that is known")
+    predict.add_argument("--like", metavar="NAME", help="read --file as this task or corpus of the recipe says (default: the only one that can)")
+    predict.add_argument(
+        "--by", choices=["generated", "likelihood"], default="generated", help="how an option is chosen: named by the reply, or the likeliest one"
+    )
+    predict.add_argument("--base", action="store_true", help="ask the model under the adapter")
+    predict.add_argument("--system", metavar="TEXT", help="system message of whatever brings none")
+    predict.add_argument("--json", action="store_true", help="print one JSON object a line")
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
     serve.add_argument("--port", type=int)
     report = with_recipe(
@@ -119,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(args: argparse.Namespace, hub: Literal["ask", "recorded", "open"] = "ask"):
+def _plan(args: argparse.Namespace, hub: Literal["ask", "recorded", "look"] = "ask"):
     from graft.core.stages import Plan
 
     return Plan(args.recipe, tuple(args.overrides), args.workspace, hub)
@@ -152,6 +184,19 @@ def _submit(plan: Plan, args: argparse.Namespace) -> int:
         raise ConfigError("--slurm takes none of --from, --only, --data, --keep and --allow-data-change: submit those by sbatch slurm/*.sbatch")
     jobs = submit(plan, Sizes(args.nodes, args.gpus_per_node, args.data_nodes), args.until)
     print("\n".join(followed(jobs, args.recipe)) if jobs else f"{args.recipe}: every stage is complete")
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from graft.sweep import Sweep
+
+    sweep = Sweep(args.sweep, args.workspace)
+    if args.dry_run or args.slurm:
+        print("\n".join(sweep.outlook() if args.dry_run else sweep.commands()))
+        return 0
+    if not args.report_only:
+        sweep.make()
+    print(sweep.report())
     return 0
 
 
@@ -240,9 +285,11 @@ def _merge(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from graft import pipeline
 
-    plan = _plan(args, "ask" if args.gpus else "open")  # the shape of a base on the hub is asked there
+    plan = _plan(args, "look")
     pipeline.check(plan)
-    print(f"{args.recipe}: ok, stages {', '.join(plan.stages)}")
+    print(f"{args.recipe}: {'nothing wrong in what was looked at' if plan.unseen else 'ok'}, stages {', '.join(plan.stages)}")
+    for name, why in plan.unseen.items():
+        print(f"not looked at: {name} ({why})")
     from graft.train.sizing.check import report, report_here
 
     lines, fits = report(plan, args.gpus, args.price) if args.gpus else (report_here(plan, args.price), True)
@@ -259,6 +306,47 @@ def _evaluate(args: argparse.Namespace) -> int:
     lines, equal = compare(_plan(args, "recorded"), args.server)
     print("\n".join(lines))
     return 0 if equal else 1
+
+
+def _predict(args: argparse.Namespace) -> int:
+    if bool(args.texts) == bool(args.file) or bool(args.file) != bool(args.out) or (args.file and args.json):
+        raise ConfigError("`graft predict` takes a recipe and TEXT (or -), or --file FILE and --out FILE.csv or FILE.jsonl")
+    if not args.file and (args.like or args.by != "generated"):
+        raise ConfigError("--like and --by are of --file: sentences have no options")
+    return _predict_file(args) if args.file else _predict_texts(args)
+
+
+def _predict_file(args: argparse.Namespace) -> int:
+    from graft.data.prompts import source
+
+    plan, file, out = _plan(args, "recorded"), Path(args.file), Path(args.out)
+    found = source(plan.recipe, file, args.like)
+    print(f"{file}: layout {found.layout}" + (f", read as {found.name} says" if found.name else ""))
+    from graft.evaluate.predict import Predictor, check_out, write
+
+    check_out(out, file)
+    with closing(Predictor.of(plan, found.task, args.base, args.by == "likelihood", args.system)) as predictor:
+        print(write(predictor, found.rows(), out))
+    return 0
+
+
+def _predict_texts(args: argparse.Namespace) -> int:
+    import json
+
+    from graft.evaluate.predict import Predictor, sentences, shown
+
+    texts = (line for text in args.texts for line in (filter(None, map(str.strip, sys.stdin)) if text == "-" else [text]))
+    refused = 0
+    with closing(Predictor.of(_plan(args, "recorded"), base=args.base, system=args.system)) as predictor:
+        for line in predictor.answers(sentences(texts), at_once=1 if "-" in args.texts and sys.stdin.isatty() else None):
+            refused += "refused" in line
+            if args.json:
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+            elif "refused" in line:
+                print(f"graft: text {line['id']} was not asked: {line['refused']}", file=sys.stderr)
+            else:
+                print(shown(line), flush=True)
+    return 2 if refused else 0
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rich import get_console
 from rich.table import Table
 
+from graft.core import tracking
 from graft.core.artifact import Artifact
 from graft.core.errors import ArtifactError
 from graft.core.rows import read_seeds
@@ -84,6 +85,8 @@ def run(
         from graft.data.api.caller import check_credentials
 
         check_credentials(plan.endpoint)
+    if to_make & {"evaluate", *(name for name, spec in plan.stages.items() if spec.room == "launch")}:
+        tracking.check(plan.recipe.tracking)
     if "serve" in to_make:  # the server will be started at the end: its port must be free
         from graft.serve.app import check_address
 

@@ -1,9 +1,15 @@
 """Plans over a hub whose branches move (tests/hub.py): what is loaded, what a fingerprint says, who is told what."""
 
+import json
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from graft.core.errors import ConfigError
 from graft.core.hub import HubDataset, dataset_of
+from graft.model.shapes import ON_THE_HUB, SHAPES
 
 BASE, TALES = "models/owner/tiny", "datasets/owner/tales"
 RECIPE = """
@@ -76,7 +82,6 @@ def test_what_cannot_be_had_is_told_before_anything_runs(hub, place):
         assert place.says.startswith("graft: ") and place.says.count("\n") == 1, place.says
         return place.says
 
-    assert place.graft("check", "far.toml") == 0 and not hub.requests, "a recipe is validated without a network"
     assert place.graft("run", "far.toml", "--dry-run") == 0
     hub.access[BASE] = "gated"
     hub.push(BASE, {"config.json": b"{  }"})
@@ -85,6 +90,62 @@ def test_what_cannot_be_had_is_told_before_anything_runs(hub, place):
     assert place.graft("augment", "far.toml", "--dry-run") == 0, "rows are made without the right to the base"
     assert "lacks config.json on the hub" in refused("--set", f"model.base='{hub_without_config(hub)}'")
     assert "hub:owner/gone is not on the hub, or is private" in refused("--set", "corpora.tales.path='hub:owner/gone'", HF_TOKEN=hub.token)
+
+
+def checked(place, *arguments: str, code: int = 0, **extra: str) -> str:
+    """What `graft check` says."""
+    environment = place.environment(**extra)
+    done = subprocess.run(
+        [sys.executable, "-m", "graft.cli", "check", "far.toml", *arguments], env=environment, cwd=place.root, capture_output=True, text=True
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def test_check_looks_at_the_hub_and_says_what_it_could_not(hub, place):
+    whole = checked(place)
+    assert whole.startswith("far.toml: ok, stages") and "not looked at" not in whole
+    hub.access[BASE] = "gated"
+    hub.push(BASE, {"config.json": b"{  }"})
+    gated = checked(place)
+    assert "not looked at: owner/tiny (it is gated)\n" in gated and ": ok" not in gated and "tales" not in gated, "the data set was"
+    assert "not looked at" not in checked(place, HF_TOKEN=hub.token)
+    hub.access[BASE] = "private"
+    for extra in ({}, {"HF_TOKEN": "hf_another"}):
+        assert "model.base = 'owner/tiny' is not on the hub, or is private" in checked(place, code=2, **extra)
+    assert "hub:owner/gone is not on the hub" in checked(place, "--set", "corpora.tales.path='hub:owner/gone'", code=2, HF_TOKEN=hub.token)
+    assert "has no such branch" in checked(place, "--set", "model.revision='next'", code=2, HF_TOKEN=hub.token)
+
+
+@pytest.mark.parametrize("extra", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}, {"down": "1"}])
+def test_without_a_network_a_recipe_is_checked_all_the_same(hub, place, extra):
+    hub.down = bool(extra.pop("down", None))
+    said = checked(place, **extra)
+    reason = "the hub cannot be reached" if extra else "the hub answers 500"
+    assert f"not looked at: owner/tiny ({reason})\n" in said and f"not looked at: hub:owner/tales ({reason})\n" in said
+    assert "did you mean" in checked(place, "--set", "sft.epoch=3", code=2, **extra)
+
+
+def test_memory_and_time_are_told_of_a_base_whose_shape_is_known(hub, place):
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    said = checked(place, "--gpus", "1xH100", "--set", "model.base='meta-llama/Llama-3.1-8B'", **away)
+    assert "by the shape that meta-llama/Llama-3.1-8B is known to have (llama-3.1-8b)" in said and "sft: micro_batch" in said and "a step" in said
+    unknown = checked(place, "--gpus", "1xH100", **away)
+    assert "not predicted, the shape of owner/tiny is known by its config.json alone" in unknown and "sft: micro" not in unknown
+    hub.push("models/meta-llama/Llama-3.1-8B", {"config.json": json.dumps(SHAPES["llama-3.1-8b"]).encode()})
+    seen = checked(place, "--gpus", "1xH100", "--set", "model.base='meta-llama/Llama-3.1-8B'")
+    assert "is known to have" not in seen and said.splitlines()[-2:] == seen.splitlines()[-2:], "the same prediction"
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, place):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code = "import graft.core.hub as h\nh.TIMEOUT_S = 0.3\n" + INPUTS + "answer = plan.unseen"
+        away = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HUB": "look"}
+        assert place.asks(code, **away) == {"owner/tiny": "the hub cannot be reached", "hub:owner/tales": "the hub cannot be reached"}
+
+
+def test_every_name_has_a_shape():
+    assert set(ON_THE_HUB.values()) <= SHAPES.keys()
 
 
 def hub_without_config(hub) -> str:

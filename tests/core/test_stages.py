@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.core import stages
 from graft.core.artifact import sha256_file
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.stages import Plan, lineage
@@ -72,6 +73,24 @@ def test_an_edited_strategy_file_is_never_skipped_over(recipes):
     path.unlink()
     with pytest.raises(ConfigError, match=r"zero2\.json"):
         p.external_input("deepspeed")
+
+
+def test_an_edited_template_is_never_skipped_over(recipes):
+    of_file = Plan(recipes / "taigi-tiny.toml", ("model.chat_template='interviewer/interview.jinja'",), recipes)
+    assert [s.name for s in of_file.stages.values() if "template" in s.inputs] == [
+        *("init", "shard-base", "shard-cpt", "shard-sft", "base", "cpt", "merge", "sft", "evaluate", "serve")
+    ]
+    assert not any("template" in s.inputs for s in Plan(recipes / "taigi-tiny.toml").stages.values())
+    before, path = of_file.external_input("template"), recipes / "interviewer/interview.jinja"
+    assert of_file.chat_template == path.read_text() and plan(recipes, "model.chat_template=chatml").chat_template == "chatml"
+    path.write_text(path.read_text() + " ")
+    assert of_file.external_input("template") != before
+    path.write_bytes("面試官".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"interview\.jinja, which is no UTF-8"):
+        _ = of_file.chat_template
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"model\.chat_template names .*interview\.jinja, which is no file"):
+        _ = of_file.chat_template
 
 
 def test_a_discarded_artifact_is_gone_under_its_name(recipes):
@@ -183,3 +202,23 @@ def test_file_digests_are_remembered_until_the_file_changes(recipes):
     assert p.external_input("seeds") == p.external_input("seeds") == sha256_file(seeds)
     seeds.write_text("changed")
     assert p.external_input("seeds") == sha256_file(seeds)
+
+
+def test_an_encoder_is_an_input_of_the_evaluation_alone(recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "commit_of", lambda kind, name, revision, key: f"commit of {key} {revision}")  # tests/core/test_hub.py asks a hub
+
+    (recipes / "chat.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    tasks = 'evaluate.tasks={chat = {kind = "generation", path = "chat.jsonl"}}'
+
+    def of(name):
+        return Plan(recipes / "image-intent-tiny.toml", (tasks, f"evaluate.semantic={name}"), tmp_path / "ws")
+
+    for name, revision in (("owner/encoder@v1", "v1"), ("owner/encoder", None)):
+        assert of(name).semantic_encoder() == ("owner/encoder", f"commit of evaluate.semantic {revision}")
+        assert of(name).external_input("semantic") == f"hub:owner/encoder@commit of evaluate.semantic {revision}"
+    assert [name for name, stage in of("owner/encoder").stages.items() if "semantic" in stage.inputs] == ["evaluate"]
+    with pytest.raises(ConfigError, match=r"evaluate\.semantic = './none' is neither a folder beside the recipe nor a hub id"):
+        of("./none").external_input("semantic")
+    (recipes / "encoder").mkdir()
+    with pytest.raises(ConfigError, match=r"evaluate\.semantic = .* has no config\.json"):
+        of("encoder").external_input("semantic")

@@ -50,11 +50,11 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(str(folder), None, "chatml")
 
 
-def publish(root, kind, tokenizer, filled, inputs=None):
+def publish(root, kind, tokenizer, filled, inputs=None, template="chatml"):
     """An artifact under `root` whose recipe names `root`/base; `filled` puts the files into its folder."""
     if not (root / "base").exists():
         tokenizer.save_pretrained(root / "base", save_jinja_files=False)
-    recipe = {"model": {"base": "base", "revision": None, "chat_template": "chatml"}}
+    recipe = {"model": {"base": "base", "revision": None, "chat_template": template}}
     final = root / "data_shards" / "small" / kind / "abc"
     with writing(
         final, kind=kind, fingerprint="abc", head={"recipe": recipe, "parents": {}, "inputs": {"model": inputs or {"config.json": "0"}}}
@@ -169,6 +169,14 @@ def test_another_tokenizer_is_not_believed(tmp_path, tokenizer):
     assert "ids, not text: the tokenizer of 'base' is not the one these shards were made with" in text and "柴" not in text
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     assert "model.base = 'base' is not found from" in shown(path)
+
+
+def test_a_template_file_is_looked_for_as_the_base_is(tmp_path, tokenizer):
+    path = publish(tmp_path, "shard-sft", tokenizer, lambda folder: shards_in(folder, tokenizer), template="own/chat.jinja")
+    assert "model.chat_template = 'own/chat.jinja' is not found from" in shown(path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/chat.jinja").write_text(tokenizer.chat_template)
+    assert "請畫一隻" in shown(path)
 
 
 def test_the_page_holds_the_same_and_runs_nothing(artifact, tmp_path):

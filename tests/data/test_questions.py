@@ -63,6 +63,14 @@ def test_questions_are_read_as_their_kind_needs_them(plan):
     assert counts["maths"]["refused"] == {"no final answer": 1, '"question" is empty': 1, "no JSON": 1} and counts["reading"]["rows"] == 2
 
 
+def test_a_cloze_is_asked_without_a_conversation(plan):
+    templates = {"prompt": '"{article}{question}"', "reply": '"{text}"'}
+    job = plan("evaluate.tasks.reading.kind=cloze", *(f"evaluate.tasks.reading.mcq.{k}={v}" for k, v in templates.items())).resolve("questions")
+    questions.run(job)
+    first, _ = read_jsonl(job.artifact.path / "reading.jsonl")
+    assert first == {"id": "0", "text": "柴犬在海邊。誰在海邊？", "replies": ["貓", "柴犬", "人", "鳥"], "right": 1}
+
+
 def test_questions_are_evaluation_sets_by_themselves(plan):
     found = evaluation_pieces(plan())
     assert [layout for layout, *_ in found] == ["qa", "mcq", "messages", "text"]

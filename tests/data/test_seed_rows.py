@@ -1,11 +1,12 @@
 """Augmented rows: split by family, cleaned, and of each user text the first."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from graft.core.errors import DataError
-from graft.core.recipe import Recipe
+from graft.core.recipe import Recipe, load
 from graft.core.sections import Decontaminate
 from graft.data.decontaminate import Gate
 from graft.data.seed_rows import families_held_out, hold_out_rows, select, sentences, tidy
@@ -77,3 +78,14 @@ def test_rows_are_kept_or_rejected_with_a_reason():
         "roles": "unbalanced roles",
     }
     assert len(rows) == sum(map(len, kept.values())) + len(rejected)
+
+
+def test_the_full_size_recipe_splits_3000_rows_as_its_system_did_but_by_whole_families():
+    """2,160 / 240 / 600 there; 4 of 18 and 3 of 15 seeds are as near as families come."""
+    full = load(Path(__file__).parents[2] / "configs/recipes/image-intent-8b.toml")
+    seeds, made = {"call": 18, "text": 15}, full.augment.rows_per_class
+    rows = [row(n + made * (label == "text"), label, f"{label}-{n % count:02d}") for label, count in seeds.items() for n in range(made)]
+    test = families_held_out(rows, full.prepare.test_families, full.seed)
+    train, validation = hold_out_rows([r for r in rows if r["family"] not in test], full.prepare.validation)
+    assert len(rows) == 3000 and len(test) == 7 and len(rows) - len(train) - len(validation) == pytest.approx(600, rel=0.06)
+    assert len(train) == pytest.approx(2160, rel=0.03) and len(validation) == pytest.approx(240, rel=0.15)

@@ -20,8 +20,10 @@ import pytest
 from graft import cli
 from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
+from graft.core.tracking import group_of
 from graft.data.endpoint import complete
 
+from ..core.wandb_server import history, records
 from .kills import assert_complete
 from .leaks import PIECE, new_key, search
 from .tree import RECIPE
@@ -68,6 +70,25 @@ def test_a_planted_key_is_in_no_file_and_in_no_answer_of_ray(pipeline):
     for name in plan.stages:
         assert plan.latest(name).manifest["kind"] == name
     print(f"{searched.total()} files, {sum(map(len, pipeline.api.seen.values()))} answers of Ray, keys found: 0")
+
+
+def test_wandb_has_each_stage_once_in_one_group(pipeline):
+    plan = Plan(pipeline.path / RECIPE, pipeline.overrides, pipeline.path)
+    told = {}
+    for file in plan.home("checkpoints").glob("runs/*/wandb/offline-run-*/*.wandb"):
+        (run,) = [r for r, kind in records(file) if kind == "run"]
+        assert run.display_name not in told, "a launch replaces the one before"
+        told[run.display_name] = (
+            run.run_group,
+            [line["_step"] for line in history(file) if "loss" in line],
+            {r.name for r, kind in records(file) if kind == "artifact"},
+        )
+    stages = ("base", "cpt", "sft", "evaluate")
+    assert told.keys() == {f"image-intent-tiny/{stage}" for stage in stages} and {group for group, _, _ in told.values()} == {group_of(plan)}
+    for stage in stages:
+        _, steps, linked = told[f"image-intent-tiny/{stage}"]
+        assert steps == list(range(plan.latest(stage).counts.get("steps", 0))), "each step once, over the kill"
+        assert {f"image-intent-tiny-{name}" for name in (stage, *plan.stages[stage].parents)} <= linked
 
 
 def test_ray_was_really_asked(pipeline):

@@ -93,6 +93,12 @@ def test_the_server_answered_with_a_call(plan):
     assert parse_answer(reply["reply"], "generate_image", "prompt").kind == "call"
 
 
+def test_a_prediction_from_the_command_line_is_what_the_server_answered(quickstart, plan):
+    reply = json.loads((plan.artifact("serve").path / "reply.json").read_text())
+    quickstart.run(*quickstart.graft("predict", RECIPE, reply["prompt"]))
+    assert f"{reply['reply']}\n  call generate_image " in quickstart.said()
+
+
 def test_lineage_reaches_from_the_reply_to_the_ledger(plan):
     kinds = [a.manifest["kind"] for _, a in lineage(plan.artifact("serve").path)]
     assert set(kinds) == set(plan.stages) - {"evaluate"} and kinds[0] == "serve"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 
@@ -155,6 +156,48 @@ def test_logprobs_are_those_of_the_model(engine):
         assert max(abs(p - q) for (_, p), q in zip(of.top, row.topk(3).values.tolist(), strict=True)) < 1e-4
     scores = engine.score(prompt + tokens, len(prompt), "two")
     assert max(abs(a - of.logprob) for a, of in zip(scores, told, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("name", [None, "one", "two"])
+def test_scores_of_many_are_those_of_each_alone(engine, name, monkeypatch):
+    draw = random.Random(5)
+    ids = [[draw.randrange(4, 300) for _ in range(draw.choice([2, 3, 17, 40, MAX_LENGTH]))] for _ in range(24)]
+    asked = [(own, draw.randrange(1, len(own))) for own in ids]
+    alone = [engine.score(own, first, name) for own, first in asked]
+    for own, (whole, first) in zip(alone, asked, strict=True):
+        reference = logits_of(engine, whole, name)[0].log_softmax(-1)
+        assert own == pytest.approx([reference[at - 1, whole[at]].item() for at in range(first, len(whole))], abs=1e-5)
+    shapes = []
+    monkeypatch.setattr(engine, "_forward", lambda ids, *rest: shapes.append(tuple(ids.shape)) or type(engine)._forward(engine, ids, *rest))
+    together = engine.scores(asked, name)
+    assert len(shapes) == 1 and shapes[0][0] == 24, "one forward"
+    monkeypatch.setattr("graft.engine.hf.PROMPT_TOKENS", 300)
+    monkeypatch.setattr("graft.engine.hf.SCORED_TOKENS", 60)
+    in_parts = engine.scores(asked, name)
+    assert len(shapes) > 6 and all(rows == 1 or rows * length <= 300 for rows, length in shapes[1:])
+    for found in (together, in_parts):
+        assert [len(own) for own in found] == [len(own) for own in alone]
+        assert max(abs(a - b) for own, other in zip(found, alone, strict=True) for a, b in zip(own, other, strict=True)) < 1e-5
+        assert max(abs(sum(own) - sum(other)) for own, other in zip(found, alone, strict=True) if len(own) < 20) < 1e-5, "nats of a reply"
+    assert engine.scores([]) == []
+
+
+def test_scores_leave_rows_under_way_as_they_are(engine, mixed):
+    wanted = engine.generate(mixed[:4])
+    of = {engine.add(request): n for n, request in enumerate(mixed[:4])}
+    tokens = [[] for _ in wanted]
+    while engine.busy:
+        for chunk in engine.step():
+            tokens[of[chunk.row]] += chunk.tokens
+        engine.scores([([5, 6, 7], 1), ([8] * 30, 4)], "one")
+    assert tokens == [c.token_ids for c in wanted]
+
+
+def test_what_cannot_be_scored_is_named(engine):
+    with pytest.raises(DataError, match=f"request 1 has {MAX_LENGTH} prompt tokens"):
+        engine.scores([([5, 6], 1), ([5] * (MAX_LENGTH + 1), 1)])
+    with pytest.raises(DataError, match="'three'"):
+        engine.score([5, 6], 1, "three")
 
 
 def test_top_k_draws_from_the_likeliest_alone(engine):

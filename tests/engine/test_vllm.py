@@ -94,6 +94,12 @@ def test_scores_are_those_of_the_other_engine(engine, peer, name):
         assert len(ours) == len(ids) - 4 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < NEAR_NATS
 
 
+def test_scores_of_many_are_those_of_each_alone(engine):
+    asked = [(prompt_of(engine, text), 1 + n) for n, text in enumerate(PROMPTS)]
+    for (ids, first), own in zip(asked, engine.scores(asked, "two"), strict=True):
+        assert max(abs(a - b) for a, b in zip(own, engine.score(ids, first, "two"), strict=True)) < NEAR_NATS
+
+
 def test_an_adapter_is_applied(engine):
     ids = prompt_of(engine, "sea")
     base, one, two = (engine.score(ids, 4, name) for name in (None, "one", "two"))

@@ -2,6 +2,7 @@
 
 import json
 from math import exp
+from statistics import fmean
 
 import pytest
 
@@ -9,20 +10,31 @@ from graft.core.rows import read_jsonl
 from graft.core.store import AdapterStore
 from graft.data import questions
 from graft.engine.hf import HFEngine
-from graft.evaluate import stage
+from graft.evaluate import arms, stage
+from graft.evaluate.arms import CALLS
+from graft.evaluate.options import behind, likelihoods, replies
+from graft.evaluate.semantic import Encoder
+from graft.evaluate.tasks import Asker
 from graft.model.chat import load_tokenizer
+from graft.report.gather import gather
 
 from ..train.small import small_plan, train
+from .test_semantic import write_encoder
 
 TASKS = """
 [evaluate]
 max_new_tokens = 8
+semantic = "encoder"
 batch_size = 4
 {more}
 [evaluate.tasks.reading]
 kind = "choice"
 path = "reading.jsonl"
 mcq = {{ prompt = "{{question}} {{options}}", option = "{{letter}}{{text}}", reply = "{{letter}}" }}
+[evaluate.tasks.next]
+kind = "cloze"
+path = "reading.jsonl"
+mcq = {{ prompt = "{{article}} {{question}} ", reply = "{{text}}" }}
 [evaluate.tasks.chat]
 kind = "generation"
 path = "chat.jsonl"
@@ -38,6 +50,7 @@ path = "texts.txt"
 
 def plan_with(root, more=""):
     small_plan(root)
+    write_encoder(root / "encoder")
     options = {f"option{n + 1}": text for n, text in enumerate("wxyz")}
     reading = [{"article": "a", "question": f"{n}?", **options, "answer": "ABCD"[n % 4]} for n in range(6)]
     (root / "reading.jsonl").write_text("\n".join(map(json.dumps, reading)))
@@ -68,6 +81,7 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
     tasks = found["tasks"]
     assert {name: (told["kind"], told["rows"]) for name, told in tasks.items()} == {
         "reading": ("choice", 6),
+        "next": ("cloze", 6),
         "chat": ("generation", 5),
         "maths": ("exact", 3),
         "texts": ("perplexity", 3),
@@ -78,8 +92,25 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
             for mean in means.values():
                 assert mean["low"] <= mean["mean"] <= mean["high"]
     assert {"correct", "unreadable", "correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["reading"]["systems"]["base"])
-    assert {"bleu", "rouge1", "rouge2", "rougeL", "equal"} == set(tasks["chat"]["systems"]["base"])
+    assert {"correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["next"]["systems"]["base"])
+    assert {"bleu", "rouge1", "rouge2", "rougeL", "equal", "semantic"} == set(tasks["chat"]["systems"]["base"])
     assert "scores" in found and found["rows"] == 3, "calls and texts as before"
+
+
+def test_the_likelihoods_are_those_of_each_option_alone(plan):
+    base, revision, adapters = plan.trained()
+    engine = HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+    rows = list(read_jsonl(plan.artifact("questions").path / "reading.jsonl"))
+    kept = list(read_jsonl(plan.artifact("evaluate").path / "predictions-reading.jsonl"))
+    for system, adapter in (("adapter", "small"), ("base", None)):
+        together = likelihoods(engine, [replies(engine.tokenizer, row) for row in rows], adapter)
+        for row, own, line in zip(rows, together, kept, strict=True):
+            for (nats, a_character), reply in zip(own, replies(engine.tokenizer, row), strict=True):
+                scores = engine.score(reply.ids, reply.first, adapter)
+                alone = sum(s for s, supervised in zip(scores, reply.mask, strict=True) if supervised)
+                assert abs(nats - alone) < 1e-5 and a_character == nats / reply.characters
+            assert line[system]["loglikelihoods_nats"] == pytest.approx([nats for nats, _ in own], abs=1e-4)
+    assert plan.artifact("evaluate").counts["engine"] == "HFEngine"
 
 
 def test_predictions_are_kept_and_give_the_scores_again(plan, found):
@@ -94,9 +125,38 @@ def test_predictions_are_kept_and_give_the_scores_again(plan, found):
     )
 
 
-def test_perplexity_is_that_of_the_engine(plan, found):
+def engine_of(plan):
     base, revision, adapters = plan.trained()
-    engine = HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+    return HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+
+
+def test_a_cloze_is_plain_text_behind_plain_text(plan, found):
+    engine = engine_of(plan)
+    lines = list(read_jsonl(plan.artifact("evaluate").path / "predictions-next.jsonl"))
+    for row, line in zip(read_jsonl(plan.artifact("questions").path / "next.jsonl"), lines, strict=True):
+        assert row["text"] == f"a {row['id']}? " and row["replies"] == list("wxyz") and row["right"] == line["wanted"] == int(row["id"]) % 4
+        context = engine.tokenizer(row["text"])["input_ids"]
+        nats = [sum(engine.score(context + engine.tokenizer(reply)["input_ids"], len(context), "small")) for reply in row["replies"]]
+        assert line["adapter"]["loglikelihoods_nats"] == pytest.approx(nats, abs=1e-3)
+        best = float(max(range(4), key=nats.__getitem__) == row["right"])
+        assert line["adapter"]["scores"] == {"correct_loglikelihood": [best], "correct_loglikelihood_per_character": [best]}
+    told = found["tasks"]["next"]["systems"]["adapter"]["correct_loglikelihood"]
+    assert told["mean"] == pytest.approx(sum(line["adapter"]["scores"]["correct_loglikelihood"][0] for line in lines) / 6, abs=1e-6)
+
+
+def test_a_text_too_long_for_the_model_loses_its_begin_not_the_reply(plan):
+    engine = engine_of(plan)
+    asker = Asker(plan.recipe, "next", plan.recipe.evaluate.tasks["next"], engine, engine.tokenizer, None)
+    context, reply = (engine.tokenizer(text)["input_ids"] for text in ("b" * 100, "wxyz"))
+    whole = [*context, *reply][-asker.window :]
+    asked = [{"text": "b" * 100, "replies": ["wxyz"]}, {"text": "b", "replies": ["w" * 100]}]
+    ((long,),), ((wide,),) = (likelihoods(engine, [behind(engine.tokenizer, row, asker.window)], None) for row in asked)
+    assert long[0] == pytest.approx(sum(engine.score(whole, len(whole) - len(reply))))
+    assert wide[0] == pytest.approx(sum(engine.score(engine.tokenizer("w" * asker.window)["input_ids"], 1)))
+
+
+def test_perplexity_is_that_of_the_engine(plan, found):
+    engine = engine_of(plan)
     nats = tokens = 0
     for row in read_jsonl(plan.artifact("questions").path / "texts.jsonl"):
         ids = engine.tokenizer(row["text"])["input_ids"]
@@ -118,6 +178,47 @@ def test_the_report_the_store_and_the_counts_say_them(plan, found):
     assert AdapterStore(plan.served).get("small").notes["evaluation"]["reading correct"] == counts["tasks"]["reading"]["correct"]
 
 
+def test_the_encoder_is_an_input_and_its_score_one_of_the_others(plan, found):
+    chat, lines = found["tasks"]["chat"], list(read_jsonl(plan.artifact("evaluate").path / "predictions-chat.jsonl"))
+    encoder = Encoder(str(plan.root / "encoder"), None, 4, "cpu")
+    for system in ("adapter", "base"):
+        near = encoder.similarity([line[system]["answers"][0] for line in lines], [line["wanted"] for line in lines])
+        assert [line[system]["scores"]["semantic"][0] for line in lines] == pytest.approx(near)
+        assert chat["systems"][system]["semantic"]["mean"] == pytest.approx(sum(near) / len(near), abs=1e-6)
+    assert "difference" in chat["paired"]["semantic"] and "semantic" in (plan.artifact("evaluate").path / "report.txt").read_text()
+    inputs = plan.artifact("evaluate").manifest["inputs"]["semantic"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(inputs)
+    before = plan.resolve("evaluate").fingerprint
+    config = plan.root / "encoder/config.json"
+    said = config.read_text()
+    config.write_text(said + " ")
+    assert plan.resolve("evaluate").fingerprint != before and plan.resolve("sft").artifact
+    config.write_text(said)
+
+
+def test_the_page_of_the_run_shows_what_was_asked_said_and_wanted(plan):
+    tasks = {t.name: t for t in gather(plan).evaluation.tasks}
+    assert list(tasks) == ["reading", "next", "chat", "maths", "texts"] and "answers of base unreadable" in tasks["reading"].note
+    shown = {name: [*t.best, *t.worst] for name, t in tasks.items()}
+    assert len(shown["chat"]) > 0 and len(shown["texts"]) == 3
+    assert shown["next"]
+    for answer in [a for name in ("reading", "next", "chat", "maths") for a in shown[name]]:
+        sides = dict(answer.sides)
+        assert list(sides) == ["prompt", "adapter’s answer", "wanted", "base’s answer"] and sides["prompt"] and sides["wanted"]
+    assert all(answer.right == (dict(answer.sides)["adapter’s answer"] == dict(answer.sides)["wanted"]) for answer in shown["next"])
+    for answer in shown["texts"]:
+        assert "nats a token, base" in answer.judged and answer.sides[0][1].startswith("abc")
+
+
+def test_every_figure_is_one_of_the_table_that_is_tracked(found):
+    figures = list(stage._figures(found))
+    tasks = {(task, system, metric): value for task, system, metric, value, *_ in figures}
+    assert len(tasks) == len(figures) and all(isinstance(value, float) for value in tasks.values())
+    assert tasks["chat", "base", "rougeL"] == found["tasks"]["chat"]["systems"]["base"]["rougeL"]["mean"]
+    assert tasks["chat", "adapter less base", "rougeL"] == found["tasks"]["chat"]["paired"]["rougeL"]["difference"]
+    assert tasks["", "adapter", "strict f1"] == found["scores"]["adapter"]["strict"]["f1"]
+
+
 def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):
     plan = plan_with(tmp_path, "temperature = 1.5\nrepeats = 3")
     told = json.loads((plan.artifact("evaluate").path / "metrics.json").read_text())["tasks"]
@@ -129,3 +230,24 @@ def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):
     line = next(read_jsonl(plan.artifact("evaluate").path / "predictions-chat.jsonl"))
     assert len(set(line["base"]["answers"])) == 3 == len(line["base"]["scores"]["rouge1"])
     assert "± between repeats" in (plan.artifact("evaluate").path / "report.txt").read_text()
+
+
+def test_a_sweep_reads_the_same_figures_and_each_rows_scores(plan, found):
+    metrics, found = found, arms.read(plan.artifact("evaluate"))
+    assert {name: (t.kind, t.main) for name, t in found.items()} == {
+        CALLS: ("calls", "F1"),
+        "reading": ("choice", "correct"),
+        "next": ("cloze", "correct_loglikelihood"),
+        "chat": ("generation", "rougeL"),
+        "maths": ("exact", "correct"),
+        "texts": ("perplexity", "perplexity"),
+    }
+    assert found[CALLS].means == {"F1": metrics["scores"]["adapter"]["strict"]["f1"], "accuracy": metrics["scores"]["adapter"]["accuracy"]}
+    for name in ("reading", "next", "chat", "maths", "texts"):
+        systems = metrics["tasks"][name]["systems"]
+        for own, system in ((found[name].means, "adapter"), (found[name].base, "base")):
+            assert own == {metric: told["mean"] for metric, told in systems[system].items()}
+        assert found[name].rows
+        for metric, rows in found[name].rows.items():
+            assert len(rows) == metrics["tasks"][name]["rows"] and fmean(rows.values()) == pytest.approx(found[name].means[metric], abs=1e-4)
+    assert fmean(found[CALLS].rows["accuracy"].values()) == pytest.approx(found[CALLS].means["accuracy"])

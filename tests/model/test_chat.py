@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.core.errors import ConfigError, DataError
+from graft.core.recipe import NAMED_TEMPLATES
 from graft.model.chat import TEMPLATES, end_of_turn_ids, in_chatml, load_tokenizer, render, render_prompt, save_tokenizer, tokenizer_digest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
@@ -232,6 +233,34 @@ def test_alpaca(tmp_path):
     t.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="an end of sequence, which the tokenizer"):
         load_tokenizer(str(tmp_path), None, "alpaca")
+
+
+INTERVIEW = Path(__file__).parents[2] / "configs/recipes/interviewer/interview.jinja"
+
+
+def test_the_loss_of_an_interview_is_on_the_candidates_answers_alone(tmp_path):
+    made = plain_tokenizer()
+    made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    made.save_pretrained(tmp_path)
+    t = load_tokenizer(str(tmp_path), None, INTERVIEW.read_text(encoding="utf-8"))
+    messages = chat("請介紹自己。", " 我是以晴。\n", "為什麼想來？", "「想學新東西」", "好", "OK", system="一場面試")
+    rendered = render(t, messages)
+    head = "<s>一場面試\n面試官：請介紹自己。\n應聘者："
+    assert t.decode(rendered.ids) == head + "我是以晴。</s>\n面試官：為什麼想來？\n應聘者：「想學新東西」</s>\n面試官：好\n應聘者：OK</s>\n"
+    assert targets(t, rendered) == ["我是以晴。</s>", "「想學新東西」</s>", "OK</s>"]
+    last = render_prompt(t, messages[:-1])
+    assert t.decode(render_prompt(t, messages[:2])) == head and rendered.ids[: len(last)] == last
+    assert end_of_turn_ids(t) == [t.eos_token_id]
+    save_tokenizer(t, tmp_path / "adapter")
+    assert tokenizer_digest(load_tokenizer(str(tmp_path / "adapter"))) == tokenizer_digest(t)
+
+
+def test_a_file_that_is_no_template_is_told_with_its_line(tmp_path):
+    plain_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.chat_template is no Jinja template: line 2: "):
+        load_tokenizer(str(tmp_path), None, "{{ bos_token }}\n{% for m in messages %}")
+    assert load_tokenizer(str(tmp_path), None, "{{ raise_exception('a system message is needed') }}")
+    assert ("tokenizer", *TEMPLATES) == NAMED_TEMPLATES
 
 
 CONTENT = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=30).filter(str.strip)

@@ -12,6 +12,8 @@ from graft.core.rows import write_jsonl
 from graft.core.shards import Columns, write_index, write_shard
 from graft.core.stages import Plan
 
+KINDS = {"chat": "generation", "reading": "choice", "maths": "exact", "texts": "perplexity"}
+TASKS = f"evaluate.tasks={{{', '.join(f'{name} = {{ kind = {chr(34)}{kind}{chr(34)}, path = {chr(34)}notes.jsonl{chr(34)} }}' for name, kind in KINDS.items())}}}"
 RECIPE = """
 name = "made"
 seed = 3
@@ -88,6 +90,51 @@ def predictions():
         }  # fmt: skip
 
 
+def tasks(rows=30):
+    """{name: (questions, predictions, what metrics.json says)} of a task of each kind, as data/questions.py and evaluate/tasks.py write them."""
+    found = {}
+    for name, kind in KINDS.items():
+        asked, lines = [], []
+        for n in range(rows):
+            say = [{"role": "user", "content": f"{SHIBA} {n} of {name}"}]
+            replies = [f"{letter}. {'海山河湖'[at]} {n}" for at, letter in enumerate("ABCD")]
+            more = {
+                "generation": {"messages": [{"role": "system", "content": "short"}, *say], "wanted": f"wanted {n}"},
+                "choice": {
+                    "messages": [{"role": "user", "content": "文" * 3000 + f" question {n}"}],
+                    "options": replies,
+                    "replies": replies,
+                    "right": n % 4,
+                },
+                "exact": {"messages": say, "wanted": f"so #### {n}"},
+                "perplexity": {"text": f"text {n} " + "海" * 40},
+            }[kind]
+            asked.append({"id": str(n), **more})
+            lines.append({"id": str(n), **({"wanted": more.get("wanted", more.get("right"))} if kind != "perplexity" else {})})
+            for system, offset in (("adapter", 1), ("base", 0)):
+                right, unread = float((n + offset) % 3 > 0), float(n % 7 == 0 and (n + offset) % 3 == 0)
+                scores = {
+                    "generation": {"rouge1": [0.5, 0.5], "rougeL": [n / rows, (n + offset) / rows], "equal": [0.0, 0.0]},
+                    "choice": {"correct": [right], "unreadable": [unread]},
+                    "exact": {"correct": [right], "unreadable": [unread]},
+                }.get(kind)
+                own = {"answers": [f"{system} says {n}"] * (2 if kind == "generation" else 1), "scores": scores}
+                own |= {"loglikelihoods_nats": [-3.0, -2.0 - offset, -2.5, -9.0]} if kind == "choice" else {}
+                lines[-1][system] = own if scores else {"nats": 50.0 + n - 10 * offset, "tokens": 20 if n else 0}
+        mean = {"mean": 0.5, "low": 0.4, "high": 0.6, "rows": rows}
+        names = {"perplexity": ["perplexity", "bits_per_character", "nats_per_token"], "generation": ["bleu", "rouge1", "rougeL", "equal"]}.get(kind)
+        names = names or ["correct", "unreadable", *(["correct_loglikelihood", "correct_loglikelihood_per_character"] if kind == "choice" else [])]
+        told = {
+            "kind": kind,
+            "rows": rows,
+            "systems": {s: dict.fromkeys(names, mean | ({"std": 0.01} if kind == "generation" else {})) for s in ("adapter", "base")},
+        }
+        apart = {"difference": 0.1, "low": -0.05, "high": 0.25, "p": 0.04, "wins": 5, "losses": 2}
+        told["paired"] = {"of": "adapter less base", **{m: apart for m in names if m not in ("bleu", "perplexity", "bits_per_character")}}
+        found[name] = (asked, lines, told)
+    return found
+
+
 def _fill(draft, stage, steps, fill):
     folder, counts = draft.path, draft.counts
     if stage == "augment":
@@ -121,6 +168,9 @@ def _fill(draft, stage, steps, fill):
         counts.update(
             loss=0.2, validation_loss=0.5, tokens_per_s=2000.0, steps=steps, tokens=steps * 1000, processes=2, skipped_steps=0, device_hours=3.5
         )
+    elif stage == "questions":
+        for name, (asked, _, told) in tasks().items():
+            counts[name] = {"kind": told["kind"], "rows": write_jsonl(folder / f"{name}.jsonl", asked), "refused": {}}
     elif stage == "evaluate":
         found = fill.get("predictions") or list(predictions())
         write_jsonl(folder / "predictions.jsonl", found)
@@ -132,6 +182,10 @@ def _fill(draft, stage, steps, fill):
         scores = {name: score for name in ("adapter", "base", "always-call", "always-text")}
         families = {"call-00": 0.5, "call-01": 1.0, "text-00": 0.75}
         told = {"rows": len(found), "scores": scores, "confusion": MATRIX, "per_family_accuracy": families, "argument_exact_share": 0.9}
+        if (folder.parents[3] / "data_shards/made/questions").exists():
+            told["tasks"] = {name: of for name, (_, _, of) in tasks().items()}
+            for name, (_, lines, _) in tasks().items():
+                write_jsonl(folder / f"predictions-{name}.jsonl", lines)
         (folder / "metrics.json").write_text(json.dumps(told))
         counts.update(rows=len(found), strict_f1=0.725, accuracy=0.74, best_constant_f1=0.65, failures=6)
     else:

@@ -10,7 +10,7 @@ import pytest
 
 from graft.report.page import write
 
-from .made import SHIBA, make, metrics, plan_in, predictions
+from .made import SHIBA, TASKS, make, metrics, plan_in, predictions
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium import webdriver
@@ -37,7 +37,7 @@ def browser():
 def url(tmp_path_factory):
     rows = [{**p, "answer": LONG} if p["id"] == "9" else p for p in predictions()]
     lines = list(metrics(2_000, resumed_at=700, left_out=300))
-    return write(make(plan_in(tmp_path_factory.mktemp("page")), predictions=rows, metrics=lines)).as_uri()
+    return write(make(plan_in(tmp_path_factory.mktemp("page"), TASKS), predictions=rows, metrics=lines)).as_uri()
 
 
 def shown(browser, url, width, scheme, media="screen"):
@@ -60,6 +60,7 @@ def test_the_sections_show_and_nothing_overflows(browser, url, tmp_path, width, 
         "&& e.getBoundingClientRect().right > w + 1).map(e => e.outerHTML.slice(0, 80))"
     )
     assert outside == []
+    assert js("return [...document.querySelectorAll('.prediction .sides > div')].every(d => d.getBoundingClientRect().width > 150)")
     paper, ink = js("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color].map(c => +c.match(/\\d+/)[0])")
     assert (paper > 200 and ink < 60) if scheme == "light" else (paper < 60 and ink > 200)
     assert SHIBA in js("return document.body.innerText") and js("return document.querySelectorAll('figure svg path.line').length") > 20

@@ -101,22 +101,6 @@ def test_an_evaluation_of_other_measures_is_told_by_their_names(tmp_path):
     assert report.evaluation.others.rows == (("tasks.exam.accuracy", "0.5"), ("tasks.exam.rouge.l", "0.25")) and report.evaluation.scores is None
 
 
-def test_a_task_has_a_row_a_system_with_intervals(tmp_path):
-    plan = make(plan_in(tmp_path), "sft")
-    of = {"mean": 0.5, "low": 0.4, "high": 0.6, "rows": 9}
-    task = {
-        "kind": "choice",
-        "rows": 9,
-        "systems": {"adapter": {"correct": of}, "base": {"correct": of}},
-        "paired": {"of": "adapter less base", "correct": of},
-    }
-    with plan.resolve("evaluate").writing() as draft:
-        (draft.path / "metrics.json").write_text(json.dumps({"tasks": {"exam": task}}))
-    (table,) = gather(plan).evaluation.tasks
-    assert table.title == "Task exam" and table.columns == ("", "correct") and table.note == "choice, 9 rows"
-    assert table.rows == tuple((name, "0.500 (0.400 to 0.600)") for name in ("adapter", "base", "adapter less base"))
-
-
 def test_the_tree_is_json(finished):
     assert json.loads(json.dumps(dataclasses.asdict(finished)))["recipe"] == "made"
 

@@ -178,7 +178,13 @@ def test_models_health_ready_and_the_page(client):
     assert (client.get("/ready").status_code, client.get("/ready").json()["status"]) == (200, "ready")
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html") and "default-src 'none'" in page.headers["content-security-policy"]
+    assert '<textarea id="system" rows="2"></textarea>' in page.text
     assert 'lang="zh-Hant"' in page.text and "://" not in page.text  # it loads nothing from elsewhere
+
+
+def test_the_page_begins_with_the_recipes_system_prompt(spec):
+    with TestClient(build(Runner(dataclasses.replace(spec, system="</textarea><b>一道菜"))), base_url="http://localhost") as client:
+        assert '<textarea id="system" rows="2">&lt;/textarea&gt;&lt;b&gt;一道菜</textarea>' in client.get("/").text
 
 
 def test_a_key_is_demanded_everywhere(spec):

@@ -43,6 +43,14 @@ def test_the_evaluation_through_the_server_equals_the_offline_one(plan, capsys):
     assert main([*words, url]) == 2 and "did not answer" in capsys.readouterr().err
 
 
+def test_a_prediction_from_the_command_line_is_the_evaluations(plan, capsys):
+    lines = [json.loads(line) for line in (plan.artifact("evaluate").path / "predictions.jsonl").read_text().splitlines()]
+    words = ["predict", str(plan.path), "--workspace", str(plan.root), *(w for o in plan.overrides for w in ("--set", o)), "--json"]
+    assert main([*words, *(line["user"] for line in lines)]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(s["reply"], s["parsed"]["kind"]) for s in said] == [(line["answer"], line["predicted"]) for line in lines]
+
+
 def test_lineage_and_evaluation_stand_beside_the_model(plan):
     with TestClient(build(Runner(spec_of(plan))), base_url="http://localhost") as client:
         while client.get("/ready").json()["status"] == "loading":

@@ -25,7 +25,7 @@ def folder(plan):
 
 
 def refuse(plan, folder):
-    refuse_misfits([(folder, ShardSet.open(folder))], *plan.external_base(), plan.recipe)
+    refuse_misfits([(folder, ShardSet.open(folder))], plan, "sft")
 
 
 def edit(path, **changes):

@@ -37,5 +37,7 @@ def test_a_step_is_shared_out_whole_and_evenly(world, micro):
 def test_learning_rates():
     rates = [learning_rate(s, 100, 1.0, 0.1, "cosine") for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[-1] < 0.001 and max(rates) == 1.0
+    steps = [learning_rate(s, 100, 1.0, 10, "cosine") for s in range(100)]
+    assert steps == rates and learning_rate(24, 100, 1.0, 50, "cosine") == 0.5 and learning_rate(0, 100, 1.0, 1, "constant") == 1.0
     assert learning_rate(50, 100, 2.0, 0.0, "constant") == 2.0
     assert learning_rate(50, 100, 2.0, 0.0, "linear") == 1.0

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from graft.core.artifact import sha256_file
 from graft.core.metrics import read_metrics
 
+from ..core.wandb_server import history, records
 from .small import curve, environment, small_plan, start, train
 
 
@@ -43,11 +44,19 @@ def test_checkpoints_hold_no_frozen_base(undisturbed):
     assert held < 4 * weights * 4 + 200_000 < sum(p.stat().st_size for p in (root / "base").glob("*.safetensors")) + 4 * weights * 4 + 200_000
 
 
-def test_wandb_is_told_the_figures_and_no_command_line(undisturbed, tmp_path):
-    artifact = train(small_plan(tmp_path, "tracking.wandb=offline"))
+def test_wandb_is_told_the_figures_over_a_resume_and_no_command_line(undisturbed, tmp_path):
+    plan = small_plan(tmp_path, "tracking.wandb=offline")
+    artifact = train(plan)
     assert curve(artifact.path) == curve(undisturbed[1].path)
-    runs = list((tmp_path / artifact.counts["checkpoints"] / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(runs) == 1 and b"validation_loss" in runs[0].read_bytes() and b"argv" not in runs[0].read_bytes()
+    run = tmp_path / artifact.counts["checkpoints"]
+    shutil.rmtree(run / "step-00000007")  # as if it had been killed before this: step 6 is taken again
+    shutil.rmtree(artifact.path)
+    artifact = train(plan)
+    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    told = history(file)
+    assert [(m["_step"], m["loss"]) for m in told] == [(s[0], s[1]) for s in curve(artifact.path)] and "validation_loss" in told[-1]
+    kinds = {kind for _, kind in records(file)}
+    assert {"run", "history", "artifact", "exit"} <= kinds and b"graft.train" not in file.read_bytes() and b"argv" not in file.read_bytes()
 
 
 def test_the_best_weights_are_kept_and_patience_ends_the_run(tmp_path):

@@ -12,6 +12,7 @@ from graft.core.errors import ArtifactError, ConfigError
 from graft.core.metrics import read_metrics
 from graft.core.recipe import Train
 from graft.core.shards import ShardSet
+from graft.core.stages import Plan
 from graft.model.base import random_llama
 from graft.model.chat import IMAGE, load_tokenizer
 from graft.model.images import ImageProcessor
@@ -117,7 +118,7 @@ def test_a_base_of_text_is_refused_in_one_line(plan, tmp_path):
         (tmp_path / name).write_bytes((plan.beside("base") / name).read_bytes())
     folder = plan.artifact("shard-sft").path / "train"
     with pytest.raises(ConfigError, match=r"has rows with images, and .* sees none"):
-        refuse_misfits([(folder, ShardSet.open(folder))], str(tmp_path), None, plan.recipe)
+        refuse_misfits([(folder, ShardSet.open(folder))], Plan(plan.path, (f"model.base='{tmp_path}'",), plan.root), "sft")
 
 
 def test_a_micro_batch_is_cut_to_its_longest_row_and_counted_as_the_model_does(plan, model):

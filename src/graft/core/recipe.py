@@ -10,9 +10,9 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from graft.core.errors import ConfigError
 from graft.core.sections import (
@@ -30,6 +30,8 @@ from graft.core.sections import (
     Share,
     Task,
 )
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Lora(Section):
@@ -57,7 +59,7 @@ class Train(Section):
     global_batch: Count = 8  # bins a step
     micro_batch: Count | Literal["auto"] = "auto"  # bins a forward, at most; auto: with activation_checkpointing, the fastest that fits the GPU
     pack: bool = True  # false: one document a bin, padded
-    warmup: Share = 0.03  # share of all steps
+    warmup: Share | Count = 0.03  # a share of all steps; from 1 on, steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -107,11 +109,26 @@ class Train(Section):
         return {**data, "lora": None} if isinstance(data, dict) and data.get("lora") is False else data
 
 
+NAMED_TEMPLATES = ("tokenizer", "chatml", "llama-3", "alpaca")
+
+
 class Model(Section):
     base: str = "embedded"  # "embedded" (built by the recipe), a folder, or a hub id
     revision: str | None = None  # of a hub id: a branch, a tag or a commit; a run reads the commit that it names when the run begins
     precision: Literal["fp32", "bf16", "fp8", "nf4"] = "bf16"  # of the frozen base; adapters are bf16, or fp32 on an fp32 base
-    chat_template: Literal["tokenizer", "chatml", "llama-3", "alpaca"] = "tokenizer"
+    chat_template: str = "tokenizer"  # the tokenizer's own, another by its name, or a .jinja file, relative to the recipe
+
+    @field_validator("chat_template")
+    @classmethod
+    def _named_or_a_file(cls, value: str) -> str:
+        if value not in NAMED_TEMPLATES and not value.endswith(".jinja"):
+            raise ValueError(f"model.chat_template = {value!r} is none of {', '.join(map(repr, NAMED_TEMPLATES))}, and names no .jinja file")
+        return value
+
+    @property
+    def template_file(self) -> str | None:
+        """The .jinja file that the recipe names, relative to it."""
+        return None if self.chat_template in NAMED_TEMPLATES else self.chat_template
 
 
 class Vision(Section):
@@ -139,8 +156,9 @@ class EmbeddedBase(Section):
 class Serve(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    system: str | None = None  # the system prompt that the chat page begins with, and under which `graft run` asks
     prompt: str = "幫我畫一隻在海邊散步的柴犬"  # what `graft run` asks the finished server
-    engine: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed, beside a GPU and a base in bf16
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # of evaluations too; auto: vllm where it is installed, beside a GPU and a base in bf16
     replicas: Count = 1  # engines; on a cluster that was joined, 1 stands for one a GPU, or a machine
     max_batch: Count = 16  # rows of an engine that are under way at once
     max_adapters: Count = 8  # in memory at once; others of the store are loaded when they are asked for
@@ -153,6 +171,7 @@ class Serve(Section):
 class Tracking(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "graft"
+    weights: bool = False  # upload what was trained too; else its manifest alone
 
 
 class Recipe(Section):
@@ -259,20 +278,29 @@ class Recipe(Section):
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read and validate a recipe; raises ConfigError with one line that says what, where and the mend."""
-    path = Path(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise ConfigError(f"no recipe at {path}" + (f": that folder has {', '.join(near)}" if near else "; give the path of a .toml file")) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
-        raise ConfigError(f"{path} is not a TOML file: {e}") from None
+    tree = read_toml(Path(path), "recipe")
     for item in overrides:
         _override(tree, item)
+    return validated(Recipe, tree, path)
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The file as TOML has it; ConfigError where there is none, or none that can be read. what: "recipe"."""
     try:
-        return Recipe.model_validate(tree)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise ConfigError(f"no {what} at {path}" + (f": that folder has {', '.join(near)}" if near else "; give the path of a .toml file")) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+        raise ConfigError(f"{path} is not a TOML file: {e}") from None
+
+
+def validated(model: type[M], tree: dict[str, Any], path: str | Path) -> M:
+    """The typed tree; ConfigError names up to three keys that are wrong, and the nearest valid one of those that are unknown."""
+    try:
+        return model.model_validate(tree)
     except ValidationError as e:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(err) for err in e.errors()[:3])) from None
+        raise ConfigError(f"{path}: " + "; ".join(_explain(err, model) for err in e.errors()[:3])) from None
 
 
 def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -324,11 +352,11 @@ def _override(tree: dict[str, Any], item: str) -> None:
     node[last] = value
 
 
-def _explain(err: Any) -> str:
+def _explain(err: Any, model: type[BaseModel]) -> str:
     loc = [str(p) for p in err["loc"]]
     where = ".".join(loc)
     if err["type"] == "extra_forbidden":
-        known = keys()
+        known = keys(model)
         parent = ".".join(loc[:-1])
         siblings = [k[len(parent) + 1 :].split(".")[0] if parent else k.split(".")[0] for k in known if k.startswith(parent)]
         near = difflib.get_close_matches(loc[-1], siblings, 1, 0.5) or difflib.get_close_matches(

@@ -220,7 +220,7 @@ class EvalTask(Section):
     """Questions that no training text may hold an n-gram of: a file in any layout of [corpora], asked of the adapter and of its base."""
 
     path: str  # a file, relative to the recipe
-    kind: Literal["generation", "choice", "exact", "perplexity"]  # ROUGE and BLEU; options; a final answer; texts
+    kind: Literal["generation", "choice", "cloze", "exact", "perplexity"]  # ROUGE and BLEU; options; what follows a text; a final answer; texts
     layout: Literal[LAYOUTS] = "auto"  # type: ignore[valid-type]
     text: str = "text"  # the key of a text record
     mcq: Mcq = Mcq()
@@ -243,3 +243,10 @@ class Evaluate(Section):
     tasks: dict[Name, EvalTask] = {}
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0  # of the tasks' answers
     repeats: Count = 1  # of each answer, by other seeds: the tasks' mean and standard deviation
+    semantic: str | None = None  # a folder or hub id (owner/name, owner/name@revision) of an encoder: how near generated answers are in meaning
+
+    @model_validator(mode="after")
+    def _semantic_has_something_to_compare(self) -> Evaluate:
+        if self.semantic and "generation" not in {task.kind for task in self.tasks.values()}:
+            raise ValueError(f"evaluate.semantic = {self.semantic!r} scores tasks of kind 'generation', and there is none: add one, or leave it out")
+        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from graft.core.recipe import Recipe, Train
 
@@ -16,7 +16,7 @@ class Stage:
     version: int  # raised when the same keys would give another result
     keys: tuple[str, ...]
     parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, endpoint, deepspeed
+    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, template, semantic, endpoint, deepspeed
     place: str = DATA
 
 
@@ -38,7 +38,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             "prepare",
             "graft.data.prepare",
             2,
-            ("seed", "task", "prepare", "corpora", "dedup", "decontaminate", "shard.part_mib"),
+            (*(["seed"] if recipe.augment else []), "task", "prepare", "corpora", "dedup", "decontaminate", "shard.part_mib"),  # it splits rows alone
             {"augment": "rows.jsonl"} if recipe.augment else {},
             ("corpora", "evaluation", "machine"),
         )
@@ -103,18 +103,21 @@ def stages(recipe: Recipe) -> list[Stage]:
     external = model_input if not source else ()
     asked = {**({"prepare": "rows/*"} if recipe.augment else {}), **({"questions": "*"} if recipe.evaluate.tasks else {})}
     if asked:
-        out.append(Stage("evaluate", "graft.evaluate.stage", 1, ("seed", "task", *model, "evaluate"), {**served, **asked}, external, CHECKPOINTS))
+        inputs = (*external, *(("semantic",) if recipe.evaluate.semantic else ()))
+        out.append(Stage("evaluate", "graft.evaluate.stage", 1, ("seed", "task", *model, "evaluate"), {**served, **asked}, inputs, CHECKPOINTS))
     out.append(
         Stage(
             "serve",
             "graft.serve.probe",
             1,
-            (*model, "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
+            (*model, "serve.system", "serve.prompt", "serve.max_batch", "evaluate.max_new_tokens"),
             served,
             external,
             CHECKPOINTS,
         )
     )
+    if recipe.model.template_file:
+        out = [replace(s, inputs=(*s.inputs, "template")) if "model.chat_template" in s.keys else s for s in out]
     return out
 
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
 from graft.core.errors import ArtifactError, ConfigError
-from graft.core.hub import HUB, Kind, commit_of, dataset_of
+from graft.core.hub import HUB, UNREACHABLE, Kind, OutOfReach, commit_of, dataset_of
 from graft.core.recipe import Recipe, load, pick
 from graft.core.stage_list import CHECKPOINTS, DATA, Stage, stages
 
@@ -35,19 +35,20 @@ class Plan:
     """A recipe bound to a workspace: resolves each stage's inputs, fingerprint and directory.
 
     hub: what its branches stand for is asked, or is as the last `graft run` here recorded it, so that a branch that moved does not
-    part ranks and servers from that run, or is left open, which is enough to validate a recipe without a network.
+    part ranks and servers from that run; or it is looked at, and what cannot be from here stands in `unseen` with the reason: enough to validate.
     """
 
     path: Path
     overrides: tuple[str, ...] = ()
     root: Path = Path(".")
-    hub: Literal["ask", "recorded", "open"] = "ask"
+    hub: Literal["ask", "recorded", "look"] = "ask"
 
     def __post_init__(self) -> None:
         self.path, self.root = Path(self.path).resolve(), Path(self.root).resolve()
         self.recipe = load(self.path, self.overrides)
         self.stages = {s.name: s for s in stages(self.recipe)}
         self._commits = self._recorded() if self.hub == "recorded" else {}
+        self.unseen: dict[str, str] = {}
 
     # ---- places -------------------------------------------------------------------------------------------------
     def beside(self, relative: str) -> Path:
@@ -162,12 +163,32 @@ class Plan:
 
     def external_base(self) -> tuple[str, str | None]:
         """(folder, None) or (hub id, commit); ConfigError where the recipe's base is neither."""
-        base, folder = self.recipe.model.base, self.beside(self.recipe.model.base)
-        if folder.is_dir():
+        return self._model("model.base", self.recipe.model.base, self.recipe.model.revision)
+
+    def semantic_encoder(self) -> tuple[str, str | None]:
+        """The same of evaluate.semantic, a folder, `owner/name` or `owner/name@revision`."""
+        name = self.recipe.evaluate.semantic or ""
+        base, _, revision = (name, "", "") if self.beside(name).is_dir() else name.partition("@")
+        return self._model("evaluate.semantic", base, revision or None)
+
+    def _model(self, key: str, base: str, revision: str | None) -> tuple[str, str | None]:
+        if (folder := self.beside(base)).is_dir():
             return str(folder), None
         if base.startswith((".", "/", "~")) or base.count("/") != 1:
-            raise ConfigError(f"model.base = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
-        return base, self._commit("model", base, self.recipe.model.revision)
+            raise ConfigError(f"{key} = {base!r} is neither a folder beside the recipe nor a hub id like 'owner/name'")
+        return base, self._commit("model", base, revision, key)
+
+    @property
+    def chat_template(self) -> str:
+        """The recipe's, as `load_tokenizer` takes it: "tokenizer", another name, or the text of the recipe's file."""
+        model = self.recipe.model
+        if model.template_file is None:
+            return model.chat_template
+        self.external_input("template")  # it is there
+        try:
+            return self.beside(model.template_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"model.chat_template names {model.template_file}, which is no UTF-8: save it as UTF-8") from None
 
     # ---- the hub ------------------------------------------------------------------------------------------------
     def dataset_commit(self, path: str) -> str:
@@ -175,18 +196,25 @@ class Plan:
         dataset = dataset_of(path)
         return self._commit("dataset", dataset.name, dataset.revision)
 
-    def _commit(self, kind: Kind, name: str, revision: str | None) -> str:
+    def _commit(self, kind: Kind, name: str, revision: str | None, of: str = "model.base") -> str:
         """What a revision stands for, asked once: a run reads one commit, whatever is pushed meanwhile."""
-        if self.hub == "open":
-            return revision or "main"
         key = f"{kind} {name}@{revision or 'main'}"
         if key not in self._commits:
-            self._commits[key] = commit_of(kind, name, revision)
+            try:
+                if UNREACHABLE in self.unseen.values():  # nobody waits for it again
+                    raise OutOfReach(UNREACHABLE, UNREACHABLE)
+                self._commits[key] = commit_of(kind, name, revision, of)
+            except OutOfReach as e:
+                if self.hub != "look":
+                    raise
+                self.unseen[name if kind == "model" else f"{HUB}{name}"] = e.why
+                self._commits[key] = revision or "main"
         return self._commits[key]
 
     def record_commits(self) -> None:
         """Keep the commits that this run reads for those who share its artifacts."""
         if self._commits:
+            self._commits_file.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(self._commits_file, json.dumps(self._recorded() | self._commits, indent=1))
 
     def _recorded(self) -> dict[str, str]:
@@ -216,6 +244,8 @@ class Plan:
         if name == "evaluation":
             tasks = self.external_input("tasks").values()
             return [*(self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets), *tasks]
+        if name == "template":
+            return self._digest(self.beside(self.recipe.model.template_file or ""), "model.chat_template")
         if name == "tasks":
             return {name: self._digest(self.beside(task.path), f"evaluate.tasks.{name}.path") for name, task in self.recipe.evaluate.tasks.items()}
         if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar
@@ -229,13 +259,13 @@ class Plan:
         if name == "endpoint":
             url = self.endpoint
             return f"embedded {sha256_file(GRAMMAR)[:12]}" if url is None else urlsplit(url).netloc.rsplit("@", 1)[-1]
-        base, commit = self.external_base()
+        key, (base, commit) = ("evaluate.semantic", self.semantic_encoder()) if name == "semantic" else ("model.base", self.external_base())
         if commit:
             return f"{HUB}{base}@{commit}"
         folder = Path(base)
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.base = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
-        return {p.name: self._digest(p, "model.base") for p in sorted(folder.iterdir()) if p.is_file()}
+            raise ConfigError(f"{key} = {base!r} is no model folder: it has no config.json; name a Hugging Face model folder")
+        return {p.name: self._digest(p, key) for p in sorted(folder.iterdir()) if p.is_file()}
 
     def _corpus_files(self, corpus: str) -> list[Path]:
         """The files of a corpus in the order they are read, hidden ones left out; ConfigError where there are none."""

@@ -99,7 +99,10 @@ def _tokenizer(artifact: Artifact | None, digest: str) -> Any:
     from graft.model.chat import load_tokenizer, tokenizer_digest
 
     model = artifact.manifest["recipe"]["model"]
-    tokenizer = load_tokenizer(*_base(artifact, model), model["chat_template"])
+    template = model["chat_template"]
+    if template.endswith(".jinja"):
+        template = _named(artifact, "model.chat_template", template).read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(*_base(artifact, model), template)
     if tokenizer_digest(tokenizer) != digest:
         raise ConfigError(f"the tokenizer of {model['base']!r} is not the one these shards were made with")
     return tokenizer
@@ -111,13 +114,16 @@ def _base(artifact: Artifact, model: dict[str, Any]) -> tuple[str, str | None]:
         return str(next(a.path for _, a in lineage(artifact.path) if a.manifest["kind"] == "init")), None
     if isinstance(named := artifact.manifest["inputs"].get("model"), str):  # "hub:owner/name@commit"
         return model["base"], named.rpartition("@")[2]
+    return str(_named(artifact, "model.base", model["base"])), None
+
+
+def _named(artifact: Artifact, key: str, name: str) -> Path:
+    """What a recipe names relative to itself, of which the manifest does not say where it lies."""
     workspace = next((p.parent for p in artifact.path.parents if p.name == DATA), Path.cwd())
-    # a folder is named relative to the recipe, of which the manifest does not say where it lies
-    places = [workspace, workspace / "configs" / "recipes", Path.cwd()]
-    folder = next((f for place in places if (f := place / model["base"]).is_dir()), None)
-    if folder is None:
-        raise ConfigError(f"model.base = {model['base']!r} is not found from {workspace}")
-    return str(folder), None
+    for place in (workspace, workspace / "configs" / "recipes", Path.cwd()):
+        if (place / name).exists():
+            return place / name
+    raise ConfigError(f"{key} = {name!r} is not found from {workspace}")
 
 
 def visible(text: str) -> str:

@@ -39,15 +39,16 @@ def run(job: Job) -> None:
 
 
 def questions(plan: Plan, name: str, task: EvalTask, refused: Counter[str]) -> Iterator[dict[str, Any]]:
-    """One after another: id and messages, with the wanted reply, or with options, the reply each would be and the right one's number; or a text.
+    """One after another: id and messages, with the wanted reply, or with options, the reply each would be and the right one's number; or a text,
+    alone or with replies that may follow it and the right one's number.
 
     ConfigError where the file's layout does not go with the task's kind.
     """
     cut = pieces(plan.beside(task.path))
     try:
         layout = layout_of(as_corpus(task), sample(cut))
-        if (task.kind == "perplexity") != (layout == "text") or (task.kind == "choice") != (layout == "mcq"):
-            needs = {"perplexity": "texts", "choice": "options (layout mcq)"}.get(task.kind, "conversations")
+        if (task.kind == "perplexity") != (layout == "text") or (task.kind in ("choice", "cloze")) != (layout == "mcq"):
+            needs = {"perplexity": "texts", "choice": "options (layout mcq)", "cloze": "options (layout mcq)"}.get(task.kind, "conversations")
             raise ConfigError(f"{task.path} has the layout {layout!r}, but kind = {task.kind!r} is of {needs}")
     except ConfigError as e:
         raise ConfigError(f"evaluate.tasks.{name}: {e}") from None
@@ -71,6 +72,8 @@ def asked(value: dict[str, Any], layout: str, task: EvalTask) -> dict[str, Any]:
         return {"text": text}
     if layout == "mcq":
         prompt, replies, options, right = reading_comprehension.choices(value, task.mcq)
+        if task.kind == "cloze":
+            return {"text": prompt, "replies": replies, "right": right}
         return {"messages": [{"role": "user", "content": prompt}], "options": options, "replies": replies, "right": right}
     messages, reason = to_messages(value, layout, task.mcq)
     if messages is None:

@@ -52,7 +52,7 @@ def run(job: Job) -> None:
     """Write train/ and validation/ (shards and index.json), images/, rejected.jsonl, and probes.json for sft; in = kept + rejected."""
     recipe, console = job.recipe, get_console()
     base, revision = (str(job.parents["init"].path), None) if "init" in job.parents else job.plan.external_base()
-    source = (base, revision, recipe.model.chat_template)
+    source = (base, revision, job.plan.chat_template)
     tokenizer = load_tokenizer(*source)
     probes = _probes(tokenizer, job)  # renders here first, so that a template that cannot work is told in one line
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

@@ -33,6 +33,13 @@ class Batched(ABC):
     @abstractmethod
     def drop(self, row: int) -> None: ...
 
+    @abstractmethod
+    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]: ...
+
+    def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
+        """Log-probabilities (nats) of ids[first:], first ≥ 1, each given all before it."""
+        return self.scores([(ids, first)], adapter)[0]
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The completions, in the order of the requests. DataError names a request that cannot be run."""
         text = [""] * len(requests)

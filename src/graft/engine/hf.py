@@ -8,6 +8,7 @@ It is for CPUs, small GPUs and bases in nf4, and no second vLLM: lanes are as lo
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from graft.model.base import DTYPES, load_base
 from graft.model.chat import end_of_turn_ids
 
 PROMPT_TOKENS = 8192  # padding counted, of rows that join in one step, where it is more than one
+SCORED_TOKENS = 2048  # whose logits one forward makes, where it is more than one row's
 FEW_TOKENS, PADDING = 256, 0.1
 CPU_CACHE_GIB = 2.0
 GPU_CACHE_SHARE = 0.7  # of the memory that is free once the base is there
@@ -66,8 +68,8 @@ class HFEngine(Batched):
         self.max_length: int = min(config.max_position_embeddings, self.kv_tokens)
         self._windows = _windows(config, base)
         self._cache = RowCache(config.num_hidden_layers)
-        self._last: Tensor | None = None  # [rows]: the one place of each row whose logits are wanted
-        self.model.get_output_embeddings().register_forward_pre_hook(self._pick_last)
+        self._wanted: tuple[Tensor, Tensor] | None = None  # row and place, [wanted] each, of the tokens whose logits are
+        self.model.get_output_embeddings().register_forward_pre_hook(self._pick_wanted)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # under way, by lane
         self._numbers, self._joined = count(), False
@@ -84,15 +86,22 @@ class HFEngine(Batched):
         self.slots.unload(name)
 
     @torch.inference_mode()
-    def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
-        """Log-probabilities (nats) of ids[first:], first ≥ 1, each given all before it."""
+    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]:
+        """Log-probabilities (nats) of each ids[first:], first ≥ 1, each given all before it. Those of about one length pass together, padded behind
+        their ends, which no token before them sees; in fp32 a row's are those that it has alone to 1e-5."""
+        for number, (ids, _) in enumerate(asked):
+            self.check(number, Request(ids[:-1], 1, adapter=adapter))
+        order = sorted(range(len(asked)), key=lambda number: len(asked[number][0]))
+        found: list[list[float]] = [[]] * len(asked)
         slot = self.slots.take(adapter)
         try:
-            at = torch.arange(len(ids), device=self.device)
-            logits = self._forward(torch.tensor([ids], device=self.device), at[None], [slot], at[first - 1 : -1])[0]
+            for start, end in _affordable_scores([asked[number] for number in order]):
+                own = [asked[number] for number in order[start:end]]
+                for number, scores in zip(order[start:end], self._scores(own, slot), strict=True):
+                    found[number] = scores
         finally:
             self.slots.release(slot)
-        return logits.log_softmax(dim=-1).gather(1, torch.tensor(ids[first:], device=self.device)[:, None])[:, 0].tolist()
+        return found
 
     # ---- rows -----------------------------------------------------------------------------------------------------------
     def add(self, request: Request) -> int:
@@ -168,23 +177,34 @@ class HFEngine(Batched):
 
     def _padded(self, rows: list[_Row], before: list[_Row]) -> list[Picked]:
         """Prompts are padded behind their ends, which no token before them sees. before: rows that have just joined."""
-        prompts = [row.request.prompt_ids for row in rows]
-        longest, there = max(map(len, prompts)), (*self._rows, *before)
-        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=self.device)
+        there = (*self._rows, *before)
         self._cache.prompts(len(there), len(rows), max(row.most for row in (*there, *rows)), self.kv_tokens)
-        at = torch.arange(longest, device=self.device)[None]
-        self._last = torch.tensor([len(p) - 1 for p in prompts], device=self.device)
-        try:
-            logits = self._forward(ids, at, [row.slot for row in rows], 0, self._cache)
-        finally:
-            self._last = None
-        return self._pick(logits[:, 0], rows)
+        prompts = [row.request.prompt_ids for row in rows]
+        logits = self._whole(prompts, [[len(p) - 1] for p in prompts], [row.slot for row in rows], self._cache)
+        return self._pick(logits, rows)
 
-    def _pick_last(self, _: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the head sees of hidden states [rows, length, width]: logits of a prompt's other tokens are never made."""
-        if self._last is None:
-            return given
-        return (given[0][torch.arange(len(self._last), device=self.device), self._last][:, None],)
+    def _scores(self, asked: list[tuple[list[int], int]], slot: int) -> list[list[float]]:
+        """Those of one forward."""
+        places = [list(range(first - 1, len(ids) - 1)) for ids, first in asked]
+        logits = self._whole([ids for ids, _ in asked], places, [slot] * len(asked))
+        tokens = torch.tensor([token for ids, first in asked for token in ids[first:]], device=self.device)
+        scores = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        return [own.tolist() for own in scores.split([len(own) for own in places])]
+
+    def _whole(self, rows: list[list[int]], places: list[list[int]], slots: list[int], cache: RowCache | None = None) -> Tensor:
+        """fp32 logits [wanted, vocabulary] at these places of whole rows, one row after another."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        wanted = [(row, place) for row, own in enumerate(places) for place in own]
+        self._wanted = tuple(torch.tensor(wanted, device=self.device).T)  # type: ignore[assignment]
+        try:
+            return self._forward(ids, torch.arange(longest, device=self.device)[None], slots, 0, cache)[0]
+        finally:
+            self._wanted = None
+
+    def _pick_wanted(self, _: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the head sees of hidden states [rows, length, width]: [1, wanted, width]; logits of other tokens are never made."""
+        return given if self._wanted is None else (given[0][self._wanted][None],)
 
     def _next_tokens(self) -> list[Picked]:
         at = self._cache.next_tokens([row.length for row in self._rows], self.device)
@@ -247,6 +267,21 @@ class _Row:
         self.over = last or stopped
         reason: Finish | None = "stop" if stopped else "length" if last else None
         return Chunk(self.number, shown, (picked.token,), reason, (picked.told,) if picked.told else ())
+
+
+def _affordable_scores(asked: list[tuple[list[int], int]]) -> list[tuple[int, int]]:
+    """Stretches of neighbours, of ascending lengths, that are scored in one forward: so many tokens with their padding, so many logits."""
+    found: list[tuple[int, int]] = []
+    logits = 0
+    for end, (ids, first) in enumerate(asked, 1):
+        logits += len(ids) - first
+        start = found[-1][0] if found else 0
+        if found and (end - start) * len(ids) <= PROMPT_TOKENS and logits <= SCORED_TOKENS:
+            found[-1] = (start, end)
+        else:
+            found.append((end - 1, end))
+            logits = len(ids) - first
+    return found
 
 
 def _alike(lengths: list[int]) -> list[tuple[int, int]]:

@@ -86,7 +86,11 @@ class Engine(Protocol):
         ...
 
     def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
-        """Log-probabilities (nats) of the tokens from `first` on, each given all before it."""
+        """Log-probabilities (nats) of the tokens from `first` ≥ 1 on, each given all before it. DataError names what cannot be run."""
+        ...
+
+    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]:
+        """The same of many (ids, first), in batches that the engine makes."""
         ...
 
     def add(self, request: Request) -> int:

@@ -12,6 +12,7 @@ import os
 import queue
 import subprocess
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -149,13 +150,15 @@ class VLLMEngine(Batched):
             self._retired.discard(adapter)
             self._llm.remove_lora(adapter.number)
 
-    def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
-        """Log-probabilities (nats) of ids[first:], first ≥ 1, each given all before it; rows under way go on meanwhile."""
-        number = self.add(Request(ids, 1, adapter=adapter, ends=(), whole=True), scored=True)
-        row = self._rows[number]
-        while row.scored is None:
+    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]:
+        """Log-probabilities (nats) of each ids[first:], first ≥ 1, each given all before it; rows under way go on meanwhile."""
+        requests = [Request(ids, 1, adapter=adapter, ends=(), whole=True) for ids, _ in asked]
+        for number, request in enumerate(requests):
+            self.check(number, request)
+        rows = [self._rows[self.add(request, scored=True)] for request in requests]
+        while any(row.scored is None for row in rows):
             self._kept += self._next()
-        return [row.scored[at][ids[at]].logprob for at in range(first, len(ids))]
+        return [[row.scored[at][ids[at]].logprob for at in range(first, len(ids))] for row, (ids, first) in zip(rows, asked, strict=True)]
 
     # ---- rows -----------------------------------------------------------------------------------------------------------
     @property

@@ -1,11 +1,14 @@
 """The tasks of [evaluate.tasks]: answers that are compared with the wanted ones, options that are generated and scored, texts that are predicted.
 
 Every system answers the same questions, `evaluate.repeats` times by other seeds; each mean comes with its interval, and the trained model's with the
-paired difference to its base. Log-likelihoods are of the reply that each option would be, as it would be trained: summed, and a character.
+paired difference to its base. Log-likelihoods are of the reply that each option would be, as it would be trained: summed, and a character; those
+of a cloze are of plain text behind plain text, without a chat template, which a base has never seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import exp, log
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,35 +16,42 @@ from typing import Any
 
 from rich.progress import track
 
+from graft.core.recipe import Recipe
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import EvalTask
-from graft.core.stages import Job
 from graft.engine.protocol import Engine, Request
 from graft.evaluate import metrics
+from graft.evaluate.options import Reply, behind, best, likelihoods, replies
+from graft.evaluate.semantic import Encoder
 from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
-from graft.model.chat import render, render_prompt
+from graft.model.chat import render_prompt
 
-MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "perplexity": "perplexity"}
+MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "cloze": "correct_loglikelihood", "perplexity": "perplexity"}
 Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
 
 
-def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None]) -> dict[str, Any]:
-    """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl."""
+def measure(
+    recipe: Recipe, questions: Path, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None], encoder: Encoder | None = None
+) -> dict[str, Any]:
+    """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl into `folder`.
+
+    questions: the folder of what is asked, <task>.jsonl each. systems: one, or two that are compared; each with its adapter in the engine.
+    """
     found = {}
-    for name, task in job.recipe.evaluate.tasks.items():
-        rows = list(read_jsonl(job.parents["questions"].path / f"{name}.jsonl"))
+    for name, task in recipe.evaluate.tasks.items():
+        rows = list(read_jsonl(questions / f"{name}.jsonl"))
         told: dict[str, Any] = {"kind": task.kind, "rows": len(rows), "systems": {}}
         lines = [{"id": row["id"], **({"wanted": row.get("wanted", row.get("right"))} if task.kind != "perplexity" else {})} for row in rows]
         scores: dict[str, Scores] = {}
         for system, adapter in systems.items():
-            asker = Asker(job, name, task, engine, tokenizer, adapter)
-            scores[system], means, kept = asker.texts(rows) if task.kind == "perplexity" else asker.answers(rows)
-            told["systems"][system] = means | {metric: mean_of(table, job.recipe.seed).told() for metric, table in scores[system].items()}
+            asker = Asker(recipe, name, task, engine, tokenizer, adapter, encoder)
+            scores[system], means, kept = {"perplexity": asker.texts, "cloze": asker.continuations}.get(task.kind, asker.answers)(rows)
+            told["systems"][system] = means | {metric: mean_of(table, recipe.seed).told() for metric, table in scores[system].items()}
             for line, own in zip(lines, kept, strict=True):
                 line[system] = own
         if len(systems) > 1:
             first, second = systems
-            both = {m: paired(scores[first][m], scores[second][m], job.recipe.seed).told() for m in scores[first]}
+            both = {m: paired(scores[first][m], scores[second][m], recipe.seed).told() for m in scores[first]}
             told["paired"] = {"of": f"{first} less {second}", **both}
         write_jsonl(folder / f"predictions-{name}.jsonl", lines)
         found[name] = told
@@ -51,9 +61,13 @@ def measure(job: Job, folder: Path, engine: Engine, tokenizer: Any, systems: dic
 class Asker:
     """One system's answers to one task."""
 
-    def __init__(self, job: Job, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None):
-        self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = job.recipe.evaluate, task, engine, tokenizer, adapter
-        self.seed, self.window, self.title = job.recipe.seed, job.recipe.shard.seq_len, f"evaluate {name}, {adapter or 'base'}"
+    def __init__(
+        self, recipe: Recipe, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None, encoder: Encoder | None = None
+    ):
+        self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = recipe.evaluate, task, engine, tokenizer, adapter
+        self.encoder = encoder
+        self.seed, self.title = recipe.seed, f"evaluate {name}, {adapter or 'base'}"
+        self.window = min(recipe.shard.seq_len, engine.max_length - 1)
 
     def answers(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
         """(scores of each repeat and row, metrics of the whole set, what is kept of each row)."""
@@ -61,6 +75,8 @@ class Asker:
         texts = [self._generated(rows, repeat) for repeat in range(self.evaluate.repeats)]
         judged = [[judge(row, text) for row, text in zip(rows, own, strict=True)] for own in texts]
         scores: Scores = {metric: [[score[metric] for score in own] for own in judged] for metric in judged[0][0]}
+        if self.encoder and self.task.kind == "generation":
+            scores["semantic"] = [self.encoder.similarity(own, [row["wanted"] for row in rows]) for own in texts]
         kept: list[dict[str, Any]] = [
             {"answers": [own[n] for own in texts], "scores": {metric: [own[n] for own in table] for metric, table in scores.items()}}
             for n in range(len(rows))
@@ -73,12 +89,20 @@ class Asker:
             std = stdev(each) if len(each) > 1 else None
             whole["bleu"] = Mean(mean(each), mean(each) - half, mean(each) + half, len(rows), std).told()
         if self.task.kind == "choice":
-            likelihoods = [self._likelihoods(row) for row in track(rows, f"{self.title}, options", transient=True)]
-            for metric, index in (("correct_loglikelihood", 0), ("correct_loglikelihood_per_character", 1)):
-                scores[metric] = [[float(_best([pair[index] for pair in own]) == row["right"]) for row, own in zip(rows, likelihoods, strict=True)]]
-            for own, pairs in zip(kept, likelihoods, strict=True):
-                own["loglikelihoods_nats"] = [round(pair[0], 4) for pair in pairs]
+            by_likelihood, nats = self._likeliest(rows, partial(replies, self.tokenizer))
+            scores |= by_likelihood
+            for own, of_options in zip(kept, nats, strict=True):
+                own["loglikelihoods_nats"] = of_options
         return scores, whole, kept
+
+    def continuations(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
+        """The same of texts with replies that may follow them: nothing is generated."""
+        scores, nats = self._likeliest(rows, partial(behind, self.tokenizer, most=self.window))
+        kept = [
+            {"scores": {metric: [table[0][n]] for metric, table in scores.items()}, "loglikelihoods_nats": of_options}
+            for n, of_options in enumerate(nats)
+        ]
+        return scores, {}, kept
 
     def texts(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
         """The same of texts, in windows of a bin, each of which begins anew; a window's first token is not counted."""
@@ -86,9 +110,9 @@ class Asker:
         tokens: list[float] = []
         for row in track(rows, self.title, transient=True):
             ids = self.tokenizer(row["text"])["input_ids"]
-            length = min(self.window, self.engine.max_length - 1)
-            windows = [ids[at : at + length] for at in range(0, len(ids), length)]
-            found = [score for window in windows if len(window) > 1 for score in self.engine.score(window, 1, self.adapter)]
+            windows = [ids[at : at + self.window] for at in range(0, len(ids), self.window)]
+            scores = self.engine.scores([(window, 1) for window in windows if len(window) > 1], self.adapter)
+            found = [score for own in scores for score in own]
             nats.append(-sum(found))
             tokens.append(len(found))
         a_token, a_character = ratio_of(nats, tokens, self.seed), ratio_of(nats, [len(row["text"]) for row in rows], self.seed)
@@ -121,16 +145,15 @@ class Asker:
         starts = track(range(0, len(rows), e.batch_size), self.title, transient=True)
         return [answer.text for at in starts for answer in self.engine.generate(requests[at : at + e.batch_size])]
 
-    def _likelihoods(self, row: dict[str, Any]) -> list[tuple[float, float]]:
-        """Of each option's reply: nats, and nats a character."""
-        found = []
-        for reply in row["replies"]:
-            done = render(self.tokenizer, [*row["messages"], {"role": "assistant", "content": reply}])
-            first = next(i for i, supervised in enumerate(done.loss_mask) if supervised)
-            scores = self.engine.score(done.ids, first, self.adapter)
-            nats = sum(score for score, supervised in zip(scores, done.loss_mask[first:], strict=True) if supervised)
-            found.append((nats, nats / max(len(reply), 1)))
-        return found
+    def _likeliest(self, rows: list[dict[str, Any]], replies_of: Callable[[dict[str, Any]], list[Reply]]) -> tuple[Scores, list[list[float]]]:
+        """(whether the right reply is the likeliest of a row's, by its nats and by those a character; the nats [rows][replies])."""
+        starts = track(range(0, len(rows), self.evaluate.batch_size), f"{self.title}, options", transient=True)
+        batches = ([replies_of(row) for row in rows[at : at + self.evaluate.batch_size]] for at in starts)
+        scored = [own for some in batches for own in likelihoods(self.engine, some, self.adapter)]
+        scores: Scores = {}
+        for metric, index in (("correct_loglikelihood", 0), ("correct_loglikelihood_per_character", 1)):
+            scores[metric] = [[float(best([pair[index] for pair in own]) == row["right"]) for row, own in zip(rows, scored, strict=True)]]
+        return scores, [[round(pair[0], 4) for pair in own] for own in scored]
 
     def _of_final(self, row: dict[str, Any], answer: str) -> dict[str, float]:
         given, wanted = metrics.final(answer, self.task.final), metrics.final(row["wanted"], self.task.final)
@@ -145,11 +168,6 @@ def _of_text(row: dict[str, Any], answer: str) -> dict[str, float]:
 def _of_option(row: dict[str, Any], answer: str) -> dict[str, float]:
     given = metrics.chosen(answer, row["options"])
     return {"correct": float(given == row["right"]), "unreadable": float(given is None)}
-
-
-def _best(values: list[float]) -> int:
-    """The largest one's place; the first of equal ones."""
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def counts(found: dict[str, Any]) -> dict[str, dict[str, float]]:

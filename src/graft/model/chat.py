@@ -81,7 +81,10 @@ class Rendered:
 
 
 def load_tokenizer(base: str, revision: str | None = None, chat_template: str = "tokenizer") -> Any:
-    """The base's fast tokenizer with the recipe's template, whose date is pinned; ConfigError where it has none or lacks the template's tokens."""
+    """The base's fast tokenizer with the recipe's template, whose date is pinned; ConfigError where it has none or lacks the template's tokens.
+
+    chat_template: "tokenizer" for its own, one of TEMPLATES, or a template's text.
+    """
     from transformers import AutoTokenizer
 
     folder = model_folder(base, revision)
@@ -91,13 +94,16 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str = 
         raise ConfigError(
             f"model.base = {base!r}: no tokenizer can be loaded ({_first_line(e)}); name a Hugging Face model folder or hub id"
         ) from None
-    if chat_template != "tokenizer":
+    if chat_template in TEMPLATES:
         tokenizer.chat_template = TEMPLATES[chat_template]
         end = END_OF_TURN.get(chat_template, tokenizer.eos_token)
         if end is None or tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
             raise ConfigError(
                 f"model.chat_template = {chat_template!r} ends a turn with {end or 'an end of sequence'}, which the tokenizer of {base!r} does not have"
             )
+    elif chat_template != "tokenizer":
+        tokenizer.chat_template = chat_template
+        _refuse_broken(tokenizer)
     template = tokenizer.chat_template
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(PINNED):
         tokenizer.chat_template = PINNED + template
@@ -209,9 +215,23 @@ def conversation(tokenizer: Any, messages: Messages, generation: bool = False) -
         raise DataError(f"the chat template refuses the conversation: {_first_line(e)}") from None
 
 
+def _refuse_broken(tokenizer: Any) -> None:
+    """ConfigError where the template is none; one that only refuses a conversation may suit the rows."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        _apply(tokenizer, [{"role": "user", "content": "a"}], True)
+    except TemplateSyntaxError as e:
+        raise ConfigError(f"model.chat_template is no Jinja template: line {e.lineno}: {_first_line(e)}") from None
+    except TemplateError:
+        pass
+
+
 def _apply(tokenizer: Any, messages: Messages, generation: bool) -> str:
     if not tokenizer.chat_template:
-        raise ConfigError(f"the tokenizer has no chat template: set model.chat_template to one of {', '.join(map(repr, TEMPLATES))}")
+        raise ConfigError(
+            f"the tokenizer has no chat template: set model.chat_template to one of {', '.join(map(repr, TEMPLATES))}, or to a .jinja file"
+        )
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
 
 

@@ -1,6 +1,6 @@
 """Bases of real shapes with random weights, for benchmarks where no model can be downloaded.
 
-`graft base build --like llama-3.1-8b --out DIR` writes one, a file of 4 GiB at a time and never whole in memory; 8B take
+Imports torch inside functions. `graft base build --like llama-3.1-8b --out DIR` writes one, a file of 4 GiB at a time and never whole in memory; 8B take
 16 GB of disk and at most 37 s on a machine with an H200. The tokenizer is a small one of graft's own.
 """
 
@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _LLAMA_3 = {"bos_token_id": None, "vocab_size": 128_256, "rope_theta": 500_000.0, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
 _LLAMA_2 = {"bos_token_id": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -46,12 +47,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+ON_THE_HUB = {  # the shape of each
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "meta-llama/Llama-3.2-3B": "llama-3.2-3b",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama-3.2-3b",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama",
+    "Bohanlu/Taigi-Llama-2-13B": "taigi-llama-2-13b",
+}
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}  # by model_type
 _FILE = 4 << 30  # bytes of a weights file, at most
 
 
 def empty_model(like: str, layers: int | None = None) -> Any:
     """A shape's model in bf16 on the meta device; layers: fewer than the shape has. ConfigError where there is no such shape."""
+    import torch
     import transformers
 
     if like not in SHAPES:
@@ -91,6 +101,8 @@ def write_random_base(like: str, folder: Path, seed: int = 0, layers: int | None
 
 
 def _files(shapes: dict[str, torch.Size], seed: int) -> Iterator[dict[str, Tensor]]:
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     draw = torch.Generator(device).manual_seed(seed)
     tensors: dict[str, Tensor] = {}

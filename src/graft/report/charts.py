@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from graft.report.tree import Confusion, Histogram, Mark, Series
+from graft.report.tree import Confusion, Histogram, Mark, Series, Spread
 
 WIDTH, HEIGHT = 420, 220  # user units; the page scales, on a phone to 0.85
 LEFT, RIGHT, TOP, BOTTOM = 50, 8, 10, 36
@@ -18,6 +18,7 @@ ACROSS, DOWN = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 BANDS = 60  # places under the pointer that tell their values
 COLUMNS = 6 * BANDS  # of a curve that is thinned: a band has whole columns, so what it tells is exact
 DOTS = 40  # points at most that have a dot each
+NAMED = 18  # characters of a row's name beside a spread
 SMOOTHED = 120  # points at least that get a smoothed curve over them
 
 Points = list[tuple[float, float]]
@@ -180,6 +181,48 @@ def confusion_chart(confusion: Confusion) -> str:
         for label, row in zip(confusion.labels, confusion.counts, strict=True)
     )
     return _svg(f"confusion matrix, true by predicted: {said_of}", "".join(parts), height)
+
+
+def spread_chart(title: str, spreads: Sequence[Spread]) -> tuple[str, int]:
+    """(picture, its height): a row each, with every run as a small dot, their mean as a large one, a bar of a standard deviation to either side.
+
+    A row whose mean is not finite has its name alone, and what it is.
+    """
+    row, left, right, top = 28, 12 + 7 * min(NAMED, max(len(s.name) for s in spreads)), 112, 26
+    finite = [s for s in spreads if math.isfinite(s.mean)]
+    low, high = span([v for s in finite for v in (*s.each, s.mean - (s.std or 0), s.mean + (s.std or 0))])
+    place = _to(low, high, left + 8, WIDTH - right - 8)
+    bottom = top + row * len(spreads)
+    parts = [f'<text class="title" x="0" y="14">{escape(title)}</text>']
+    for value, text in _labelled(ticks(low, high, 4)):
+        x = f"{place(value):.1f}"
+        parts.append(f'<path class="grid" d="M{x} {top}V{bottom}"/><text x="{x}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
+    for n, s in enumerate(spreads):
+        y = top + row * n + row / 2
+        name = s.name if len(s.name) <= NAMED else f"{s.name[: NAMED - 1]}…"
+        parts.append(f'<text class="arm" x="{left - 6}" y="{y + 4}" text-anchor="end">{escape(name)}<title>{escape(s.name)}</title></text>')
+        if s in finite:
+            parts += _spread(s, place, y)
+        parts.append(f'<text class="told" x="{WIDTH}" y="{y + 4}" text-anchor="end">{figure(s.mean, s.std)}</text>')
+    told = "; ".join(f"{s.name} {figure(s.mean, s.std)}" for s in spreads)
+    height = bottom + 24
+    return _svg(f"{title}: {told}", "".join(parts), height), height
+
+
+def _spread(s: Spread, place: Scale, y: float) -> list[str]:
+    parts = []
+    if s.std is not None:
+        a, b = place(s.mean - s.std), place(s.mean + s.std)
+        parts.append(f'<path class="bar" d="M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10"/>')
+    if len(s.each) > 1:
+        parts += [f'<circle class="one" cx="{place(v):.1f}" cy="{y}" r="2.4"/>' for v in s.each]
+    return [*parts, f'<circle class="mean" cx="{place(s.mean):.1f}" cy="{y}" r="4.2"/>']
+
+
+def figure(mean: float, std: float | None = None) -> str:
+    """0.3120 ± 0.0041, and without a deviation the mean alone."""
+    digits = 4 if abs(mean) < 10 else 2
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
 def share_bar(share: float) -> str:

@@ -37,7 +37,8 @@ def gather(plan: Plan) -> Report:
     for name in plan.stages:
         stages.append(_stage(plan, name, found, runs))
     trainings = list(runs.values())
-    scores = evaluation(found["evaluate"].path, found["prepare"].path / "rows" / "test.jsonl") if "evaluate" in found else None
+    asked = found["questions"].path if "questions" in found else None
+    scores = evaluation(found["evaluate"].path, found["prepare"].path / "rows" / "test.jsonl", asked) if "evaluate" in found else None
     verdict, good = _verdict(stages, found, trainings)
     created = [s.created_unix_s for s in stages if s.created_unix_s]
     newest = max((s for s in stages if s.created_unix_s), key=lambda s: s.created_unix_s or 0.0, default=None)
@@ -135,8 +136,10 @@ def _made(name: str, counts: dict[str, Any], trained: bool) -> str:
         return ", ".join([f"{', '.join(splits)} rows"] * bool(splits) + [f"{texts:,} documents"] * bool(texts))
     if name.startswith("shard-") and "train" in c:
         return f"{c['train']['bins']:,} bins, {c['train']['tokens']:,} tokens, {c['train']['utilisation']:.1%} used"
-    if name == "evaluate" and "strict_f1" in c:
-        return f"F1 {c['strict_f1']:.3f} on {number(c['rows'])} rows"
+    if name == "evaluate" and ("strict_f1" in c or "tasks" in c):
+        return "; ".join(([f"F1 {c['strict_f1']:.3f} on {number(c['rows'])} rows"] if "strict_f1" in c else []) + _tasks(c))
+    if name == "questions":
+        return ", ".join(f"{number(told['rows'])} {task}" for task, told in c.items() if isinstance(told, dict) and "rows" in told)
     if name == "merge" and "logit_difference_max" in c:
         return f"{number(c['layers'])} layers, logits differ by {c['logit_difference_max']:.1e} at most"
     if name == "init" and "parameters" in c:
@@ -144,6 +147,10 @@ def _made(name: str, counts: dict[str, Any], trained: bool) -> str:
     if name == "serve" and c.get("first_token_s"):
         return f"first token after {c['first_token_s']:.3f} s"
     return ", ".join(f"{k} {v}" for k, v in list(flat(c))[:3])
+
+
+def _tasks(counts: dict[str, Any]) -> list[str]:
+    return [f"{task} {metric} {value:.3f}" for task, means in counts.get("tasks", {}).items() for metric, value in means.items()]
 
 
 # ---- verdict, ledger, cost --------------------------------------------------------------------------------------------
@@ -159,6 +166,8 @@ def _verdict(stages: list[Stage], found: dict[str, Artifact], trainings: list[Tr
         ), good
     if left:
         return f"Not complete: {left[0].name} is {left[0].state} ({left[0].note})", None
+    if "evaluate" in found and (tasks := _tasks(found["evaluate"].counts)):
+        return "; ".join(tasks), None
     losses = [(t.stage, dict(t.facts).get("validation loss") or dict(t.facts).get("loss")) for t in trainings]
     return "Complete" + "".join(f", {stage} at loss {loss}" for stage, loss in losses[-1:] if loss), None
 

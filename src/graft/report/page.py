@@ -20,12 +20,13 @@ from graft.core.stages import CHECKPOINTS, Plan
 from graft.report.charts import confusion_chart, histogram_chart, line_chart, share_bar
 from graft.report.flat import dollars, duration
 from graft.report.gather import gather
-from graft.report.tree import Evaluation, Pair, Prediction, Report, Stage, Table, Training
+from graft.report.tree import Answer, Evaluation, Pair, Prediction, Report, Stage, Table, Task, Training
 
 SECTIONS = {"lineage": "Lineage", "data": "Data", "training": "Training", "cost": "Cost", "evaluation": "Evaluation"}
 STAGE_COLUMNS = ("stage", "state", "made", "artifact", "made of", "time", "API")
 SHORT = 12  # digits of a fingerprint
 WRAPPED = 28  # characters of a cell that may have several lines
+LONG = 400  # characters of a text that has a card's whole width
 TOLD = 20  # marks in words; all are in the charts
 
 
@@ -196,11 +197,13 @@ def _evaluation(e: Evaluation | None) -> Iterator[str]:
     if e.confusion:
         told = "rows: what is true; columns: predicted; the stronger the colour, the larger the share of the row"
         yield f'<section class="confusion"><h4>Confusion matrix</h4><figure>{confusion_chart(e.confusion)}<figcaption>{told}</figcaption></figure></section>'
-    for table in (e.families, *e.tasks, e.others):
+    for table in (e.families, e.others):
         if table:
             yield f"<section>{_table(table)}</section>"
     yield "</div>"
-    if not e.rows:  # tasks alone: their answers lie in files of their own
+    for task in e.tasks:
+        yield from _task(task)
+    if not e.rows:
         return
     for title, shown, none in (("Worst predictions", e.worst, "None was wrong."), ("Best predictions", e.best, "None was right.")):
         yield f"<h3>{title}</h3>" + ("" if shown else f"<p>{none}</p>")
@@ -210,20 +213,30 @@ def _evaluation(e: Evaluation | None) -> Iterator[str]:
 
 def _prediction(p: Prediction) -> str:
     judged = f"true <b>{escape(p.label)}</b>, predicted <b>{escape(p.predicted)}</b>"
-    facts = [
-        judged,
-        *([escape(p.reason)] if p.reason else []),
-        *([f"score {p.score:.4g}"] if p.score is not None else []),
-        f"<code>{escape(p.id)}</code>",
-    ]
-    sides = "".join(
-        f'<div><h5>{name}</h5><div class="text" dir="auto">{escape(text)}</div></div>'
-        if text
-        else f'<div><h5>{name}</h5><div class="empty">empty</div></div>'
-        for name, text in (("prompt", p.prompt), ("answer", p.answer), ("wanted", p.wanted))
-    )
-    mark = "✓" if p.right else "✗"
-    return f'<article class="prediction{" right" if p.right else ""}"><p class="dim">{mark} {" · ".join(facts)}</p><div class="sides">{sides}</div></article>'
+    facts = [judged, *([escape(p.reason)] if p.reason else []), *([f"score {p.score:.4g}"] if p.score is not None else [])]
+    return _card(p.id, p.right, facts, (("prompt", p.prompt), ("answer", p.answer), ("wanted", p.wanted)))
+
+
+def _task(t: Task) -> Iterator[str]:
+    yield f'<h3>Task {escape(t.name)}</h3><p class="note">{escape(t.note)}</p>{_table(t.means)}'
+    for title, shown in (("worst", t.worst), ("best", t.best)):
+        if shown:
+            yield f"<details><summary>The {len(shown)} {title}</summary><div>{''.join(map(_answer, shown))}</div></details>"
+
+
+def _answer(a: Answer) -> str:
+    return _card(a.id, a.right, [escape(a.judged)], a.sides)
+
+
+def _card(name: str, right: bool | None, facts: list[str], sides: Sequence[Pair]) -> str:
+    """One prediction. facts: HTML; sides: a title and a text each."""
+    shown = ""
+    for title, text in sides:
+        said = f'<div class="text" dir="auto">{escape(text)}</div>' if text else '<div class="empty">empty</div>'
+        shown += f'<div class="{"long" if len(text) > LONG else "short"}"><h5>{escape(title)}</h5>{said}</div>'
+    kind, mark = {True: (" right", "✓ "), False: ("", "✗ "), None: (" graded", "")}[right]
+    told = " · ".join([*facts, f"<code>{escape(name)}</code>"])
+    return f'<article class="prediction{kind}"><p class="dim">{mark}{told}</p><div class="sides">{shown}</div></article>'
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------

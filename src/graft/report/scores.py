@@ -13,6 +13,7 @@ from graft.core.errors import ArtifactError
 from graft.core.rows import read_jsonl
 from graft.report.flat import flat, number
 from graft.report.scrub import cut
+from graft.report.tasks import task
 from graft.report.tree import Confusion, Evaluation, Prediction, Table
 
 SHOWN = 10  # predictions of a kind
@@ -23,8 +24,8 @@ MEASURES = {"argument_exact_share": "right calls whose argument is exactly the w
 KNOWN = {"rows", "scores", "confusion", "per_family_accuracy"}
 
 
-def evaluation(folder: Path, test: Path | None) -> Evaluation:
-    """folder: the evaluate artifact. test: the rows that it asked, whose last message is what was wanted; None: not known.
+def evaluation(folder: Path, test: Path | None, questions: Path | None = None) -> Evaluation:
+    """folder: the evaluate artifact. test: the rows that it asked, whose last message is what was wanted; None: not known. questions: of its tasks.
 
     Whatever part an evaluation does not have is left out. ArtifactError where metrics.json is no JSON object, DataError where a line of the rows is none.
     """
@@ -41,7 +42,7 @@ def evaluation(folder: Path, test: Path | None) -> Evaluation:
         scores=_scores(metrics.get("scores") or {}),
         confusion=_confusion(metrics.get("confusion") or {}),
         families=_families(metrics.get("per_family_accuracy") or {}, Counter(str(p.get("family")) for p in found)),
-        tasks=tuple(_task(name, t) for name, t in tasks.items()),
+        tasks=tuple(task(n, t, folder / f"predictions-{n}.jsonl", questions / f"{n}.jsonl" if questions else None) for n, t in tasks.items()),
         others=Table("What else was measured", ("measure", "value"), tuple(others[:OTHERS]), (1,)) if others else None,
         best=tuple(_prediction(p, wanted) for p in best),
         worst=tuple(_prediction(p, wanted) for p in worst),
@@ -68,24 +69,6 @@ def _scores(scores: dict[str, Any]) -> Table | None:
     keys = [k for k in NAMES if k in keys] + [k for k in keys if k not in NAMES and not k.startswith("intent.")]
     rows = tuple((name, *(f"{s[k]:.3f}" if k in s else "" for k in keys)) for name, s in by_system.items())
     return Table("Scores", ("", *(NAMES.get(k, k) for k in keys)), rows, tuple(range(1, len(keys) + 1))) if rows and keys else None
-
-
-def _task(name: str, task: dict[str, Any]) -> Table:
-    """One row a system and one of the paired difference, one column a metric: the mean and its interval."""
-    systems = {system: s for system, s in task["systems"].items() if isinstance(s, dict)}
-    pair = task.get("paired") if isinstance(task.get("paired"), dict) else None
-    rows = systems | ({str(pair.get("of", "difference")): pair} if pair else {})
-    columns = list(dict.fromkeys(m for s in systems.values() for m, told in s.items() if isinstance(told, dict)))
-    cells = tuple((system, *(_interval(told.get(m)) for m in columns)) for system, told in rows.items())
-    note = ", ".join([str(task.get("kind", "")), *([f"{number(task['rows'])} rows"] if "rows" in task else [])])
-    return Table(f"Task {name}", ("", *(m.replace("_", " ") for m in columns)), cells, tuple(range(1, len(columns) + 1)), note=note)
-
-
-def _interval(told: Any) -> str:
-    if not isinstance(told, dict) or not isinstance(mean := told.get("mean", told.get("difference")), int | float):
-        return ""
-    low, high = told.get("low"), told.get("high")
-    return f"{mean:.3f}" + (f" ({low:.3f} to {high:.3f})" if isinstance(low, int | float) and isinstance(high, int | float) else "")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

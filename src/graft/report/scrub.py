@@ -68,6 +68,16 @@ def cut(text: str, characters: int) -> str:
     return text[: end or characters] + "…"
 
 
+def ends(text: str, characters: int) -> str:
+    """As cut(), with as much of the end as of the beginning: a question often follows what it is about."""
+    if len(text) <= characters:
+        return text
+    start = len(text) - characters // 2
+    while start < len(text) and _joined(text, start):
+        start += 1
+    return cut(text, characters // 2) + text[start:]
+
+
 def _joined(text: str, at: int) -> bool:
     """Whether text[at] belongs to the character that text[at - 1] is of (Unicode's UAX 29, but for Indic conjuncts)."""
     before, after = text[at - 1], text[at]

@@ -81,6 +81,16 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """One figure of several runs. std: None of a single one."""
+
+    name: str
+    mean: float
+    std: float | None
+    each: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Training:
     """One training stage that has begun."""
 
@@ -117,6 +127,25 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One answer to a task. right: None where there is more than right and wrong. judged: the systems' scores. sides: titles and texts, side by side."""
+
+    id: str
+    right: bool | None
+    judged: str
+    sides: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    means: Table  # a row a metric, with intervals and the paired difference
+    note: str
+    best: tuple[Answer, ...] = ()
+    worst: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True)
 class Confusion:
     labels: tuple[str, ...]  # of the rows: what is true
     predicted: tuple[str, ...]
@@ -129,7 +158,7 @@ class Evaluation:
     scores: Table | None
     confusion: Confusion | None
     families: Table | None
-    tasks: tuple[Table, ...]  # means with their intervals, a row a system
+    tasks: tuple[Task, ...]
     others: Table | None  # what else metrics.json holds
     best: tuple[Prediction, ...]
     worst: tuple[Prediction, ...]

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from html import escape
 from importlib import resources
 from typing import Any
 
@@ -47,6 +48,7 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
     """The app. Its lifespan starts the catalog and stops the runner."""
     catalog, metrics, created = Catalog(runner), Metrics(), int(time.time())
     html = resources.files("graft.serve").joinpath("chat.html").read_text(encoding="utf-8")
+    html = html.replace("<!-- system -->", escape(runner.spec.system or ""))
     service = Service(catalog, metrics)
 
     async def page(http: HTTPRequest) -> Response:

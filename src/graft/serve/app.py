@@ -30,6 +30,7 @@ from graft.serve.spec import ServeSpec
 
 SHARED = (
     "host",
+    "system",
     "engine",
     "replicas",
     "max_batch",

@@ -17,7 +17,7 @@ def run(job: Job) -> None:
     """Write reply.json: {model, prompt, reply, path, seconds, first_token_s}. About 20 s on two cores."""
     recipe = job.recipe
     with job.writing() as draft, start(spec_of(job.plan)) as server:
-        reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens)
+        reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens, recipe.serve.system)
         (draft.path / "reply.json").write_text(json.dumps(reply, ensure_ascii=False, indent=1), encoding="utf-8")
         draft.counts |= {
             "model": reply["model"],
@@ -27,12 +27,13 @@ def run(job: Job) -> None:
         }
 
 
-def ask(url: str, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+def ask(url: str, model: str, prompt: str, max_tokens: int, system: str | None = None) -> dict[str, Any]:
     """One greedy question through the openai client, streamed and whole; ServeError where the two replies differ."""
     import openai
 
     key = own_key() or "none"
-    question: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, "temperature": 0}
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+    question: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
     with openai.DefaultHttpxClient(trust_env=False) as direct, openai.OpenAI(base_url=f"{url}/v1", api_key=key, http_client=direct) as client:
         try:
             began, first, streamed = time.monotonic(), None, ""

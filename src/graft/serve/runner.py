@@ -7,7 +7,6 @@ that is loaded, is called between two steps.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import queue
 import threading
 import time
@@ -213,31 +212,23 @@ class Runner:
 
     def _load(self) -> Engine:
         """Load the engine and let the base generate one token; only then is it ready."""
+        from graft.engine.start import start
         from graft.model.chat import load_tokenizer, render_prompt  # imports torch: seconds in which the process already answers
 
         spec = self.spec
-        engine = made(spec, load_tokenizer(spec.tokenizer))
+        engine = start(
+            spec.engine,
+            spec.base,
+            spec.revision,
+            spec.precision,
+            load_tokenizer(spec.tokenizer),
+            max_batch=spec.max_batch,
+            max_adapters=spec.max_adapters if spec.store else 0,
+            max_rank=spec.max_rank,
+            kv_tokens=spec.kv_tokens,
+        )
         self.tokenizer = load_tokenizer(spec.tokenizer)
         engine.generate([Request(render_prompt(self.tokenizer, [{"role": "user", "content": "hello"}]), 1)])
         with self._lock:
             self.engine, self.state = engine, "ready" if self.state == "loading" else self.state
         return engine
-
-
-def made(spec: ServeSpec, tokenizer: Any) -> Engine:
-    """The engine that the spec names, or that suits this machine: vLLM where it is installed beside a GPU and takes the base's precision."""
-    limits: dict[str, Any] = {"max_batch": spec.max_batch, "max_adapters": spec.max_adapters if spec.store else 0}
-    limits |= {"max_rank": spec.max_rank, "kv_tokens": spec.kv_tokens}
-    if spec.engine == "vllm" or (spec.engine == "auto" and suits_vllm(spec.precision)):
-        from graft.engine.vllm import VLLMEngine
-
-        return VLLMEngine(spec.base, spec.revision, spec.precision, tokenizer, **limits)
-    from graft.engine.hf import HFEngine
-
-    return HFEngine(spec.base, spec.revision, spec.precision, {}, tokenizer, **limits)
-
-
-def suits_vllm(precision: str) -> bool:
-    import torch
-
-    return precision == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None

@@ -29,6 +29,7 @@ class ServeSpec:
     max_rank: int = 64
     kv_tokens: int | None = None  # None: what the memory allows
     max_concurrent: int = 128  # requests of one key
+    system: str | None = None  # what the chat page begins with
     deadline_s: float = 600.0  # for a request
 
     @property

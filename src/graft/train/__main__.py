@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 
+from graft.core import tracking
 from graft.core.errors import ConfigError, GraftError
 from graft.core.stages import Job, Plan
 from graft.train.nodes.watch import Watch
@@ -31,6 +32,8 @@ def main() -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(f"train {job.stage.name}: complete at {job.directory}")
             return 0
+        if os.environ.get("RANK", "0") == "0":
+            tracking.check(plan.recipe.tracking)
         from graft.train.loop import run
 
         run(job, args.profile, args.allow_data_change)

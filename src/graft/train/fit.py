@@ -10,25 +10,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from graft.core.errors import ConfigError
-from graft.core.recipe import Recipe
 from graft.core.shards import ShardSet
+from graft.core.stages import Plan
 from graft.model.base import read_config, sees_images
 from graft.model.chat import load_tokenizer, tokenizer_digest
 
 
-def refuse_misfits(splits: Iterable[tuple[Path, ShardSet]], base: str, revision: str | None, recipe: Recipe) -> None:
-    """ConfigError where a split's bins, documents, ids or tokenizer do not fit the recipe and the base that is to train on them.
+def refuse_misfits(splits: Iterable[tuple[Path, ShardSet]], plan: Plan, stage: str) -> None:
+    """ConfigError where a split's bins, documents, ids or tokenizer do not fit the recipe and the base that `stage` is to train on them.
 
     A document, not a bin, may be as long as the base has positions: each begins at position 0.
     """
+    base, revision = plan.base_model(stage)
     whole, name = read_config(base, revision), f"model.base = {base!r}"
     config = whole.get_text_config()
-    digest = tokenizer_digest(load_tokenizer(base, revision, recipe.model.chat_template))
+    digest = tokenizer_digest(load_tokenizer(base, revision, plan.chat_template))
     positions = getattr(config, "max_position_embeddings", None)
     again = "make the shards again with `graft run`"
     for folder, shards in splits:
-        if shards.seq_len != recipe.shard.seq_len:
-            raise ConfigError(f"{folder} has bins of {shards.seq_len} tokens, the recipe shard.seq_len = {recipe.shard.seq_len}: {again}")
+        if shards.seq_len != plan.recipe.shard.seq_len:
+            raise ConfigError(f"{folder} has bins of {shards.seq_len} tokens, the recipe shard.seq_len = {plan.recipe.shard.seq_len}: {again}")
         longest, largest, theirs = int(shards.doc_lens().max(initial=0)), shards.largest_id(), shards.index["tokenizer"]
         if positions is not None and longest > positions:
             raise ConfigError(

@@ -68,7 +68,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     held_out = ShardSet.open(folder / "validation", verify=False) if (folder / "validation").is_dir() else None
     if local_leader():
         splits = {"train": shards, "validation": held_out}
-        refuse_misfits([(folder / name, split) for name, split in splits.items() if split], *job.plan.base_model(stage), recipe)
+        refuse_misfits([(folder / name, split) for name, split in splits.items() if split], job.plan, stage)
     watch = watch_of(job, config)
     held = fence.hold(job.run_directory) if accelerator.process_index == 0 else None
     watch.holds = held is not None
@@ -216,6 +216,7 @@ def _train(
         counts |= {"skipped_steps": guard.state["skipped"], "device_hours": device_s / 3600}
         counts |= {"data_changes": begin.changes} if begin.changes else {}
         _publish(job, best, save, run_dir, counts, model)
+        report.published(job.artifact)
     dist.barrier()
     watch.close()
     dist.destroy_process_group()
@@ -264,7 +265,7 @@ def _publish(job: Job, best: Best, save: Callable[[Path], None], run_dir: Path, 
     with job.writing() as draft:
         counts |= best.place(draft.path, save)
         folder, revision = job.plan.base_model(job.stage.name)
-        tokenizer = load_tokenizer(folder, revision, job.recipe.model.chat_template)
+        tokenizer = load_tokenizer(folder, revision, job.plan.chat_template)
         save_tokenizer(tokenizer, draft.path)
         copy_config(folder, revision, draft.path)
         if job.stage.name == "sft" and job.recipe.train_stage("sft").lora:

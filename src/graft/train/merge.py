@@ -44,7 +44,7 @@ TOLERANCES = {"fp32": Tolerance(1e-3, 1e-6), "bf16": _ROUNDED, "fp8": _ROUNDED, 
 def run(job: Job) -> None:
     base, revision = job.plan.base_model("cpt")
     model = job.recipe.model
-    tokenizer = load_tokenizer(base, revision, model.chat_template)
+    tokenizer = load_tokenizer(base, revision, job.plan.chat_template)
     with job.writing() as draft:
         draft.counts.update(merge(job.parents["cpt"].path, base, revision, model.precision, tokenizer, draft.path))
 

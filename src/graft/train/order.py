@@ -38,8 +38,8 @@ def share_out(costs: np.ndarray, world: int, micro: int) -> np.ndarray:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
-    """Learning rate of 0-based global `step`: linear warm-up over `warmup` of the steps, then the schedule to 0."""
-    rising = int(total * warmup)
+    """Learning rate of 0-based global `step`: linear warm-up over `warmup` steps, or that share of all where it is below 1, then the schedule to 0."""
+    rising = int(warmup if warmup >= 1 else total * warmup)
     if step < rising:
         return peak * (step + 1) / rising
     left = (step - rising) / max(1, total - rising)

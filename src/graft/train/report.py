@@ -1,4 +1,4 @@
-"""What rank 0 tells of a run: metrics.jsonl always, a progress bar, and wandb by choice (its code and argv capture off)."""
+"""What rank 0 tells of a run: metrics.jsonl always, a progress bar, and wandb by choice (core/tracking.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from graft.core import tracking
+from graft.core.artifact import Artifact
 from graft.core.metrics import MetricsWriter
 from graft.core.stages import Job
 from graft.train.flops import Flops, peak_flops
@@ -27,7 +29,7 @@ class Reporter:
         self.step_times_s: list[float] = []
         self.tokens, self.steps = 0, first  # steps: of the whole run so far
         self.writer = MetricsWriter(run_dir / "metrics.jsonl", first)
-        self.wandb = _wandb(job, run_dir)
+        self.tracker = tracking.begin(job, run_dir / "metrics.jsonl")
         console = Console()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
         self.progress = Progress(*columns, console=console, transient=True)
@@ -52,8 +54,8 @@ class Reporter:
         self.writer.write(metrics)
         if "skipped" in metrics:
             self.progress.console.print(f"train {self.stage}: step {metrics['step']} is left out: {metrics['skipped']}; bins {metrics['bins']}")
-        if self.wandb:
-            self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
+        if self.tracker:
+            self.tracker.log(metrics)
         self.step_times_s.append(seconds)
         self.tokens, self.steps = self.tokens + metrics["tokens"], metrics["step"] + 1
         if "skipped" not in metrics:
@@ -61,11 +63,9 @@ class Reporter:
         self.progress.update(self.bar, advance=1, numbers=f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s")
 
     def finish(self) -> dict[str, Any]:
-        """Close everything; the numbers for the manifest. Rates are of this launch, without its start."""
+        """Close all but wandb; the numbers for the manifest. Rates are of this launch, without its start."""
         self.progress.stop()
         self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
         counts: dict[str, Any] = {k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib", "mfu_nominal") if k in self.last}
         if self.step_times_s:
             total_s = sum(self.step_times_s)
@@ -75,21 +75,7 @@ class Reporter:
             Console().print(f"train {self.stage}: peak {peak:.1f} GiB, predicted {predicted:.1f} ({predicted / peak - 1:+.1%})")
         return counts | self.plan.numbers
 
-
-def _wandb(job: Job, run_dir: Path) -> Any:
-    tracking = job.recipe.tracking
-    if tracking.wandb == "off":
-        return None
-    import wandb
-
-    return wandb.init(
-        project=tracking.project,
-        name=f"{job.recipe.name}-{job.stage.name}",
-        id=f"{job.stage.name}-{job.fingerprint[:12]}",
-        resume="allow",
-        mode=tracking.wandb,
-        dir=str(run_dir),
-        config=job.head["keys"],
-        save_code=False,
-        settings=wandb.Settings(x_disable_meta=True, console="off", silent=True),
-    )
+    def published(self, artifact: Artifact | None) -> None:
+        """Tell wandb what the run has made, and close it."""
+        if self.tracker:
+            self.tracker.finish(artifact)

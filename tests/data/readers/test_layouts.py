@@ -144,6 +144,10 @@ def test_templates_that_cannot_be_used_are_one_line(keys: dict[str, Any], says: 
         layout_of(Corpus(path="x", layout="mcq", mcq=Mcq(**keys)), [])
 
 
+def test_an_option_that_may_follow_the_prompt_need_not_stand_in_it() -> None:
+    assert layout_of(Corpus(path="x", layout="mcq", mcq=Mcq(prompt="{article}{question}", reply="{text}")), []) == "mcq"
+
+
 def test_detection_is_by_most_records_and_by_keys_that_are_not_null() -> None:
     chat, text = {"messages": [U, A]}, {"text": "a"}
     assert detect([text, chat, chat]) == "messages"

@@ -37,18 +37,18 @@ _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _EXCERPT = 200  # characters
 
 
-def layout_of(corpus: Corpus, values: list[dict[str, Any]]) -> str:
+def layout_of(corpus: Corpus, values: list[dict[str, Any]], answered: bool = True) -> str:
     """The corpus's layout: the recipe's, or the one detected by `values`, its first records. The templates of mcq are tried.
 
-    Raises ConfigError in one line.
+    answered: whether its records must have the keys of an answer. Raises ConfigError in one line.
     """
-    layout = detect(values, corpus.text, corpus.mcq) if corpus.layout == "auto" else corpus.layout
+    layout = detect(values, corpus.text, corpus.mcq, answered) if corpus.layout == "auto" else corpus.layout
     if layout == "mcq":
         reading_comprehension.check(corpus.mcq)
     return layout
 
 
-def detect(values: list[dict[str, Any]], text: str = "text", mcq: Mcq = Mcq()) -> str:
+def detect(values: list[dict[str, Any]], text: str = "text", mcq: Mcq = Mcq(), answered: bool = True) -> str:
     """The layout that fits more than half of the records, by their keys that are not null, else by all keys.
 
     A record that fits several counts for the first of: mcq, messages, sharegpt, ms-swift, alpaca, qa, text.
@@ -56,7 +56,7 @@ def detect(values: list[dict[str, Any]], text: str = "text", mcq: Mcq = Mcq()) -
     """
     if not values:
         raise ConfigError("no layout can be detected: none of the first records can be read; mend the files, or force one with layout")
-    signatures = _signatures(text, mcq)
+    signatures = _signatures(text, mcq) if answered else _unanswered(text, mcq)
     for with_null in (False, True):
         keys = [{k for k, v in value.items() if with_null or v is not None} for value in values]
         votes = Counter(next((name for name, need in signatures if need <= k), "") for k in keys)
@@ -84,6 +84,12 @@ def _signatures(text: str, mcq: Mcq) -> list[tuple[str, set[str]]]:
     ]
 
 
+def _unanswered(text: str, mcq: Mcq) -> list[tuple[str, set[str]]]:
+    """The same without the keys of the answers."""
+    answers = {mcq.answer, "response", "output", "completion", "answer"} - {mcq.article, mcq.question, *mcq.options, text}
+    return [(layout, need - answers) for layout, need in _signatures(text, mcq)]
+
+
 def to_text(value: dict[str, Any], key: str) -> tuple[str, str]:
     """(text, "") of a record of layout `text`, or ("", the reason)."""
     try:
@@ -92,18 +98,24 @@ def to_text(value: dict[str, Any], key: str) -> tuple[str, str]:
         return "", str(e)
 
 
-def to_messages(value: dict[str, Any], layout: str, mcq: Mcq) -> tuple[Messages | None, str]:
+def to_messages(value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = True) -> tuple[Messages | None, str]:
     """(messages, "") or (None, reason): an optional system message, then user and assistant in turn, none of them empty.
 
-    Tool calls, images and turns marked as not to be trained are refused, as leaving them out would change what is learned.
+    answered: else a record of another layout than mcq may lack its last answer, and the messages end with the user's. Tool calls, images and turns
+    marked as not to be trained are refused, as leaving them out would change what is learned.
     """
     try:
-        messages = _CONVERSIONS[layout](value, mcq)
+        messages = _CONVERSIONS[layout](value, mcq, answered)
     except Refused as e:
         return None, str(e)
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
         del messages[0]  # as exports write a conversation without one
-    if wrong := wrong_roles(messages):
+    open_end: Messages = []
+    if not answered:
+        if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+            del messages[-1]
+        open_end = [{"role": "assistant", "content": "?"}] if messages and messages[-1]["role"] == "user" else []
+    if wrong := wrong_roles([*messages, *open_end]):
         return None, "empty message" if wrong.endswith("is empty") else "unbalanced roles"
     if not is_unicode("".join([m["content"] for m in messages])):
         return None, "lone surrogate"
@@ -116,28 +128,28 @@ def excerpt(value: dict[str, Any]) -> str:
 
 
 # ---- the layouts -----------------------------------------------------------------------------------------------------
-def _openai(value: dict[str, Any], mcq: Mcq) -> Messages:
+def _openai(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     if "messages" not in value and "prompt" in value:
-        return _prompt_and_completion(value)
+        return _prompt_and_completion(value, answered)
     return _conversation(value, "messages")
 
 
-def _sharegpt(value: dict[str, Any], mcq: Mcq) -> Messages:
+def _sharegpt(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     return _conversation(value, "conversations")
 
 
-def _alpaca(value: dict[str, Any], mcq: Mcq) -> Messages:
+def _alpaca(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     _no_media_or_tools(value)
     asked = [_optional(value, "instruction"), _optional(value, "input")]
-    return _turns(value, "\n".join(filter(None, asked)), text_of(value, "output"))
+    return _turns(value, "\n".join(filter(None, asked)), "output", answered)
 
 
-def _ms_swift(value: dict[str, Any], mcq: Mcq) -> Messages:
+def _ms_swift(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     if "messages" in value:
         return _conversation(value, "messages")
     _no_media_or_tools(value)
     if "query" in value or "response" in value:
-        return _turns(value, text_of(value, "query"), text_of(value, "response"))
+        return _turns(value, text_of(value, "query"), "response", answered)
     messages = _system(value)
     for pair in _list_of(value, "conversation"):
         if not isinstance(pair, dict):
@@ -146,17 +158,17 @@ def _ms_swift(value: dict[str, Any], mcq: Mcq) -> Messages:
     return messages
 
 
-def _mcq(value: dict[str, Any], mcq: Mcq) -> Messages:
+def _mcq(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     prompt, reply = reading_comprehension.render(value, mcq)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
 
 
-def _qa(value: dict[str, Any], mcq: Mcq) -> Messages:
+def _qa(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     _no_media_or_tools(value)
-    return _turns(value, text_of(value, "question"), text_of(value, "answer"))
+    return _turns(value, text_of(value, "question"), "answer", answered)
 
 
-_CONVERSIONS: dict[str, Callable[[dict[str, Any], Mcq], Messages]] = {
+_CONVERSIONS: dict[str, Callable[[dict[str, Any], Mcq, bool], Messages]] = {
     "messages": _openai,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
@@ -172,22 +184,26 @@ def _conversation(value: dict[str, Any], key: str) -> Messages:
     return _system(value) + [_message(m) for m in _list_of(value, key)]
 
 
-def _prompt_and_completion(value: dict[str, Any]) -> Messages:
+def _prompt_and_completion(value: dict[str, Any], answered: bool) -> Messages:
     """Two texts, or two lists of messages: https://huggingface.co/docs/trl/dataset_formats."""
     _no_media_or_tools(value)
     if isinstance(value["prompt"], list):
-        return [_message(m) for m in (*_list_of(value, "prompt"), *_list_of(value, "completion"))]
-    return _turns(value, text_of(value, "prompt"), text_of(value, "completion"))
+        completion = _list_of(value, "completion") if answered or value.get("completion") else ()
+        return [_message(m) for m in (*_list_of(value, "prompt"), *completion)]
+    return _turns(value, text_of(value, "prompt"), "completion", answered)
 
 
-def _turns(value: dict[str, Any], asked: str, answered: str) -> Messages:
-    """The system column, the pairs of the history, and the last turn."""
+def _turns(value: dict[str, Any], asked: str, answer: str, answered: bool) -> Messages:
+    """The system column, the pairs of the history, and the last turn, whose reply lies under the key `answer`."""
     messages = _system(value)
     for pair in _list_of(value, "history") if value.get("history") else ():
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise Refused('"history" is no list of pairs')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return [*messages, {"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages.append({"role": "user", "content": asked})
+    if answered or (isinstance(reply := value.get(answer), str) and reply.strip()):
+        messages.append({"role": "assistant", "content": text_of(value, answer)})
+    return messages
 
 
 def _system(value: dict[str, Any]) -> Messages:

@@ -37,12 +37,15 @@ def text_of(value: dict[str, Any], key: str) -> str:
 
 
 def check(mcq: Mcq) -> None:
-    """ConfigError where a template cannot be filled or leaves out what it must hold, or there are no two to 26 options."""
+    """ConfigError where a template cannot be filled or leaves out what it must hold, or there are no two to 26 options.
+
+    A prompt lists the options, but where the reply is an option's bare text, which may be what follows the prompt.
+    """
     if not 2 <= len(mcq.options) <= len(LETTERS):
         raise ConfigError(f"mcq.options names {len(mcq.options)} keys: name 2 to {len(LETTERS)}")
     samples = {"article": "\0a", "question": "\0q", "options": "\0o", "letter": "\0l", "text": "\0t", "number": "\0n"}
     rules = (
-        ("prompt", mcq.prompt, ("article", "question", "options"), ("question", "options")),
+        ("prompt", mcq.prompt, ("article", "question", "options"), ("question",) if mcq.reply == "{text}" else ("question", "options")),
         ("option", mcq.option, ("letter", "number", "text"), ("text",)),
         ("reply", mcq.reply, ("letter", "number", "text"), ()),
     )
@@ -66,12 +69,17 @@ def render(value: dict[str, Any], mcq: Mcq) -> tuple[str, str]:
 
 def choices(value: dict[str, Any], mcq: Mcq) -> tuple[str, list[str], list[str], int]:
     """(prompt, the reply that each option would be, the options, which is right from 0) of a record; Refused as above."""
+    prompt, replies, options = asked(value, mcq)
+    return prompt, replies, options, answer_index(value, mcq.answer, options)
+
+
+def asked(value: dict[str, Any], mcq: Mcq) -> tuple[str, list[str], list[str]]:
+    """(prompt, the reply that each option would be, the options) of a record, which may lack its answer; Refused as above."""
     options = [_plain(value, key) for key in mcq.options]
     marks = [{"letter": LETTERS[i], "number": str(i + 1), "text": text} for i, text in enumerate(options)]
-    right = answer_index(value, mcq.answer, options)
     listed = "\n".join(mcq.option.format_map(mark) for mark in marks)
     prompt = mcq.prompt.format_map({"article": text_of(value, mcq.article), "question": text_of(value, mcq.question), "options": listed})
-    return prompt, [mcq.reply.format_map(mark) for mark in marks], options, right
+    return prompt, [mcq.reply.format_map(mark) for mark in marks], options
 
 
 def answer_index(value: dict[str, Any], key: str, options: list[str]) -> int:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.recipe import Train
 from graft.core.stages import Plan
+from graft.model.shapes import ON_THE_HUB, SHAPES
 from graft.train.flops import PEAK_BF16_FLOPS, known
 from graft.train.launch import processes_per_node
 from graft.train.sizing.choice import AUTO, choose, described, mend, smallest
@@ -44,9 +45,11 @@ def report_here(plan: Plan, price_usd: float | None) -> list[str]:
 
 
 def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[list[str], bool]:
-    shape = Shape.embedded(plan.recipe.base) if plan.recipe.base else Shape.at(*plan.external_base())
+    shape, told = _shape(plan)
+    if shape is None:
+        return [told], True
     zero = Zero.of(strategy_of(plan))
-    lines, fits = [], True
+    lines, fits = [told] if told else [], True
     for stage in plan.recipe.train_stages():
         train = plan.recipe.train_stage(stage)
         work = Work(shape, plan.recipe.train_precision(stage), train, plan.recipe.shard.seq_len, count, zero)
@@ -69,6 +72,19 @@ def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[
         fits = fits and choice is not None
     lines.append(f"error: {ERROR['peak_gib']:.0%} of memory, {ERROR['step_time_s']:.0%} of time at most where {MEASURED}; elsewhere not measured")
     return lines, fits
+
+
+def _shape(plan: Plan) -> tuple[Shape | None, str]:
+    """The base's, and a line where its config.json was not looked at: what is known of it by its name alone."""
+    base = plan.recipe.model.base
+    if plan.recipe.base:
+        return Shape.embedded(plan.recipe.base), ""
+    place = plan.external_base()
+    if base not in plan.unseen:
+        return Shape.at(*place), ""
+    if known := ON_THE_HUB.get(base):
+        return Shape.of(SHAPES[known]), f"memory and time: by the shape that {base} is known to have ({known})"
+    return None, f"memory and time: not predicted, the shape of {base} is known by its config.json alone"
 
 
 def _gpus(text: str) -> tuple[int, str]:
