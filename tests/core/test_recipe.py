@@ -116,6 +116,13 @@ def test_warm_up_is_a_share_or_steps():
         ("sft.lora={r=128}", "sft.lora.r = 128 and serve.max_rank = 64: what is trained could not be served"),
         ("sft.lora={r=8, use_dora=true}", "unknown key 'sft.lora.use_dora'"),
         ("sft.lora={r=8, modules_to_save=['lm_head']}", "unknown key 'sft.lora.modules_to_save'"),
+        ("corpora.a={kind='identity', name='x'}", "needs both"),
+        ("corpora.a={path='x', author='y'}", "name and author are of kind = 'identity'"),
+        ("corpora.a={kind='drawings'}", "needs documents = N"),
+        ("corpora.a={path='hub:o/n', images='x'}", "local files"),
+        ("corpora.a={kind='grammar', documents=1, images='x'}", "local files"),
+        ("shard.image_pixels=100", "shard.image_pixels"),
+        ("base.vision={heads=5}", "no multiple of 4 x base.vision.heads = 5"),
         ("sft", "key=value"),
         ("name.x=1", "is a value"),
     ],
@@ -161,3 +168,15 @@ def test_check_is_fast_and_light():
     for name in ("image-intent-tiny.toml", "image-intent-8b.toml"):
         done = subprocess.run([sys.executable, "-c", code, str(RECIPES / name)], env=away, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_images_need_a_base_that_sees_and_no_merge():
+    drawn = ["corpora.drawn={kind='drawings', documents=9}", "sft.corpora=['drawn']"]
+    with pytest.raises(ConfigError, match=r"\[cpt\] and images in one recipe"):
+        load(TINY, drawn)
+    seeing = load(RECIPES / "ui-vqa-tiny.toml")
+    assert seeing.shows_images and seeing.stage_shows_images("base") and seeing.stage_shows_images("sft")
+    assert not load(TINY).shows_images
+    with pytest.raises(ConfigError, match=r"add a \[base.vision\] section"):
+        load(RECIPES / "ui-vqa-tiny.toml", ["base={hidden_size=8, heads=2, kv_heads=2, train={corpora=['drawn'], lora=false}}"])
+    assert load(RECIPES / "ui-vqa-tiny.toml", ["sft.corpora=['self']", "base.train.corpora=['other-self']"]).shows_images is False

@@ -32,5 +32,5 @@ def test_texts_stop_at_the_recipes_number():
     found = list(made(Corpus(kind="grammar", documents=5, seed=1)))
     assert len(found) == 5 and found == list(made(Corpus(kind="grammar", documents=5, seed=1))) != list(made(Corpus(kind="grammar", documents=5)))
     talk = list(made(Corpus(kind="dialogues", documents=5, seed=1)))
-    assert len(talk) == 5 and all(t.startswith("<|im_start|>user\n") and t.endswith("<|im_end|>\n") for t in talk)
+    assert len(talk) == 5 and all(t["text"].startswith("<|im_start|>user\n") and t["text"].endswith("<|im_end|>\n") for t in talk)
     assert len(list(made(Corpus(kind="docstrings", documents=3)))) == 3

@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -113,3 +114,10 @@ CHATS = {
     "scripts": chat("畫貓 🐱👍🏽👨‍👩‍👧", "好 👌", "\u202bשלום مرحبا\u202c e\u0301", "ok\u200f שלום", system="你是助手"),
     "lookalikes": chat("assistant", "a", "user\nassistant\nmodel", "assistant", "a", "a"),
 }
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """A copy with another chat template."""
+    copy = deepcopy(tokenizer)
+    copy.chat_template = template
+    return copy

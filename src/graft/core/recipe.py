@@ -68,6 +68,7 @@ class Train(Section):
     activation_checkpointing: Kept | Literal["auto"] = "auto"  # what is computed again to save memory: nothing, wide activations, layers
     deterministic: bool = False  # on a GPU: the same bits in every run, by slower kernels
     compile: bool = True  # on a GPU, decoder layers that graft has no kernels for
+    train_vision: bool = False  # the vision tower too: adapters on its linear layers, or, with lora = false, its weights
     validate_every: Count | None = None  # steps
     keep: Literal["last", "best"] = "last"  # the weights that become the artifact; best: of the lowest validation loss
     patience: Count | None = None  # validations without a lower loss after which training stops
@@ -130,6 +131,15 @@ class Model(Section):
         return None if self.chat_template in NAMED_TEMPLATES else self.chat_template
 
 
+class Vision(Section):
+    """The vision tower of an embedded base, which is then a small Qwen2.5-VL."""
+
+    hidden_size: Count = 64
+    intermediate_size: Count = 128
+    layers: Count = 2
+    heads: Count = 4
+
+
 class EmbeddedBase(Section):
     """A small Llama with its own byte-level BPE tokenizer, trained whole; for machines without a hub."""
 
@@ -139,6 +149,7 @@ class EmbeddedBase(Section):
     layers: Count = 4
     heads: Count = 6
     kv_heads: Count = 3
+    vision: Vision | None = None  # for recipes with images
     train: Train
 
 
@@ -195,10 +206,6 @@ class Recipe(Section):
             return self
         if self.augment is None and not self.sft.corpora:
             raise ValueError("sft has nothing to train on: add [augment], or name corpora of chats in sft.corpora")
-        if self.augment and self.augment.images:
-            raise ValueError(
-                "[augment.images] and [sft] in one recipe: training on images is not built yet; leave [sft] out and `graft export` the rows"
-            )
         if (self.model.base == "embedded") != (self.base is not None):
             raise ValueError(
                 f"model.base = {self.model.base!r} and a [base] section that is {'present' if self.base else 'absent'} "
@@ -224,8 +231,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"{section}.lora = false and model.precision = {self.model.precision!r}: such weights cannot be trained whole; use bf16"
                 )
-        if self.base and self.base.hidden_size % self.base.heads:
-            raise ValueError(f"base.hidden_size = {self.base.hidden_size} is no multiple of base.heads = {self.base.heads}")
+        if self.shows_images and self.cpt:
+            raise ValueError("[cpt] and images in one recipe: what is merged has no vision tower yet; leave [cpt] out, or the images")
+        if self.shows_images and self.base and not self.base.vision:
+            raise ValueError("images, but the embedded base sees none: add a [base.vision] section")
+        for name, heads, width in (("base", self.base, 1), ("base.vision", self.base.vision if self.base else None, 4)):
+            if heads and heads.hidden_size % (width * heads.heads):  # a tower's heads turn by row and by column, in pairs
+                raise ValueError(
+                    f"{name}.hidden_size = {heads.hidden_size} is no multiple of {f'{width} x ' * (width > 1)}{name}.heads = {heads.heads}"
+                )
         if self.base and self.base.heads % self.base.kv_heads:
             raise ValueError(f"base.heads = {self.base.heads} is no multiple of base.kv_heads = {self.base.kv_heads}")
         return self
@@ -236,6 +250,16 @@ class Recipe(Section):
         if self.augment is None:
             raise ConfigError(f"recipe {self.name!r} makes no rows: it has no [augment] section")
         return self.augment
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether a training stage may see images."""
+        return bool(self.sft) and any(map(self.stage_shows_images, self.train_stages()))
+
+    def stage_shows_images(self, stage: str) -> bool:
+        """Whether training stage `stage` may see images: of its corpora, or of the rows that augment makes of them."""
+        rows = stage == "sft" and self.augment is not None and self.augment.images is not None
+        return rows or any(name in self.corpora and self.corpora[name].shows_images for name in self.train_stage(stage).corpora)
 
     def train_stage(self, stage: str) -> Train:
         """The training section of stage `base`, `cpt` or `sft`; ConfigError where the recipe has none."""

@@ -17,6 +17,7 @@ from graft.core.sections import Task
 
 Row = dict[str, Any]
 LABELS = ("call", "text")
+AN_IMAGE = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: where one stands in a text
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
@@ -83,6 +84,16 @@ def wrong_roles(messages: list[Any]) -> str | None:
         return f"roles are {roles}: expected an optional system message, then user and assistant in turn"
     empty = [m["role"] for m in messages if not isinstance(m.get("content"), str) or not m["content"].strip()]
     return f"the {empty[0]} message is empty" if empty else None
+
+
+def in_texts(messages: list[Any]) -> list[Any]:
+    """Messages whose contents are texts; where one is a list of parts, an image is AN_IMAGE."""
+    has_parts = [isinstance(m, dict) and isinstance(m.get("content"), list) for m in messages]
+    return [{**m, "content": _joined(m["content"])} if parts else m for m, parts in zip(messages, has_parts, strict=True)]
+
+
+def _joined(parts: list[Any]) -> str:
+    return "".join(AN_IMAGE if part["type"] == "image" else part["text"] for part in parts)
 
 
 def is_unicode(text: str) -> bool:

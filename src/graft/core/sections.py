@@ -155,25 +155,40 @@ class Mcq(Section):
 
 
 class Corpus(Section):
-    """A source of text or chats: `files` are read; `grammar`, `dialogues` (in chat markup) and `docstrings` are made on the machine."""
+    """A source of text or chats: `files` are read; `grammar`, `dialogues` (in chat markup) and `docstrings` are texts made on the machine.
 
-    kind: Literal["files", "grammar", "dialogues", "docstrings"] = "files"
+    So are chats: `identity`, in which the model says its name and author, and `drawings`, charts, tables and forms with questions about them.
+    """
+
+    kind: Literal["files", "grammar", "dialogues", "docstrings", "identity", "drawings"] = "files"
     path: str | None = None  # a file, a folder or a pattern, relative to the recipe; or "hub:owner/name[@revision][/configuration][:split]"
+    images: str | None = None  # the folder that its rows' images are in, relative to the recipe; absent: rows with images are rejected
     format: Literal[FORMATS] = "auto"  # type: ignore[valid-type]  # auto: by file name
     layout: Literal[LAYOUTS] = "auto"  # type: ignore[valid-type]  # auto: by the keys of the first records
     text: str = "text"  # the key of a text record
     mcq: Mcq = Mcq()
     clean: Clean | None = None  # absent: Clean's defaults for files, the bare minimum for what is made
-    documents: Count | None = None  # at most this many; needed for grammar and dialogues
-    seed: int = 0  # of the grammar; two corpora of one kind differ by it
+    documents: Count | None = None  # at most this many; needed for grammar, dialogues and drawings
+    seed: int = 0  # of the grammar and the drawings; two corpora of one kind differ by it
+    name: Text | None = None  # identity: the model's own
+    author: Text | None = None
 
     @model_validator(mode="after")
     def _files_have_paths(self) -> Corpus:
         if (self.kind == "files") != (self.path is not None):
             raise ValueError(f"kind = {self.kind!r} and path = {self.path!r} do not go together: files have a path, what is made has none")
-        if self.kind in ("grammar", "dialogues") and self.documents is None:
+        if self.images and (self.path is None or self.path.startswith("hub:")):
+            raise ValueError(f"images = {self.images!r} is the folder of the images that local files name: path is {self.path!r}")
+        if self.kind in ("grammar", "dialogues", "drawings") and self.documents is None:
             raise ValueError(f"kind = {self.kind!r} needs documents = N, it has no end of its own")
+        if [self.name is not None, self.author is not None] != [self.kind == "identity"] * 2:
+            raise ValueError(f"kind = {self.kind!r}: name and author are of kind = 'identity', which needs both")
         return self
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether its rows may have images."""
+        return self.images is not None or self.kind == "drawings"
 
 
 class Dedup(Section):
@@ -198,6 +213,7 @@ class Shard(Section):
     seq_len: Count = 1024  # tokens a bin
     bins_per_shard: Count = 4096
     part_mib: Count = 64  # text that is read, packed and remembered as one part; larger files are cut, smaller ones of a corpus joined
+    image_pixels: Annotated[int, Field(ge=3136)] = 1_003_520  # of an image, at most: larger ones are scaled down; 784 are a token of Qwen2.5-VL's
 
 
 class EvalTask(Section):

@@ -49,7 +49,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         out.append(Stage("questions", "graft.data.questions", 1, ("evaluate.tasks",), inputs=("tasks",)))
     tokenizer = {}
     if recipe.base:
-        shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads")
+        shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads" + (" vision" if recipe.base.vision else ""))
         out.append(
             Stage(
                 "init",
@@ -97,6 +97,8 @@ def stages(recipe: Recipe) -> list[Stage]:
         if stage == "cpt":
             out.append(Stage("merge", "graft.train.merge", 2, model, {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
             source = {"merge": "*"}
+    if recipe.shows_images:
+        return out  # nothing evaluates or serves a model of images yet
     served = {**source, "sft": "*"}
     external = model_input if not source else ()
     asked = {**({"prepare": "rows/*"} if recipe.augment else {}), **({"questions": "*"} if recipe.evaluate.tasks else {})}

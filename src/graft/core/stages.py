@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import glob
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from graft.core.recipe import Recipe, load, pick
 from graft.core.stage_list import CHECKPOINTS, DATA, Stage, stages
 
 GRAMMAR = Path(__file__).parents[1] / "data" / "grammar.toml"
+IDENTITY = Path(__file__).parents[1] / "data" / "identity.toml"
 
 
 @dataclass
@@ -152,6 +154,8 @@ class Plan:
 
     def trained(self) -> tuple[str, str | None, dict[str, Path]]:
         """(folder or hub id, revision, adapters by name) that evaluate and serve load; a fully trained model has no adapter."""
+        if self.recipe.shows_images:
+            raise ConfigError(f"recipe {self.recipe.name!r} trains on images: what it trained cannot be evaluated or served by graft yet")
         sft = self.artifact("sft").path
         if self.recipe.train_stage("sft").lora is None:
             return str(sft), None, {}
@@ -236,7 +240,7 @@ class Plan:
                 c: f"{HUB}{dataset_of(s.path).name}@{self.dataset_commit(s.path)}" if s.path.startswith(HUB) else self._content(self._corpus_files(c))
                 for c, s in self.recipe.corpora.items()
                 if s.path
-            }
+            } | {f"{c}.images": self.images_digest(c) for c, s in self.recipe.corpora.items() if s.images}
         if name == "evaluation":
             tasks = self.external_input("tasks").values()
             return [*(self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets), *tasks]
@@ -249,6 +253,8 @@ class Plan:
             return {
                 "python": platform.python_version() if "docstrings" in kinds else None,
                 "grammar": sha256_file(GRAMMAR) if kinds & {"grammar", "dialogues"} else None,
+                **({"identity": sha256_file(IDENTITY)} if "identity" in kinds else {}),
+                **({"pillow": version("pillow")} if "drawings" in kinds else {}),
             }
         if name == "endpoint":
             url = self.endpoint
@@ -275,6 +281,13 @@ class Plan:
             raise ConfigError(f"corpora.{corpus}.path names {path}, where no file is: mend the path (it is relative to {self.path.parent})")
         return files
 
+    def images_digest(self, corpus: str) -> str:
+        """Of every file in a corpus's folder of images, hidden ones left out; ConfigError where there is no folder."""
+        folder = self.beside(self.recipe.corpora[corpus].images or "")
+        if not folder.is_dir():
+            raise ConfigError(f"corpora.{corpus}.images names {folder}, which is no folder: mend the path (it is relative to {self.path.parent})")
+        return digest_of({str(p.relative_to(folder)): d for p, d in self.digests(_visible(folder)).items()})
+
     def _content(self, paths: list[Path]) -> dict[str, str]:
         return {os.path.relpath(p, self.path.parent): d for p, d in self.digests(paths).items()}
 
@@ -296,10 +309,7 @@ class Plan:
             folder = self.beside(images.folder or "")
             if not folder.is_dir():
                 raise ConfigError(f"augment.images.folder names {folder}, which is no folder: mend the path (it is relative to {self.path.parent})")
-            found, local = (
-                {},
-                sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)),
-            )
+            found, local = {}, _visible(folder)
         digests = self.digests(local)
         return {
             **found,
@@ -384,6 +394,11 @@ class Job:
 
     def mark_current(self) -> None:
         point(self.directory.parent / "current", self.directory)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files in a folder and below it, sorted, hidden ones left out."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def _listed(listing: Path) -> Iterator[str]:

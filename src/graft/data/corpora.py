@@ -1,4 +1,4 @@
-"""Corpora that are made on the machine, not read: the grammar's passages and dialogues, the standard library's docstrings.
+"""Corpora that are made on the machine, not read: the grammar's passages and dialogues, the standard library's docstrings, identity, drawings.
 
 The order is the same on every run. Docstrings cost about 5 s (the standard library is parsed).
 """
@@ -11,23 +11,34 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from graft.core.rows import Row
 from graft.core.sections import Corpus
-from graft.data import grammar
+from graft.data import drawings, grammar, identity
 from graft.model.chat import in_chatml
 
 MIN_DOCSTRING = 200  # characters
 _SKIPPED = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def made(corpus: Corpus) -> Iterator[str]:
-    """At most `corpus.documents` texts in a fixed order."""
-    found: Iterator[str]
-    if corpus.kind == "docstrings":
-        found = docstrings(Path(sysconfig.get_path("stdlib")))
+CHATS = ("identity", "drawings")  # the kinds that are made as messages, the others are texts
+
+
+def made(corpus: Corpus) -> Iterator[Row]:
+    """At most `corpus.documents` records in a fixed order: {"messages"} of CHATS, {corpus.text} of other kinds."""
+    count = corpus.documents or 0  # what has no end of its own is given one by the recipe
+    if corpus.kind == "identity":
+        rows = identity.rows(corpus.name or "", corpus.author or "")
+    elif corpus.kind == "drawings":
+        rows = drawings.rows(count, corpus.seed)
     else:
-        assert corpus.documents is not None  # the recipe demands it
-        found = grammar.corpus(corpus.documents, corpus.seed) if corpus.kind == "grammar" else dialogues(corpus.documents, corpus.seed)
-    return islice(found, corpus.documents)
+        rows = ({corpus.text: text} for text in _texts(corpus.kind, count, corpus.seed))
+    return islice(rows, corpus.documents)
+
+
+def _texts(kind: str, count: int, seed: int) -> Iterator[str]:
+    if kind == "docstrings":
+        return docstrings(Path(sysconfig.get_path("stdlib")))
+    return grammar.corpus(count, seed) if kind == "grammar" else dialogues(count, seed)
 
 
 def dialogues(count: int, seed: int) -> Iterator[str]:

@@ -17,7 +17,5 @@ def write_like(like: str, folder: Path, layers: int | None = None) -> int:
     from graft.model.shapes import write_random_base
 
     weights = write_random_base(like, folder, layers=layers)
-    train_tokenizer((text for _, text in zip(range(200), made(Corpus(kind="docstrings")), strict=False)), 3000).save_pretrained(
-        folder, save_jinja_files=False
-    )
+    train_tokenizer((row["text"] for row in made(Corpus(kind="docstrings", documents=200))), 3000).save_pretrained(folder, save_jinja_files=False)
     return weights

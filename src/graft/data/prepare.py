@@ -1,4 +1,4 @@
-"""Stage `prepare`: rows and corpora become clean, deduplicated, decontaminated documents, split by seed family.
+"""Stage `prepare`: rows and corpora become clean, deduplicated, decontaminated documents, split by seed family, and the images they show.
 
 The test split is settled first: a share of each class's seed families, so no test row descends from a training seed. Its
 sentences and the recipe's evaluation sets are what no other row or document may hold. Corpora are read in parts that are
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from graft.data.cluster import ray_cluster
 from graft.data.decontaminate import Gate
 from graft.data.dedup import EXACT, KEPT, NEAR, Result, deduplicate, mask_of
 from graft.data.parts import Part, Spec
+from graft.data.pictures import FOLDER, files_of
 from graft.data.reading import COLUMNS, DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
-from graft.data.seed_rows import families_held_out, select, sentences
+from graft.data.seed_rows import OF_IMAGES, families_held_out, of_images, select, sentences
 from graft.data.sources import Source, evaluation_pieces, sources
 
 CLUSTERS = "clusters.parquet"
@@ -39,15 +40,18 @@ REASONS = {EXACT: "duplicate", NEAR: "near duplicate"}
 
 
 def run(job: Job) -> None:
-    """Write rows/{train,validation,test}.jsonl, corpora/<name>/*.parquet, rejected.jsonl and clusters.parquet."""
+    """Write rows/{train,validation,test}.jsonl, corpora/<name>/*.parquet, images/, rejected.jsonl and clusters.parquet."""
     recipe, console = job.recipe, get_console()
     rows = list(read_jsonl(job.parents["augment"].path / "rows.jsonl")) if recipe.augment else []
+    if recipe.augment and recipe.augment.images:
+        rows = [of_images(row, job.parents["augment"].path) for row in rows]
     test = families_held_out(rows, recipe.prepare.test_families, recipe.seed) if rows else set()
     store = job.plan.home(DATA) / "parts" / "prepare"
     found = sources(job.plan)
     with job.writing() as draft, ray_cluster():
         console.print(f"prepare: {len(rows)} rows; corpora: {', '.join(map(str, found)) or 'none'}", soft_wrap=True)
-        held_out = [s for row in rows if row["family"] in test for s in sentences(row, recipe.prepare, recipe.task)]
+        # images part families; what is asked of them is often the same
+        held_out = [s for row in rows if row["family"] in test and row["label"] in LABELS for s in sentences(row, recipe.prepare, recipe.task)]
         gate = parts.make(write_evaluation_texts, VERSION, [{"texts": held_out, "pieces": evaluation_pieces(job.plan)}], store)
         read = parts.make(read_pieces, VERSION, _specs(found, gate[0].path / TEXTS, recipe), store)
         kept, apart = _keep(found, read, recipe, store)
@@ -58,6 +62,8 @@ def run(job: Job) -> None:
             draft.counts |= _row_counts(splits, rejected)
             for name, some in splits.items():
                 write_jsonl(draft.path / "rows" / f"{name}.jsonl", some)
+                shown = (file for row in some for file in files_of(row["messages"]))
+                link_images((job.parents["augment"].path / FOLDER / file for file in shown), draft.path)
         else:
             rejected = []
         write_jsonl(draft.path / REJECTED, rejected)
@@ -138,6 +144,8 @@ def _place(found: list[Source], read: list[Part], kept: list[Part], folder: Path
         for n in range(len(source.specs)):
             before, after = read[at].report, kept[at].report
             link(kept[at].path / DOCUMENTS, home / f"{n:05d}.parquet")
+            if (read[at].path / FOLDER).is_dir():
+                link_images(sorted((read[at].path / FOLDER).iterdir()), folder)
             total.update(records=before["records"], documents=after["documents"], characters=after["characters"])
             rejected.update(after["rejected"])
             changed.update(before["changed"])
@@ -152,6 +160,14 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
+
+
+def link_images(files: Iterable[Path], artifact: Path) -> None:
+    """Give images, named by their content, a place in an artifact's images/, each once."""
+    for file in files:
+        (artifact / FOLDER).mkdir(exist_ok=True)
+        if not (artifact / FOLDER / file.name).exists():
+            link(file, artifact / FOLDER / file.name)
 
 
 # ---- what is said -----------------------------------------------------------------------------------------------------
@@ -176,7 +192,7 @@ def _row_counts(splits: dict[str, list[Row]], rejected: list[Row]) -> dict[str, 
 
 def _check(counts: dict[str, Any], recipe: Recipe) -> None:
     for split in ("train", "test") if recipe.augment else ():
-        for label in LABELS:
+        for label in LABELS if recipe.augmentation.seeds else (OF_IMAGES,):
             if not counts["rows"][split].get(label):
                 raise DataError(
                     f"prepare: no {label!r} row is left for the {split} split (rejected: {counts['rows']['rejected']}): add seeds or rows"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from graft.core.rows import is_unicode, write_jsonl
+from graft.core.rows import in_texts, is_unicode, write_jsonl
 from graft.core.sections import Clean, Corpus, Decontaminate, Dedup, Mcq
 from graft.data.cleaning.document import clean_document
 from graft.data.corpora import made
@@ -24,6 +24,7 @@ from graft.data.decontaminate import Gate
 from graft.data.dedup import FingerprintWriter
 from graft.data.minhash import exact_key
 from graft.data.parts import Spec
+from graft.data.pictures import FOLDER, Pictures, files_of
 from graft.data.readers.files import Piece, Record, records
 from graft.data.readers.layouts import excerpt, to_messages, to_text
 
@@ -48,17 +49,20 @@ class Document(NamedTuple):
 
 
 def read_pieces(spec: Spec, folder: Path) -> dict[str, Any]:
-    """The part: fill `folder` with DOCUMENTS and REJECTED; returns counts.
+    """The part: fill `folder` with DOCUMENTS and REJECTED, and images/ where the corpus shows some; returns counts.
 
-    spec: corpus, layout, pieces (none: a corpus that is made), dedup and decontaminate (as in the recipe), gate (file of texts).
+    spec: corpus, layout, pieces (none: a corpus that is made), dedup and decontaminate (as in the recipe), gate (file of texts); of a
+    corpus with a folder of images, images (its path and digest).
     """
     corpus, dedup = Corpus.model_validate(spec["corpus"]), Dedup.model_validate(spec["dedup"])
     gate = Gate.of_file(Path(spec["gate"]), Decontaminate.model_validate(spec["decontaminate"]))
     counts: Counter[str] = Counter(records=0, documents=0, characters=0)
     changed: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
+    root = Path(spec["images"]["path"]) if "images" in spec else None
+    pictures = Pictures(folder / FOLDER, root, changed) if corpus.shows_images else None
     with (folder / REJECTED).open("w", encoding="utf-8") as bad, _Writer(folder, dedup) as writer:
-        found = _documents(_counted(_records(spec["pieces"], corpus), counts), corpus, spec["layout"], changed)
+        found = _documents(_counted(_records(spec["pieces"], corpus), counts), corpus, spec["layout"], changed, pictures)
         while batch := list(islice(found, BATCH)):
             usable = [d for d in batch if not d.reason]
             hits = dict(zip(map(id, usable), gate.hits([d.compared for d in usable]), strict=True))
@@ -78,7 +82,7 @@ def _records(pieces: list[list[Any]], corpus: Corpus) -> Iterator[tuple[str, Rec
     for piece in pieces:
         yield from ((Path(piece[0]).name, record) for record in records(Piece(*piece)))
     if not pieces:
-        yield from ((corpus.kind, Record(n, {corpus.text: text}, "", "")) for n, text in enumerate(made(corpus)))
+        yield from ((corpus.kind, Record(n, value, "", "")) for n, value in enumerate(made(corpus)))
 
 
 def _counted(source: Iterator[tuple[str, Record]], counts: Counter[str]) -> Iterator[tuple[str, Record]]:
@@ -87,14 +91,17 @@ def _counted(source: Iterator[tuple[str, Record]], counts: Counter[str]) -> Iter
         yield item
 
 
-def _documents(source: Iterator[tuple[str, Record]], corpus: Corpus, layout: str, changed: Counter[str]) -> Iterator[Document]:
+def _documents(
+    source: Iterator[tuple[str, Record]], corpus: Corpus, layout: str, changed: Counter[str], pictures: Pictures | None
+) -> Iterator[Document]:
     if layout != "text":
+        to_chat = pictures.messages if pictures else to_messages
         for file, record in source:
-            messages, reason = to_messages(record.value, layout, corpus.mcq) if record.value is not None else (None, record.reason)
+            messages, reason = to_chat(record.value, layout, corpus.mcq) if record.value is not None else (None, record.reason)
             if messages is None:
                 yield Document(file, record.number, _excerpt(record), "", reason)
             else:
-                contents = "\n".join(m["content"] for m in messages)
+                contents = "\n".join([m["content"] for m in in_texts(messages)] + files_of(messages))
                 yield Document(file, record.number, json.dumps(messages, ensure_ascii=False), contents, alike=exact_key(contents).hex())
         return
     clean = corpus.clean or (Clean() if corpus.path else AS_MADE)

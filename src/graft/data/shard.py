@@ -3,6 +3,9 @@
 A part (parts.py) takes documents files of `prepare`, one large one or some small ones, through all of that and is kept
 across kills; an added or changed file costs its own part. The bytes depend on the documents and the recipe, never on the
 number of workers. One part's text and ids are in memory at once: 64 MiB of text took 1.3 GB, what is imported included.
+
+A stage that sees images makes image rows (core/shards.py): no two documents share a bin, and images/ holds those that are shown. What
+stands for an image follows from its size: none is decoded here.
 """
 
 from __future__ import annotations
@@ -22,15 +25,17 @@ from rich import get_console
 
 from graft.core.errors import DataError
 from graft.core.rows import Row, read_jsonl, write_jsonl
-from graft.core.shards import Columns, write_index, write_shard
+from graft.core.shards import Columns, Image, write_index, write_shard
 from graft.core.stages import DATA, Job
 from graft.data import parts
 from graft.data.cluster import ray_cluster
 from graft.data.pack import alone, fill, pack, pieces
 from graft.data.parts import Part, Spec
-from graft.data.prepare import concatenate, documents, link
+from graft.data.pictures import FOLDER, files_of
+from graft.data.prepare import concatenate, documents, link, link_images
 from graft.data.tokens import Tokens, tokenize_chats, tokenize_texts
-from graft.model.chat import load_tokenizer, render, tokenizer_digest
+from graft.model.chat import Messages, load_tokenizer, render, tokenizer_digest
+from graft.model.images import ImageProcessor
 
 VERSION = 1
 VALIDATION = 0.02  # share of the documents of a text corpus that is held out
@@ -40,9 +45,11 @@ SPLITS = ("train", "validation")
 LARGE = 8 << 20  # bytes of a documents file that is a part of its own
 ROWS = "rows"  # the source of augmented rows, which prepare has split
 
+Images = list[tuple[Image, ...]]  # of each conversation
+
 
 def run(job: Job) -> None:
-    """Write train/ and validation/ (shards and index.json), rejected.jsonl, and probes.json for sft; in = kept + rejected."""
+    """Write train/ and validation/ (shards and index.json), images/, rejected.jsonl, and probes.json for sft; in = kept + rejected."""
     recipe, console = job.recipe, get_console()
     base, revision = (str(job.parents["init"].path), None) if "init" in job.parents else job.plan.external_base()
     source = (base, revision, job.plan.chat_template)
@@ -60,7 +67,8 @@ def run(job: Job) -> None:
         counts: dict[str, Any] = {"in": inputs, "kept": inputs - rejected.total(), "rejected": dict(sorted(rejected.items()))}
         for split in SPLITS:
             if index := _place(done, split, draft.path / split, pad, recipe.shard.seq_len, digest):
-                counts[split] = {key: index[key] for key in ("bins", "documents", "tokens", "supervised_tokens", "cost", "utilisation")}
+                numbers = ("bins", "documents", "tokens", "supervised_tokens", "cost", "utilisation", "images")
+                counts[split] = {key: index[key] for key in numbers if key in index}
                 counts[split]["shares"] = {s["name"]: round(s["tokens"] / index["tokens"], 6) for s in index["sources"]}
         if "train" not in counts:
             raise DataError(
@@ -68,6 +76,9 @@ def run(job: Job) -> None:
             )
         draft.counts.update(counts)
         concatenate([part.path / "rejected.jsonl" for part in done], draft.path / "rejected.jsonl")
+        if specs and "images" in specs[0]:
+            shown = {file for part in done for file in part.report["images"]}
+            link_images((job.parents["prepare"].path / FOLDER / file for file in sorted(shown)), draft.path)
         if probes:
             (draft.path / "probes.json").write_text(json.dumps(probes, ensure_ascii=False, indent=1), encoding="utf-8")
         parts.sweep(store, done)
@@ -83,6 +94,8 @@ def _specs(job: Job, source: tuple[str, str | None, str], pad: int, tokenizer: s
     train = recipe.train_stage(stage)
     common = {"source": source, "tokenizer": tokenizer, "seq_len": recipe.shard.seq_len, "bins_per_shard": recipe.shard.bins_per_shard}
     common |= {"pack": train.pack, "pad": pad, "held_out": recipe.prepare.validation if stage == "sft" else VALIDATION}
+    if recipe.stage_shows_images(stage):
+        common |= {"images": recipe.shard.image_pixels, "pack": False}
     files = prepared.manifest["files"]
 
     def file(name: str, corpus: str, kind: str, split: str | None) -> Spec:
@@ -126,10 +139,11 @@ def _probes(tokenizer: Any, job: Job) -> list[Row]:
     if job.recipe.augment:
         rows = list(read_jsonl(prepared.path / "rows" / "train.jsonl"))
         firsts = list({row["label"]: row for row in reversed(rows)}.values())[::-1]
-        found = [row["messages"] for row in [*firsts, *(r for r in rows if r not in firsts)]][:PROBES]
+        found = [row["messages"] for row in [*firsts, *(r for r in rows if r not in firsts)] if not files_of(row["messages"])][:PROBES]
     for name in job.recipe.train_stage("sft").corpora:
         if prepared.counts["corpora"][name]["layout"] != "text":
-            found += map(json.loads, islice(documents(prepared.path, name), PROBES))
+            texts = (messages for messages in map(json.loads, documents(prepared.path, name)) if not files_of(messages))
+            found += islice(texts, PROBES)
     rendered = []
     for messages in found:
         done = render(tokenizer, messages)
@@ -145,23 +159,50 @@ def shard_documents(spec: Spec, folder: Path) -> dict[str, Any]:
     names = list(dict.fromkeys(file["name"] for file in spec["files"]))
     chosen: dict[str, list[Documents]] = {split: [] for split in SPLITS}
     rejected: list[Row] = []
+    shown: set[str] = set()
     inputs = 0
     for file in spec["files"]:
         texts = _texts(Path(file["path"]))
-        chat = file["kind"] == "chat"
-        tokens = tokenize_chats(source, [json.loads(t) for t in texts], spec["seq_len"]) if chat else tokenize_texts(source, texts)
+        images: Images | None = None
+        if file["kind"] == "text":
+            tokens = tokenize_texts(source, texts)
+        else:
+            chats = [json.loads(t) for t in texts]
+            images, tokens_each = _images_of(chats, spec) if "images" in spec else (None, None)
+            tokens = tokenize_chats(source, chats, spec["seq_len"], tokens_each)
         bad = [n for n, reason in enumerate(tokens.reasons) if reason]
         rejected += [{"source": file["name"], "number": n, "reason": tokens.reasons[n], "text": texts[n][:200]} for n in bad]
         usable = np.array([not reason for reason in tokens.reasons], bool)
-        held_out, repeats = split_of(texts, file["split"], spec["held_out"], file["weight"])
+        by = (
+            [" ".join(i.file for i in row) or text for row, text in zip(images, texts, strict=True)] if images else texts
+        )  # no image is on both sides
+        held_out, repeats = split_of(by, file["split"], spec["held_out"], file["weight"])
         for split in SPLITS:
             rows = np.flatnonzero(usable & (held_out if split == "validation" else ~held_out))
             rows = np.repeat(rows, repeats[rows] if split == "train" else 1)
-            chosen[split].append(Documents(names.index(file["name"]), tokens, rows))
+            chosen[split].append(Documents(names.index(file["name"]), tokens, rows, images))
+            shown.update(image.file for row in rows if images for image in images[row])
         inputs += len(texts)
     write_jsonl(folder / "rejected.jsonl", rejected)
-    report: dict[str, Any] = {"in": inputs, "rejected": dict(sorted(Counter(r["reason"] for r in rejected).items()))}
+    report: dict[str, Any] = {"in": inputs, "rejected": dict(sorted(Counter(r["reason"] for r in rejected).items())), "images": sorted(shown)}
     return report | {split: _write(chosen[split], names, folder / split, spec) for split in SPLITS}
+
+
+def _images_of(chats: list[Messages], spec: Spec) -> tuple[Images, list[list[int]]]:
+    """(the images of each conversation, how many tokens stand for each)."""
+    base, revision, _ = spec["source"]
+    processor = ImageProcessor(base, revision, spec["images"])
+    found = [
+        tuple(
+            Image(part["file"], processor.grid(part["width"], part["height"]))
+            for m in chat
+            if isinstance(m["content"], list)
+            for part in m["content"]
+            if part["type"] == "image"
+        )
+        for chat in chats
+    ]
+    return found, [[processor.tokens(image.grid) for image in row] for row in found]
 
 
 def split_of(texts: list[str], split: str | None, share: float, weight: float) -> tuple[np.ndarray, np.ndarray]:
@@ -188,6 +229,7 @@ class Documents(NamedTuple):
     source: int  # its place among the names
     tokens: Tokens
     rows: np.ndarray  # [documents] int64, numbers in the file; one that is repeated stands there so often
+    images: Images | None  # of every row of the file; None: it is of texts, or the stage sees no images
 
 
 def _write(chosen: list[Documents], names: list[str], folder: Path, spec: Spec) -> list[dict[str, Any]]:
@@ -202,6 +244,7 @@ def _write(chosen: list[Documents], names: list[str], folder: Path, spec: Spec) 
         found.append((start + d.tokens.ends[rows] + at, length, np.full(rows.size, d.source, np.int32), rows))
         at += d.tokens.ids.size
     starts, lengths, sources, rows = (np.concatenate(column) for column in zip(*found, strict=True))
+    images = [d.images[row] if d.images else () for d, of in zip(chosen, found, strict=True) for row in of[3]] if "images" in spec else None
     bins = pack(lengths, seq_len) if spec["pack"] else alone(lengths.size)
     entries: list[dict[str, Any]] = []
     for first in range(0, bins.ends.size - 1, spec["bins_per_shard"]):
@@ -209,7 +252,8 @@ def _write(chosen: list[Documents], names: list[str], folder: Path, spec: Spec) 
         some = bins.between(first, first + spec["bins_per_shard"])
         order = some.order
         filled = fill(ids, mask, starts, lengths, some, seq_len, spec["pad"])
-        columns = Columns(*filled, lengths[order], some.ends, sources[order], rows[order])
+        shown = [images[i] for i in order] if images is not None else None
+        columns = Columns(*filled, lengths[order], some.ends, sources[order], rows[order], shown)
         entries.append(write_shard(folder / f"{len(entries):03d}.arrow", columns, names))
     return entries
 

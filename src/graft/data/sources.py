@@ -15,6 +15,7 @@ from graft.core.errors import ConfigError
 from graft.core.hub import HUB
 from graft.core.sections import Corpus, EvalTask
 from graft.core.stages import Plan
+from graft.data.corpora import CHATS
 from graft.data.parts import Spec
 from graft.data.readers.files import Piece, find, format_of, pieces, sample
 from graft.data.readers.hub import hub_files
@@ -63,7 +64,8 @@ def as_corpus(task: EvalTask) -> Corpus:
 def _source(plan: Plan, name: str, corpus: Corpus) -> Source:
     keys = corpus.model_dump(mode="json", exclude={"format", "layout"})
     if corpus.kind != "files":
-        return Source(name, "text", [{"corpus": keys, "layout": "text", "pieces": [], "digest": plan.external_input("machine")}], 0)
+        layout = "messages" if corpus.kind in CHATS else "text"
+        return Source(name, layout, [{"corpus": keys, "layout": layout, "pieces": [], "digest": plan.external_input("machine")}], 0)
     path = corpus.path or ""
     files = hub_files(path, plan.dataset_commit(path)) if path.startswith(HUB) else find(corpus, plan.beside)
     digests = plan.digests(files)
@@ -73,8 +75,11 @@ def _source(plan: Plan, name: str, corpus: Corpus) -> Source:
     except ConfigError as e:
         raise ConfigError(f"corpora.{name}: {e}") from None
     keys["documents"] = None  # the limit counts what is left of all parts
+    if corpus.images and layout == "text":
+        raise ConfigError(f"corpora.{name}: images = {corpus.images!r}, and its records are texts: chats show images")
+    shown = {"images": {"path": str(plan.beside(corpus.images)), "digest": plan.images_digest(name)}} if corpus.images else {}
     specs = [
-        {"corpus": keys, "layout": layout, "pieces": [list(p) for p in some], "digest": [digests[Path(p.path)] for p in some]}
+        shown | {"corpus": keys, "layout": layout, "pieces": [list(p) for p in some], "digest": [digests[Path(p.path)] for p in some]}
         for some in _together(cut)
     ]
     return Source(name, layout, specs, len(files))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from graft.core.errors import DataError
-from graft.core.rows import is_unicode, wrong_roles
+from graft.core.rows import in_texts, is_unicode, wrong_roles
 from graft.data.encoding import Encoder
 from graft.data.structures import Shape, Structure, compile_structure, constants, mask_by_offsets, masks, probes, shape_of
 from graft.model.chat import Messages, conversation, load_tokenizer, render, special_tokens
@@ -55,16 +56,20 @@ def tokenize_texts(source: Source, texts: list[str]) -> Tokens:
     return Tokens(ids.astype(np.int32, copy=False), np.ones(len(ids), np.uint8), ends, reasons, {"differed": kit.encoder.differed - before})
 
 
-def tokenize_chats(source: Source, conversations: list[Messages], seq_len: int) -> Tokens:
-    """Conversations with assistant-only masks; one that `render` refuses, or of more than `seq_len` tokens, is rejected, never cut."""
+def tokenize_chats(source: Source, conversations: list[Messages], seq_len: int, image_tokens: Sequence[Sequence[int]] | None = None) -> Tokens:
+    """Conversations with assistant-only masks; one that `render` refuses, or of more than `seq_len` tokens, is rejected, never cut.
+
+    image_tokens: of each conversation, how many tokens stand for each of its images; those with images are rendered one by one.
+    """
     kit = _kit(source)
     before = kit.encoder.differed
     made = kit.compiled(conversations)
+    shown = image_tokens or [()] * len(conversations)
     differed = kit.encoder.differed > before
     sampled = [i for i in range(0, len(conversations), SAMPLE) if made[i] is not None and len(made[i][0]) <= seq_len]  # type: ignore[index]
     if not all(_same(made[i], kit.rendered(conversations[i], seq_len)) for i in sampled):
         made, differed = [None] * len(conversations), True
-    found: list[Made | str] = [m if m is not None else kit.rendered(c, seq_len) for m, c in zip(made, conversations, strict=True)]
+    found: list[Made | str] = [m if m is not None else kit.rendered(c, seq_len, n) for m, c, n in zip(made, conversations, shown, strict=True)]
     found = [TOO_LONG if not isinstance(m, str) and len(m[0]) > seq_len else m for m in found]
     pieces = [_NOTHING if isinstance(m, str) else m for m in found]
     return Tokens(
@@ -103,16 +108,17 @@ class _Kit:
         structures = {shape: self._structure(shape) for shape, n in often.items() if n >= OFTEN or not any(b or a for _, b, a in shape)}
         return self._encoded(len(conversations), {i: (s, cores) for i, (shape, cores) in shapes.items() if (s := structures.get(shape))})
 
-    def rendered(self, messages: Messages, seq_len: int) -> Made | str:
+    def rendered(self, messages: Messages, seq_len: int, image_tokens: Sequence[int] = ()) -> Made | str:
         """Ids and mask as `render` makes them, or the reason why there are none."""
         try:
-            if wrong := wrong_roles(messages):
+            texts = in_texts(messages)
+            if wrong := wrong_roles(texts):
                 return wrong
-            if not all(is_unicode(m["content"]) for m in messages):
+            if not all(is_unicode(m["content"]) for m in texts):
                 return NOT_UNICODE
-            if sum(len(m["content"]) for m in messages) > LONG and len(self.encoder.encode([conversation(self.tokenizer, messages)]).ids) > seq_len:
+            if sum(len(m["content"]) for m in texts) > LONG and len(self.encoder.encode([conversation(self.tokenizer, messages)]).ids) > seq_len:
                 return TOO_LONG
-            done = render(self.tokenizer, messages)
+            done = render(self.tokenizer, messages, image_tokens)
         except DataError as e:
             return str(e)
         return np.array(done.ids, np.int32), np.array(done.loss_mask, np.uint8)

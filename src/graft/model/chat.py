@@ -6,6 +6,9 @@ where its generation prompt ends and end with the special token (or adjacent one
 space behind that is no target, nor is a token that begins before the answer. Where the template marks its answers with {% generation %},
 targets do not begin before the mark. What cannot be masked surely is a DataError, never a wrong mask.
 
+A content may be a list of parts, of text and images: `render` gives each image as many placeholder tokens as it is told. Where the
+template writes an image is found by stand-ins too, and the conversation with that markup as text must be what the template makes of the parts.
+
 Templates may strip contents, drop the reasoning of earlier answers, move the system prompt, or write one of their own:
 answers are found by rendering the conversation again with stand-ins for contents. This is the slow, obviously right way,
 0.5 to 2 ms a row; `graft.data.tokens` is the fast one, and is held against it.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -24,9 +28,9 @@ from typing import Any, NamedTuple
 from graft.core.artifact import digest_of
 from graft.core.errors import ConfigError, DataError
 from graft.core.hub import model_folder
-from graft.core.rows import wrong_roles
+from graft.core.rows import in_texts, wrong_roles
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # role, and content: a text, or a list of parts {"type": "text", "text"} and {"type": "image", …}
 Span = tuple[int, int]  # of characters
 
 # chatml as Qwen writes it; llama-3 as Meta's Llama-3 instruct models write it (the header's blank line included); alpaca as
@@ -47,6 +51,13 @@ TEMPLATES = {
         "{{ eos_token }}{% endif %}{% endfor %}"
     ),
 }
+# chatml for messages of parts, as Qwen2.5-VL writes it
+WITH_IMAGES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+IMAGE = "<|image_pad|>"  # the token that stands for a patch of an image
 END_OF_TURN = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}  # alpaca's is the tokenizer's end of sequence
 
 # Some templates tell the model today's date. Ids may not depend on the day, so it is always the one that Llama-3 falls back to.
@@ -113,19 +124,25 @@ def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def render(tokenizer: Any, messages: Messages) -> Rendered:
-    """Ids and assistant-only loss mask.
+def render(tokenizer: Any, messages: Messages, image_tokens: Sequence[int] = ()) -> Rendered:
+    """Ids and assistant-only loss mask. image_tokens: how many tokens stand for each image of the conversation, in order.
 
     Raises DataError where roles are unbalanced, a content holds a special token's text (which would become that token), the
     template refuses the conversation, or its answers cannot be found surely. ConfigError: the tokenizer has no template.
     """
-    if wrong := wrong_roles(messages):
+    texts = in_texts(messages)
+    if wrong := wrong_roles(texts):
         raise DataError(wrong)
     special = special_tokens(tokenizer)
-    for message in messages:
+    for message in texts:
         if found := special.pattern.search(message["content"]):
             raise DataError(f"a message holds the text of the special token {found[0]}")
+    shown = any(isinstance(m["content"], list) for m in messages)
+    if shown:
+        given, messages = messages, _flat(tokenizer, messages)
     text = conversation(tokenizer, messages)
+    if shown and conversation(tokenizer, given) != text:
+        raise DataError("the chat template writes an image otherwise in this conversation")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if sum(i in special.ids for i in ids) != len(special.pattern.findall(text)):
@@ -137,7 +154,44 @@ def render(tokenizer: Any, messages: Messages) -> Rendered:
         if first >= last or ids[last] not in special.ids:
             raise DataError("no token of an answer is left to learn")
         mask[first : last + 1] = [1] * (last + 1 - first)
-    return Rendered(ids, mask)
+    return Rendered(*_expanded(tokenizer, ids, mask, image_tokens)) if shown else Rendered(ids, mask)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------------
+def _flat(tokenizer: Any, messages: Messages) -> Messages:
+    """Messages whose contents are texts, an image as the template writes it."""
+    found = []
+    for m in messages:
+        if isinstance(m["content"], list):
+            if m["role"] != "user":
+                raise DataError("an image that is not the user's")
+            m = {**m, "content": "".join(_markup(tokenizer) if part["type"] == "image" else part["text"] for part in m["content"])}
+        found.append(m)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _markup(tokenizer: Any) -> str:
+    """What the template writes for an image; ConfigError where it writes none."""
+    before, after = "\ue0f1", "\ue0f2"
+    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+    try:
+        text = conversation(tokenizer, [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}])
+    except (DataError, TypeError):  # a template of texts adds a list to one
+        text = ""
+    found = text.partition(before)[2].partition(after)[0]
+    if found.count(IMAGE) != 1:
+        raise ConfigError(f"the chat template of the base writes no {IMAGE} for an image: name a Qwen2.5-VL model, with its own template")
+    return found
+
+
+def _expanded(tokenizer: Any, ids: list[int], mask: list[int], image_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Each image's token as often as it stands for the image; masks of 0."""
+    image, counts = tokenizer.convert_tokens_to_ids(IMAGE), iter(image_tokens)
+    if ids.count(image) != len(image_tokens):
+        raise DataError(f"{ids.count(image)} images in the conversation, {len(image_tokens)} are given")
+    times = [next(counts) if i == image else 1 for i in ids]
+    return [i for i, n in zip(ids, times, strict=True) for _ in range(n)], [m for m, n in zip(mask, times, strict=True) for _ in range(n)]
 
 
 def end_of_turn_ids(tokenizer: Any) -> list[int]:

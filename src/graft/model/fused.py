@@ -18,7 +18,7 @@ from torch import Tensor, library, nn
 
 from graft.core.recipe import Lora
 from graft.model.frozen import Frozen, Kind, matmul, matmul_back
-from graft.model.lora import new_pair, targets
+from graft.model.lora import TOWER, in_tower, new_pair, targets
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called in this order with one input
 
@@ -236,16 +236,19 @@ class FusedLinear(nn.Module):
         return y + self.beside(x) if self.beside else y
 
 
-def fuse(model: Any, kind: Kind, lora: Lora | None, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, tuple[Frozen, int]]:
+def fuse(
+    model: Any, kind: Kind, lora: Lora | None, dtype: torch.dtype, device: torch.device | str, seed: int, vision: bool = False
+) -> dict[str, tuple[Frozen, int]]:
     """Freeze the model and replace every linear layer but its head by a group's; returns (weights, place) by layer.
 
-    The model may be on the meta device: weights are empty until Frozen.put(). Adapters, in `dtype`, are drawn from `seed` as inject() draws them.
+    A vision tower's stay as they are, or, where `vision` has them adapted, dense: their widths are none that FP8 multiplies. The model may be on the meta device: weights are empty until Frozen.put(). Adapters, in `dtype`, are drawn from `seed` as inject() draws them.
     """
     for p in model.parameters():
         p.requires_grad_(False)
-    adapted = {full for full, *_ in targets(model, lora.targets)} if lora else set()
+    adapted = {full for full, *_ in targets(model, lora.targets, vision)} if lora else set()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    linears = {name: module for name, module in linears.items() if name in adapted or not in_tower(name)}
     pairs: dict[str, tuple[Tensor, Tensor] | None] = {}
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
@@ -256,7 +259,8 @@ def fuse(model: Any, kind: Kind, lora: Lora | None, dtype: torch.dtype, device: 
     vectors: list[Tensor] = []
     for names in _groups(list(linears)):
         layers = [linears[name] for name in names]
-        frozen = Frozen(kind, [x.out_features for x in layers], layers[0].in_features, any(x.bias is not None for x in layers), dtype, device)
+        held = "dense" if in_tower(names[0]) else kind
+        frozen = Frozen(held, [x.out_features for x in layers], layers[0].in_features, any(x.bias is not None for x in layers), dtype, device)
         group = Group(frozen, [FusedLinear(x) for x in layers], lora, [pairs[name] for name in names])
         for place, name in enumerate(names):
             parent, _, attribute = name.rpartition(".")
@@ -268,7 +272,10 @@ def fuse(model: Any, kind: Kind, lora: Lora | None, dtype: torch.dtype, device: 
             vectors.append(torch.cat([m.flatten() for m in (*(a for a, _ in own), *(b for _, b in own))]))
     if groups:
         model.adapters = Adapters(groups, vectors)
-        getattr(model, "base_model", model).register_forward_pre_hook(model.adapters.hand_out)
+        base = getattr(model, "base_model", model)
+        for module in (base, getattr(base, TOWER, None) if vision else None):  # a tower runs before its model does
+            if module is not None:
+                module.register_forward_pre_hook(model.adapters.hand_out)
     return found
 
 

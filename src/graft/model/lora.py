@@ -25,6 +25,7 @@ from graft.core.recipe import Lora
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TOWER = "visual"  # the module of a Qwen2.5-VL that sees
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STAGED_BYTES, PART_BYTES, READERS = 256 << 20, 4 << 20, 8  # of an adapter on its way to a GPU
 NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "alpha_pattern", "rank_pattern")  # each changes y = W x + (alpha / r) B A x
@@ -124,25 +125,31 @@ def put(layers: dict[str, SlotLoraLinear], slot: int, pairs: dict[str, tuple[Ten
     torch._foreach_copy_([into for _, into in rooms], [b.T for b in torch._foreach_mul(bs, scale)])
 
 
-def targets(model: nn.Module, names: tuple[str, ...] | list[str]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(full name, parent module, attribute, linear) of every linear layer whose last name is in `names`."""
+def targets(model: nn.Module, names: tuple[str, ...] | list[str], vision: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(full name, parent module, attribute, linear) of every linear layer whose last name is in `names`; vision: and of all of a vision tower's."""
     found: set[str] = set()
     for name, module in list(model.named_modules()):
+        sees = in_tower(name)
         for attribute, child in list(module.named_children()):
-            if attribute in names and hasattr(child, "in_features"):
+            if hasattr(child, "in_features") and (vision if sees else attribute in names):
                 found.add(attribute)
                 yield f"{name}.{attribute}" if name else attribute, module, attribute, child
     if missing := sorted(set(names) - found):
         raise ConfigError(f"lora.targets names {missing[0]!r}, which is no linear layer of this model")
 
 
-def inject(model: nn.Module, lora: Lora, dtype: torch.dtype, seed: int) -> None:
-    """Freeze the model and replace its target layers by LoraLinear, the adapters drawn from `seed`."""
+def in_tower(name: str) -> bool:
+    """Whether a module of that full name belongs to a vision tower."""
+    return TOWER in name.split(".")
+
+
+def inject(model: nn.Module, lora: Lora, dtype: torch.dtype, seed: int, vision: bool = False) -> None:
+    """Freeze the model and replace its target layers by LoraLinear, the adapters drawn from `seed`; vision: a vision tower's layers too."""
     for p in model.parameters():
         p.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for _, parent, attribute, linear in targets(model, lora.targets):
+        for _, parent, attribute, linear in targets(model, lora.targets, vision):
             setattr(parent, attribute, LoraLinear(linear, lora, dtype))
 
 
@@ -175,6 +182,7 @@ def save_adapter(model: nn.Module, lora: Lora, folder: Path, base: str) -> int:
     """Write adapter_model.safetensors and adapter_config.json as PEFT does; returns the number of weights."""
     tensors = adapter_tensors(model)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    sees = any(map(in_tower, dict(model.named_modules())))  # then names of layers are not enough: a tower has some of them too
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -182,7 +190,7 @@ def save_adapter(model: nn.Module, lora: Lora, folder: Path, base: str) -> int:
         "r": lora.r,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": sorted(lora.targets),
+        "target_modules": sorted(name for name, *_ in adapters(model)) if sees else sorted(lora.targets),
         "bias": "none",
         "inference_mode": True,
     }

@@ -22,7 +22,7 @@ class PackedBatch(NamedTuple):
     """One micro-batch of `b` bins of `s` tokens."""
 
     input_ids: Tensor  # [b, s] long
-    position_ids: Tensor  # [b, s] long, from 0 in every document
+    position_ids: Tensor  # [b, s] long, from 0 in every document; of rows with images [3, b, s]
     cu: Tensor  # [documents + 1] int32: 0, and where each document ends in b * s; the padding of a bin is one more
     longest: Tensor  # [] int32, tokens of the longest document; stays on the CPU
     target_at: Tensor  # [t] long: flat index into [b * s] of the position that predicts a target
@@ -46,13 +46,17 @@ class PackedLM(nn.Module):
         self.lm, self.backend = lm, backend
         if backend is not None:
             attention.register()
-            lm.set_attn_implementation(attention.NAME)
+            self._use(attention.NAME)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def _use(self, implementation: str) -> None:
+        self.lm.set_attn_implementation(implementation)
+
+    def forward(self, batch: Any) -> Tensor:
+        """batch: a PackedBatch; what another kind of model takes besides, it says."""
         return linear_cross_entropy(self._supervised(batch), self.lm.get_output_embeddings().weight, batch.targets)
 
     @torch.no_grad()
-    def logprobs(self, batch: PackedBatch) -> Tensor:
+    def logprobs(self, batch: Any) -> Tensor:
         """Of each target, [t] fp32, nats; their logits are whole in memory, so for few targets."""
         logits = F.linear(self._supervised(batch), self.lm.get_output_embeddings().weight).float()
         found: Tensor = logits.log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
@@ -69,14 +73,19 @@ class PackedLM(nn.Module):
         for m in dropouts:
             m.train()
 
-    def _supervised(self, batch: PackedBatch) -> Tensor:
+    def _supervised(self, batch: Any) -> Tensor:
         """Hidden states [t, h] that predict the targets: the head sees no others."""
+        return self._predicting(batch, {"input_ids": batch.input_ids})
+
+    def _predicting(self, batch: PackedBatch, tokens: dict[str, Tensor]) -> Tensor:
+        """_supervised() of a model that is given `tokens` [b, s, …]."""
         if self.backend is None:
             mask = attention.block_causal_mask(batch.cu, *batch.input_ids.shape)
-            given: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
+            given: dict[str, Any] = {**tokens, "position_ids": batch.position_ids, "attention_mask": mask}
         else:
             torch._dynamo.maybe_mark_dynamic(batch.cu, 0)  # else another number of documents would be another compilation
-            given = {"input_ids": batch.input_ids.view(1, -1), "position_ids": batch.position_ids.view(1, -1)}
+            given = {name: x.flatten(0, 1)[None] for name, x in tokens.items()}
+            given["position_ids"] = batch.position_ids.flatten(-2).unsqueeze(-2)
             given |= {"cu": batch.cu, "longest": batch.longest, "backend": self.backend}
         hidden = self.lm.base_model(**given, use_cache=False).last_hidden_state
         found: Tensor = hidden.reshape(-1, hidden.shape[-1])[batch.target_at]

@@ -6,6 +6,7 @@ its 8.6 GB (the embedding and the head stay in bf16), not 16.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,38 +16,38 @@ from torch import Tensor, nn
 from graft.core.errors import ConfigError
 from graft.core.hub import model_folder, weight_files
 from graft.core.recipe import Lora
-from graft.model.base import read_config
+from graft.model.base import auto_class, read_config, sees_images
 from graft.model.frozen import Kind
 from graft.model.fused import fuse
+from graft.model.lora import TOWER
 
 KINDS: dict[str, Kind] = {"fp32": "dense", "bf16": "dense", "fp8": "fp8", "nf4": "nf4"}
 
 
-def load_fused(base: str, revision: str | None, precision: str, lora: Lora | None, device: torch.device, seed: int) -> Any:
+def load_fused(base: str, revision: str | None, precision: str, lora: Lora | None, device: torch.device, seed: int, vision: bool = False) -> Any:
     """A causal LM in eval mode on `device`, its linear layers but the head fused, frozen and held in `precision`, with fresh adapters.
 
-    Raises ConfigError where `base` is no model, or its weights are not those that its config asks for.
+    vision: adapters on a vision tower too, which is in bf16 (fp32 where `precision` is) in any case. Raises ConfigError where `base` is no model, or its weights are not those that its config asks for.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     config = read_config(base, revision)
     try:
         with torch.device("meta"):
-            lm: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            lm: Any = auto_class(config).from_config(config, dtype=dtype, attn_implementation="sdpa")
     except ValueError as e:
         raise ConfigError(f"model.base = {base!r} is no causal language model: {str(e).strip().splitlines()[0][:200]}") from None
-    places = fuse(lm, KINDS[precision], lora, dtype, device, seed)
+    places = fuse(lm, KINDS[precision], lora, dtype, device, seed, vision)
     _make_rotary(lm, device)
     tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()
     wanted = {name for name, p in lm.named_parameters() if p.is_meta} - tied
     wanted |= {f"{name}.weight" for name in places} | {f"{name}.bias" for name, (frozen, _) in places.items() if frozen.bias is not None}
-    for name, tensor in weights(base, revision, device):
+    for stored, tensor in weights(base, revision, device):
+        name = _named(stored) if sees_images(config) else stored
         module, _, leaf = name.rpartition(".")
         if name not in wanted:
             if name in tied or "rotary_emb" in name:
                 continue
-            raise ConfigError(f"model.base = {base!r} holds the tensor {name}, which a {config.model_type} model has no place for")
+            raise ConfigError(f"model.base = {base!r} holds the tensor {stored}, which a {config.model_type} model has no place for")
         wanted.discard(name)
         if module in places:
             frozen, place = places[module]
@@ -72,6 +73,13 @@ def weights(base: str, revision: str | None, device: torch.device | str) -> Iter
                     yield key, file.get_tensor(key)
         except (OSError, SafetensorError) as e:
             raise ConfigError(f"model.base = {base!r}: {name} cannot be read ({e}); only safetensors are") from None
+
+
+def _named(stored: str) -> str:
+    """What transformers calls a tensor of a Qwen2.5-VL, whose files name it as its first versions did, or as it is."""
+    if stored.startswith(f"{TOWER}."):
+        return f"model.{stored}"
+    return re.sub(rf"^model\.(?!{TOWER}\.|language_model\.)", "model.language_model.", stored)
 
 
 def _make_rotary(lm: nn.Module, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from graft.model.frozen import fp8_works
 from graft.model.lora import inject
 from graft.model.packed import PackedLM
 from graft.model.stream import load_fused
+from graft.model.vision import VisionLM, tower
 
 
 def build(base: str, revision: str | None, precision: str, config: Train, seed: int, device: torch.device) -> PackedLM:
@@ -29,26 +30,31 @@ def build(base: str, revision: str | None, precision: str, config: Train, seed: 
         )
         raise ConfigError(f"model.precision = 'fp8' needs a GPU of compute capability 8.9 (Ada, Hopper or later), here {have}: use bf16 or nf4")
     if config.lora and on_gpu:
-        lm = load_fused(base, revision, precision, config.lora, device, seed)
+        lm = load_fused(base, revision, precision, config.lora, device, seed, config.train_vision)
         fuse_blocks(lm, config.activation_checkpointing)
     else:
         lm = load_base(base, revision, precision, device)
         if config.lora:
-            inject(lm, config.lora, DTYPES[precision], seed)
+            inject(lm, config.lora, DTYPES[precision], seed, config.train_vision)
+    eyes = tower(lm)
+    if config.train_vision and not eyes:
+        raise ConfigError(f"train_vision = true, and {base} has no vision tower: leave it out, or name a Qwen2.5-VL model")
+    if eyes and not config.lora and not config.train_vision:
+        eyes.requires_grad_(False)
     c = lm.config.get_text_config()
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     backend = "reference" if on_gpu and config.lora else None  # in fp32, which the fast kernels do not take
     if on_gpu and DTYPES[precision] == torch.bfloat16:
         backend = attention.fastest(c.num_attention_heads, c.num_key_value_heads, width, device)
     _wrap_layers(lm, on_gpu and config.compile, config.activation_checkpointing == "full")
-    return PackedLM(lm, backend).train()
+    return (VisionLM if eyes else PackedLM)(lm, backend).train()
 
 
 def _wrap_layers(lm: Any, compiled: bool, checkpointed: bool) -> None:
     """Compile each decoder layer that is not fused as a whole, and have its backward compute it again."""
     if not (compiled or checkpointed):
         return
-    layers = getattr(lm.base_model, "layers", None)
+    layers = getattr(getattr(lm.base_model, "language_model", lm.base_model), "layers", None)
     if layers is None:
         raise ConfigError(
             f"a {lm.config.model_type} model has no list of decoder layers that graft knows: set compile = false and activation_checkpointing = 'none'"

@@ -1,17 +1,26 @@
-"""The global batches of a run, one after the other; on a GPU the next one is read while this one is computed."""
+"""The global batches of a run, one after the other; on a GPU the next one is read while this one is computed.
+
+Images are decoded by threads, beside the steps before theirs.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from graft.core.shards import ShardSet
-from graft.model.packed import PackedBatch
+from graft.core.shards import Bin, ShardSet
+from graft.core.stages import Job
+from graft.model.images import ImageProcessor
 from graft.train.batches import collate
 from graft.train.order import BinOrder, share_out
+from graft.train.pictures import Pictures
+
+AHEAD = 2  # steps
 
 
 class GlobalBatch(NamedTuple):
@@ -19,10 +28,11 @@ class GlobalBatch(NamedTuple):
 
     step: int
     indices: np.ndarray
-    micro_batches: list[PackedBatch]
+    micro_batches: list[Any]  # PackedBatch, or ImageBatch
     tokens: int
     targets: int
     mean_document_tokens: float  # weighted by length
+    images: int
 
 
 class Feed:
@@ -51,12 +61,48 @@ class Feed:
         self._ahead = self._read(step)
         self.waited_s = time.perf_counter() - began_s if torch.cuda.current_stream().query() else 0.0
 
+    def collate(self, bins: Sequence[Bin]) -> Any:
+        """A micro-batch of these."""
+        return collate(bins)
+
     def _read(self, step: int) -> GlobalBatch:
         indices = self.order.take(step * self.global_batch, self.global_batch)
         bins, costs = [self.shards.bin(i) for i in indices], self.costs[indices]
-        groups = share_out(costs, self.world, self.micro)[self.rank]
-        batches = [collate([bins[i] for i in group]) for group in groups]
+        batches = [self.collate([bins[i] for i in group]) for group in self._own(costs)]
         if self.device.type == "cuda":
             batches = [b.pinned() for b in batches]
         tokens = sum(int(b.doc_lens.sum()) for b in bins)
-        return GlobalBatch(step, indices, batches, tokens, max(sum(b.targets for b in bins), 1), float(costs.sum()) / tokens)
+        images = sum(len(b.images) for b in bins)
+        return GlobalBatch(step, indices, batches, tokens, max(sum(b.targets for b in bins), 1), float(costs.sum()) / tokens, images)
+
+    def _own(self, costs: np.ndarray) -> np.ndarray:
+        """[accumulation, micro]: which of a step's bins are this rank's."""
+        return share_out(costs, self.world, self.micro)[self.rank]
+
+
+def feed_of(job: Job, lm: Any, total: int, shards: ShardSet, *args: Any) -> Feed:
+    """The feed that the shards' kind asks for. lm: what is trained; total: steps of the run; args: as Feed's."""
+    if not shards.of_images:
+        return Feed(shards, *args)
+    processor = ImageProcessor(*job.plan.base_model(job.stage.name), job.recipe.shard.image_pixels)
+    folder = job.parents[f"shard-{job.stage.name}"].path
+    return ImageFeed(Pictures(folder, processor, lm, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), total, shards, *args)
+
+
+class ImageFeed(Feed):
+    """Of image rows: the images of AHEAD steps are being decoded while one is computed, on the CPU too."""
+
+    def __init__(self, pictures: Pictures, total: int, *args: Any):
+        super().__init__(*args)
+        self.pictures, self.total = pictures, total
+        self._asked = -1  # the last step whose images are being decoded
+
+    def take(self, step: int) -> GlobalBatch:
+        for ahead in range(max(step, self._asked + 1), min(step + AHEAD + 1, self.total)):
+            indices = self.order.take(ahead * self.global_batch, self.global_batch)
+            self.pictures.decode(self.shards.bin(i) for i in indices[self._own(self.costs[indices]).flatten()])
+            self._asked = ahead
+        return super().take(step)
+
+    def collate(self, bins: Sequence[Bin]) -> Any:
+        return self.pictures.collate(bins)

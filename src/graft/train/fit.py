@@ -12,7 +12,7 @@ from pathlib import Path
 from graft.core.errors import ConfigError
 from graft.core.shards import ShardSet
 from graft.core.stages import Plan
-from graft.model.base import read_config
+from graft.model.base import read_config, sees_images
 from graft.model.chat import load_tokenizer, tokenizer_digest
 
 
@@ -22,7 +22,8 @@ def refuse_misfits(splits: Iterable[tuple[Path, ShardSet]], plan: Plan, stage: s
     A document, not a bin, may be as long as the base has positions: each begins at position 0.
     """
     base, revision = plan.base_model(stage)
-    config, name = read_config(base, revision).get_text_config(), f"model.base = {base!r}"
+    whole, name = read_config(base, revision), f"model.base = {base!r}"
+    config = whole.get_text_config()
     digest = tokenizer_digest(load_tokenizer(base, revision, plan.chat_template))
     positions = getattr(config, "max_position_embeddings", None)
     again = "make the shards again with `graft run`"
@@ -34,6 +35,8 @@ def refuse_misfits(splits: Iterable[tuple[Path, ShardSet]], plan: Plan, stage: s
             raise ConfigError(
                 f"{folder} has a document of {longest} tokens, {name} max_position_embeddings = {positions}: set shard.seq_len to {positions} at most"
             )
+        if shards.of_images and not sees_images(whole):
+            raise ConfigError(f"{folder} has rows with images, and {name} sees none: name a Qwen2.5-VL model")
         if theirs != digest:
             raise ConfigError(
                 f"{folder} was made with another tokenizer or chat template ({theirs[:12]}) than {name} has ({digest[:12]}): {again}, or name their base"

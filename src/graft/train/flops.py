@@ -2,6 +2,7 @@
 
 N: frozen (or, in full training, all) matmul weights without the input embedding; n: adapter weights; A: causal
 attention over packed documents, 4 L H d sum(l (l + 1) / 2) / sum(l). A frozen weight needs no weight gradient, hence 4N.
+What a vision tower computes is left out.
 After Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361), appendix B, with the attention counted exactly.
 """
 
@@ -22,11 +23,11 @@ class Flops:
     @classmethod
     def of(cls, lm: Any) -> Flops:
         """Count a model after LoRA was injected; 4-bit weights count by their shape."""
-        from graft.model.lora import adapters
+        from graft.model.lora import adapters, in_tower
 
-        n, big = sum(a.numel() + b.numel() for _, a, b in adapters(lm)), 0
-        for module in lm.modules():
-            if hasattr(module, "in_features"):
+        n, big = sum(a.numel() + b.numel() for name, a, b in adapters(lm) if not in_tower(name)), 0
+        for name, module in lm.named_modules():
+            if hasattr(module, "in_features") and not in_tower(name):
                 big += module.in_features * module.out_features
         c = lm.config.get_text_config()
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -29,13 +29,13 @@ from graft.core.shards import ShardSet
 from graft.core.stages import Job
 from graft.core.store import AdapterStore
 from graft.model.chat import load_tokenizer, save_tokenizer
+from graft.model.images import copy_config
 from graft.model.lora import save_adapter
 from graft.model.packed import PackedLM
 from graft.train import checkpoint, fence, parity
-from graft.train.batches import collate
 from graft.train.best import Best
 from graft.train.build import build, compilations
-from graft.train.feed import Feed
+from graft.train.feed import feed_of
 from graft.train.fit import refuse_misfits
 from graft.train.flops import Flops
 from graft.train.guard import Guard
@@ -126,7 +126,7 @@ def _train(
     tokens_seen, device_s = (cursor["tokens"], cursor["device_s"]) if cursor else (0, 0.0)  # of all ranks
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
-    feed = Feed(shards, recipe.seed, config.global_batch, micro, world, rank, device)
+    feed = feed_of(job, lm, total, shards, recipe.seed, config.global_batch, micro, world, rank, device)
     validation = [held_out.bin(i) for i in range(rank, len(held_out), world)] if held_out else None  # this rank's share, maybe nothing
     report = Reporter(job, run_dir, total, first, world, flops, plan) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
@@ -176,11 +176,12 @@ def _train(
             "tokens": batch.tokens,
             "targets": batch.targets,
             "mean_document_tokens": batch.mean_document_tokens,
+            **({"images": batch.images} if shards.of_images else {}),
             "data_s": waited_s,
             "compilations": compilations(),
         }
         if validation is not None and (ends or (config.validate_every and done % config.validate_every == 0)):
-            metrics["validation_loss"] = _validate(engine, validation, micro, device, watch)
+            metrics["validation_loss"] = _validate(engine, validation, micro, device, watch, feed.collate)
             best.validated(metrics["validation_loss"], done, save)
             ends = ends or best.stop
         step_time_s = time.perf_counter() - started
@@ -237,7 +238,7 @@ def _kept(run_dir: Path) -> str:
     return f"the newest checkpoint in {run_dir} is {kept[-1].name}" if kept else f"{run_dir} holds no checkpoint yet"
 
 
-def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device, watch: Watch) -> float:
+def _validate(engine: Any, bins: list[Any], micro: int, device: torch.device, watch: Watch, collate: Callable[..., Any]) -> float:
     """Mean loss (nats a target) over the held-out bins of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad(), engine.module.without_dropout():
@@ -266,6 +267,7 @@ def _publish(job: Job, best: Best, save: Callable[[Path], None], run_dir: Path, 
         folder, revision = job.plan.base_model(job.stage.name)
         tokenizer = load_tokenizer(folder, revision, job.plan.chat_template)
         save_tokenizer(tokenizer, draft.path)
+        copy_config(folder, revision, draft.path)
         if job.stage.name == "sft" and job.recipe.train_stage("sft").lora:
             parity.record(job, model, tokenizer, draft.path)
         shutil.copyfile(run_dir / "metrics.jsonl", draft.path / "metrics.jsonl")

@@ -35,7 +35,9 @@ def record(job: Job, model: PackedLM, tokenizer: Any, folder: Path) -> None:
         probes = json.loads((shards / PROBES).read_text(encoding="utf-8"))
     canaries = packed([(p["ids"], p["loss_mask"]) for p in probes], job.recipe.shard.seq_len)
     if canaries is None:  # no chat among the rows, or none that a bin holds
-        canaries = packed(documents(ShardSet.open(shards / "train", verify=False).bin(0)), job.recipe.shard.seq_len)
+        train = ShardSet.open(shards / "train", verify=False)
+        text = next((b for i in range(len(train)) if not (b := train.bin(i)).images), None)
+        canaries = packed(documents(text), job.recipe.shard.seq_len) if text else None
     found = effects(model, canaries, folder) if canaries else []
     told = parity(tokenizer, job.plan.base_identity(job.stage.name), job.recipe.train_precision(job.stage.name), found)
     (folder / FILE).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")

@@ -10,6 +10,8 @@ import codecs
 import hashlib
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -77,8 +79,18 @@ def normalise(file: BinaryIO, max_side: int, max_bytes: int) -> Normal:
 
     A function of the bytes and the two limits under one version of Pillow. Raises Unusable for whatever the file is instead.
     """
+    with explained(file):
+        image = decoded(file, max_side)
+    jpeg = _encode(image, max_bytes)
+    phash, colour = fingerprint(image)
+    return Normal(jpeg, hashlib.sha256(jpeg).hexdigest(), phash, colour, *image.size)
+
+
+@contextmanager
+def explained(file: BinaryIO) -> Iterator[None]:
+    """Whatever a decoder raises over a file's bytes, as Unusable."""
     try:
-        image = _decode(file, max_side)
+        yield
     except (Unusable, MemoryError):
         raise
     except Image.DecompressionBombError:  # Pillow's own limit comes first, at twice its MAX_IMAGE_PIXELS
@@ -90,9 +102,6 @@ def normalise(file: BinaryIO, max_side: int, max_bytes: int) -> Normal:
         text = " ".join(str(e).split())[:120] or type(e).__name__
         kind = "truncated" if "truncated" in text.lower() or isinstance(e, EOFError) else "corrupt"
         raise Unusable(f"{kind}: {text}") from None
-    jpeg = _encode(image, max_bytes)
-    phash, colour = fingerprint(image)
-    return Normal(jpeg, hashlib.sha256(jpeg).hexdigest(), phash, colour, *image.size)
 
 
 def fingerprint(image: Image.Image) -> tuple[int, tuple[int, int, int]]:
@@ -113,20 +122,22 @@ def fingerprint(image: Image.Image) -> tuple[int, tuple[int, int, int]]:
 _DCT = np.cos(math.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
 
 
-def _decode(file: BinaryIO, max_side: int) -> Image.Image:
+def decoded(file: BinaryIO, max_side: int) -> Image.Image:
+    """The first frame, upright, on white, in RGB, at most max_side pixels wide and high."""
     with Image.open(file, formats=FORMATS) as opened:
         width, height = opened.size
         if width * height > MAX_PIXELS:
             raise Unusable(f"too large: {width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million")
         opened.draft(opened.mode, (max_side, max_side))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that still covers max_side
         opened.load()
-        turn = _TURN.get(_orientation(opened))
+        turn = _TURN.get(orientation(opened))
         image = _rgb(opened)
     image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return image.transpose(turn) if turn is not None else image
 
 
-def _orientation(image: Image.Image) -> Any:
+def orientation(image: Image.Image) -> Any:
+    """The EXIF tag: how the image is turned; None where nothing says it."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001 - broken metadata does not make a broken picture
