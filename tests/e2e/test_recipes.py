@@ -66,6 +66,10 @@ def test_a_twin_goes_on_from_where_it_was_stopped_and_ends_complete(tree, monkey
     if plan.recipe.tracking.wandb == "offline":
         assert all(list(plan.resolve(s).run_directory.rglob("*.wandb")) for s in plan.recipe.train_stages())
 
+    if name == "taigi-tiny":
+        tree.run(*tree.graft("predict", *again[4:], "--file", "configs/recipes/taigi/exam.jsonl", "--out", "answers.csv"))
+        head, *answers = (tree.path / "answers.csv").read_text().splitlines()
+        assert head == "ID,Answer" and len(answers) == tasks["reading"]["systems"]["base"]["correct"]["rows"]
     tree.run(*tree.graft("report", *again[4:]))
     page = (plan.home("checkpoints") / "report.html").read_text(encoding="utf-8")
     assert f"{len(plan.stages)} of {len(plan.stages)} stages are complete" in page and f"<h3>{stage}</h3>" in page
