@@ -15,7 +15,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs a GPU, or Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
-from graft.model.kernels import fp8, loss, norm, rotary, swiglu  # noqa: E402  they import triton
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from graft.model.kernels import fp8, loss, norm, rotary, shared, swiglu  # noqa: E402  they import triton
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -93,6 +95,24 @@ def test_norm_and_its_gradient(t, h, r):
     for past, past_ in ((dout, dout_), (None, None)):
         dx = norm.norm_backward(past, dn, du, a, found[2], 2.0, x, found[1], weight)
         near(dx, elementwise.norm_backward(past_, dn_, du_, a_, wanted[2], 2.0, x_, wanted[1], weight_))
+
+
+def test_fewer_loads_ahead_where_the_gpu_is_small(monkeypatch):
+    monkeypatch.setattr(shared, "_fitted", {})
+    asked = []
+
+    def launch(ahead):
+        asked.append(ahead)
+        if ahead > room:
+            raise OutOfResources(ahead, room, "shared memory")
+
+    for room, wanted in ((2, [3, 2]), (2, [2]), (1, [2, 1])):
+        asked.clear()
+        shared.loading_ahead(3, launch, "kernel", 64)
+        assert asked == wanted
+    room = 0
+    with pytest.raises(OutOfResources):
+        shared.loading_ahead(3, launch, "kernel", 256)
 
 
 def test_a_norm_hands_on_fp8():

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+
+from graft.model.kernels.shared import loading_ahead
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 _BACKWARD_TILE = 64, 128, 8, 3  # rows, columns, warps, loads ahead
-_held_ahead: dict[int, int] = {}  # by the adapters' width: loads ahead that this GPU's shared memory held
 _ADD_TILE = 64, 256, 4  # rows, columns, warps
 
 
@@ -58,20 +58,16 @@ def norm_backward(
     (t, h), rank = x.shape, du.shape[1]
     dx = torch.empty_like(x)
     rows, columns, warps, most = _BACKWARD_TILE
-    width = max(16, triton.next_power_of_2(rank))  # three adapters of rank 64 need 337 KiB at three loads ahead, an H100 has 227
-    for ahead in range(_held_ahead.get(width, most), 0, -1):
-        try:
-            _norm_backward[(triton.cdiv(t, rows),)](
-                *(x if dout is None else dout, dn, du, x if a is None else a, u, x, rstd, weight, dx, t, rank, scale),
-                *(h, dout is not None, a is not None, width, rows, columns, ahead),
-                num_warps=warps,
-            )
-        except OutOfResources:
-            if ahead == 1:
-                raise
-        else:
-            _held_ahead[width] = ahead
-            break
+    width = max(16, triton.next_power_of_2(rank))
+
+    def launch(ahead: int) -> None:
+        _norm_backward[(triton.cdiv(t, rows),)](
+            *(x if dout is None else dout, dn, du, x if a is None else a, u, x, rstd, weight, dx, t, rank, scale),
+            *(h, dout is not None, a is not None, width, rows, columns, ahead),
+            num_warps=warps,
+        )
+
+    loading_ahead(most, launch, "norm", width, dout is not None)
     return dx
 
 

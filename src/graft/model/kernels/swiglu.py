@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graft.model.kernels.shared import loading_ahead
+
 
 def swiglu(y: Tensor, u: Tensor | None, b: list[Tensor]) -> Tensor:
     """elementwise.swiglu(): silu(gate) · up of y [t, 2 n] = gate | up, to which u Bᵀ is added on the way; returns [t, n]."""
@@ -34,10 +36,14 @@ def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Ten
     given = (u, *b) if b else (y, y, y)
     down = (y, y) if a is None else (du, a)
     widths = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(r_down))
-    rows, columns, ahead, warps = _BACKWARD_TILE
-    _swiglu_backward[(chunks, triton.cdiv(n, columns))](
-        dact, y, *given, *down, dy, of_b, of_a, t, n, r, r_down, bool(b), a is not None, *widths, CHUNK, rows, columns, ahead, num_warps=warps
-    )
+    rows, columns, most, warps = _BACKWARD_TILE
+
+    def launch(ahead: int) -> None:
+        _swiglu_backward[(chunks, triton.cdiv(n, columns))](
+            dact, y, *given, *down, dy, of_b, of_a, t, n, r, r_down, bool(b), a is not None, *widths, CHUNK, rows, columns, ahead, num_warps=warps
+        )
+
+    loading_ahead(most, launch, "swiglu", *widths, bool(b), a is not None)
     return dy, None if of_b is None else of_b.sum(0).to(y.dtype), None if of_a is None else of_a.sum(0).t().to(y.dtype)
 
 
