@@ -106,7 +106,8 @@ def test_fewer_loads_ahead_where_the_gpu_is_small(monkeypatch):
         if ahead > room:
             raise OutOfResources(ahead, room, "shared memory")
 
-    for room, wanted in ((2, [3, 2]), (2, [2]), (1, [2, 1])):
+    for case in ((2, [3, 2]), (2, [2]), (1, [2, 1])):
+        room, wanted = case
         asked.clear()
         shared.loading_ahead(3, launch, "kernel", 64)
         assert asked == wanted
