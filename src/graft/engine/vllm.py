@@ -300,7 +300,7 @@ def _lora(adapter: _Adapter) -> Any:
 def _started(**settings: Any) -> Any:
     """An LLMEngine whose core is a process of its own, with the defaults of vLLM's own server."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a fork of a process that has threads may hang
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork of a process that has threads may hang
     try:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.usage.usage_lib import UsageContext
