@@ -5,18 +5,18 @@ import signal
 import sys
 
 from graft.train import __main__ as rank
-from graft.train import loop
+from graft.train.feed import Feed
 
 
 def main(recipe, workspace, stage, *overrides):
-    take = loop.Feed.take
+    take = Feed.take
 
     def taken(feed, step):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(feed, step)
 
-    loop.Feed.take = taken
+    Feed.take = taken
     sys.argv[1:] = [recipe, "--stage", stage, "--workspace", workspace, *(word for o in overrides for word in ("--set", o))]
     return rank.main()
 

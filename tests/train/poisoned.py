@@ -10,11 +10,12 @@ import sys
 
 from graft.train import __main__ as rank
 from graft.train import loop
+from graft.train.feed import Feed
 
 
 def main(recipe, workspace, wrong, *overrides):
     wrong, at = {int(step): what for step, what in json.loads(wrong).items()}, None
-    take, build = loop.Feed.take, loop.build
+    take, build = Feed.take, loop.build
 
     def taken(feed, step):
         nonlocal at
@@ -34,7 +35,7 @@ def main(recipe, workspace, wrong, *overrides):
         model.register_forward_hook(spoil)
         return model
 
-    loop.Feed.take, loop.build = taken, built
+    Feed.take, loop.build = taken, built
     sys.argv[1:] = [recipe, "--stage", "sft", "--workspace", workspace, *(word for o in overrides for word in ("--set", o))]
     return rank.main()
 
