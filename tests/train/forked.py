@@ -99,7 +99,7 @@ def rank_of(rank, asked):
         return found
 
     def collected(bins):
-        own.extend(number[id(b)][0] for b in bins)
+        own.extend(number[id(b)][0] for b in bins if id(b) in number)  # those of the validation were read before any step
         return collate(bins)
 
     def noted(self, step):
