@@ -1,10 +1,13 @@
 """Bases of the hub: loaded by graft's own loaders from a hub of the test's own (tests/hub.py)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from graft.core.recipe import EmbeddedBase, Train
-from graft.model.base import random_llama
+from graft.model.base import load_base, random_llama
 
 from ..engine.tiny_model import tiny_tokenizer
 
@@ -90,3 +93,13 @@ def test_a_base_that_cannot_be_had_is_one_line(hub, client, made):
     assert "disconnected" in refused(client)
     hub.gone = False
     assert client.asks(FETCH, NAME) == sorted(name for name in files if not name.endswith(".md"))
+
+
+def test_two_loads_at_once_leave_the_next_one_whole(tmp_path):
+    shape = EmbeddedBase(hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2, train=Train(lora=None))
+    random_llama(shape, 300, 64, 0).save_pretrained(tmp_path)
+    ties = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as at_once:
+        for model in at_once.map(lambda _: load_base(str(tmp_path), None, "fp32", "cpu"), range(12)):
+            assert not any(p.is_meta for p in model.parameters())
+    assert PreTrainedModel.tie_weights is ties

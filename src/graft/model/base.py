@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from graft.core.hub import model_folder
 from graft.core.recipe import EmbeddedBase, Vision
 from graft.model.lora import TOWER
 
+_ALONE = threading.Lock()  # transformers swaps methods of its classes while it loads: two loads at once leave the swapped ones
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "nf4": torch.bfloat16}
 
 
@@ -39,7 +41,8 @@ def load_base(base: str, revision: str | None, precision: str, device: str | tor
         kwargs["device_map"] = {"": device}
     folder = model_folder(base, revision, weights=True)
     try:
-        model: Any = auto_class(config).from_pretrained(folder, **kwargs)
+        with _ALONE:
+            model: Any = auto_class(config).from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.base = {base!r} cannot be loaded: {str(e).strip().splitlines()[0][:200]}") from None
     return (model if precision == "nf4" else model.to(device)).eval()
