@@ -21,14 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import exp, isfinite, log
 from pathlib import Path
 from statistics import stdev
 from typing import Any, NamedTuple
 
 from cpt_data import TINY, Scale, letters_of, prepare
-from small_base import Curve, given, launch, machine, make_base, parser_of, plan_of, refuse_other_bins, said_of, said_of_machine, where
+from small_base import Curve, both_halves, launch, machine, make_base, plan_of, refuse_other_bins, said_of, said_of_machine, where
 
 LORA = """
 [cpt]
@@ -275,16 +275,5 @@ def train(args: argparse.Namespace, scale: Scale) -> bool:
     return not why
 
 
-def main() -> int:
-    parser = parser_of(__doc__)
-    parser.add_argument("--at-once", type=int, help="systems that share the GPU (all) or the CPU (1)")
-    args = parser.parse_args()
-    scale = replace(TINY if args.tiny else Scale(), **given(args))
-    if args.prepare:
-        prepare(args.prepare, args.data.resolve(), scale)
-        return 0
-    return 0 if train(args, scale) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(both_halves(__doc__, "systems that share the GPU (all) or the CPU (1)", Scale(), TINY, prepare, train))

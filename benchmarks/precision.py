@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,11 +29,10 @@ from typing import Any
 from precision_data import TINY, Scale, prepare
 from small_base import (
     Curve,
-    given,
+    both_halves,
     launch,
     machine,
     make_base,
-    parser_of,
     plan_of,
     refuse_other_bins,
     said_of,
@@ -269,16 +268,5 @@ def train(args: argparse.Namespace, scale: Scale) -> bool:
     return all(bound["holds"] for bound in kept)
 
 
-def main() -> int:
-    parser = parser_of(__doc__)
-    parser.add_argument("--at-once", type=int, help="runs that share the GPU (6) or the CPU (1)")
-    args = parser.parse_args()
-    scale = replace(TINY if args.tiny else Scale(), **given(args))
-    if args.prepare:
-        prepare(args.prepare, args.data.resolve(), scale)
-        return 0
-    return 0 if train(args, scale) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(both_halves(__doc__, "runs that share the GPU (6) or the CPU (1)", Scale(), TINY, prepare, train))

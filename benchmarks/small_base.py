@@ -13,9 +13,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """Of both halves: what every such benchmark takes."""
+def both_halves(doc: str | None, at_once: str, whole: Any, tiny: Any, prepare: Callable[..., None], train: Callable[..., bool]) -> int:
+    """The command of a benchmark in two halves; its exit code. at_once: what shares the GPU; whole, tiny: its scales."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     half = parser.add_mutually_exclusive_group(required=True)
     half.add_argument("--prepare", type=Path, metavar="DIR", help="write tokenizer and shards")
@@ -197,15 +197,17 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("."), help="where the results go; base and runs, 4 GB, lie in the temporary folder meanwhile"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--at-once", type=int, help=at_once)
     parser.add_argument("--tiny", action="store_true")
-    for name in ("epochs", "lr", "base_epochs", "base_lr"):
+    numbers = ("epochs", "lr", "base_epochs", "base_lr")
+    for name in numbers:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
-    return parser
-
-
-def given(args: argparse.Namespace) -> dict[str, float]:
-    """What of a scale the command line says."""
-    return {name: value for name in ("epochs", "lr", "base_epochs", "base_lr") if (value := getattr(args, name)) is not None}
+    args = parser.parse_args()
+    scale = replace(tiny if args.tiny else whole, **{name: value for name in numbers if (value := getattr(args, name)) is not None})
+    if args.prepare:
+        prepare(args.prepare, args.data.resolve(), scale)
+        return 0
+    return 0 if train(args, scale) else 1
 
 
 def refuse_other_bins(shards: Path, seq_len: int) -> None:

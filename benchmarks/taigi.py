@@ -1,7 +1,7 @@
 """taigi-13b at its full shape: CPT, merge, SFT, evaluation and answers.csv, from random weights, over real Taigi text and DRCD's questions.
 
-    python benchmarks/taigi.py --prepare DIR              (a minute on two cores; DIR has 12 MB and can be moved)
-    python benchmarks/taigi.py --train DIR --out RESULT   (8 minutes on an H200, 60 GB of disk; needs neither Ray nor the data stages)
+    python benchmarks/taigi.py --prepare DIR              (two minutes on two cores; DIR has 24 MB and can be moved)
+    python benchmarks/taigi.py --train DIR --out RESULT   (9 minutes on an H200, 60 GB of disk; needs neither Ray nor the data stages)
 
 It is configs/recipes/taigi-13b.toml through `graft run` and `graft predict`, a process a stage, with its steps cut to --steps and two things in place of
 what cannot be had: the base is of Taigi-Llama-2-13B's shape with weights drawn by a seed, its tokenizer learns the articles here. The articles are
