@@ -17,7 +17,7 @@ from tiny_model import MAX_LENGTH
 
 from graft.core.errors import ArtifactError, ConfigError, DataError
 from graft.engine.hf import HFEngine
-from graft.engine.protocol import Request, SlotsBusy
+from graft.engine.protocol import Request, Scored, SlotsBusy
 from graft.engine.text import HALF, Text
 from graft.model.base import load_base
 from graft.model.chat import load_tokenizer, render_prompt
@@ -162,9 +162,9 @@ def test_logprobs_are_those_of_the_model(engine):
 def test_scores_of_many_are_those_of_each_alone(engine, name, monkeypatch):
     draw = random.Random(5)
     ids = [[draw.randrange(4, 300) for _ in range(draw.choice([2, 3, 17, 40, MAX_LENGTH]))] for _ in range(24)]
-    asked = [(own, draw.randrange(1, len(own))) for own in ids]
-    alone = [engine.score(own, first, name) for own, first in asked]
-    for own, (whole, first) in zip(alone, asked, strict=True):
+    asked = [Scored(own, draw.randrange(1, len(own))) for own in ids]
+    alone = [engine.score(own, first, name) for own, first, _ in asked]
+    for own, (whole, first, _) in zip(alone, asked, strict=True):
         reference = logits_of(engine, whole, name)[0].log_softmax(-1)
         assert own == pytest.approx([reference[at - 1, whole[at]].item() for at in range(first, len(whole))], abs=1e-5)
     shapes = []
@@ -189,13 +189,13 @@ def test_scores_leave_rows_under_way_as_they_are(engine, mixed):
     while engine.busy:
         for chunk in engine.step():
             tokens[of[chunk.row]] += chunk.tokens
-        engine.scores([([5, 6, 7], 1), ([8] * 30, 4)], "one")
+        engine.scores([Scored([5, 6, 7], 1), Scored([8] * 30, 4)], "one")
     assert tokens == [c.token_ids for c in wanted]
 
 
 def test_what_cannot_be_scored_is_named(engine):
     with pytest.raises(DataError, match=f"request 1 has {MAX_LENGTH} prompt tokens"):
-        engine.scores([([5, 6], 1), ([5] * (MAX_LENGTH + 1), 1)])
+        engine.scores([Scored([5, 6], 1), Scored([5] * (MAX_LENGTH + 1), 1)])
     with pytest.raises(DataError, match="'three'"):
         engine.score([5, 6], 1, "three")
 

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 from graft.core.errors import ArtifactError, ConfigError, DataError, ServeError
 from graft.engine.hf import HFEngine
-from graft.engine.protocol import Request, SlotsBusy
+from graft.engine.protocol import Request, Scored, SlotsBusy
 from graft.engine.vllm import VLLMEngine
 from graft.model.chat import load_tokenizer, render_prompt
 
@@ -95,8 +95,8 @@ def test_scores_are_those_of_the_other_engine(engine, peer, name):
 
 
 def test_scores_of_many_are_those_of_each_alone(engine):
-    asked = [(prompt_of(engine, text), 1 + n) for n, text in enumerate(PROMPTS)]
-    for (ids, first), own in zip(asked, engine.scores(asked, "two"), strict=True):
+    asked = [Scored(prompt_of(engine, text), 1 + n) for n, text in enumerate(PROMPTS)]
+    for (ids, first, _), own in zip(asked, engine.scores(asked, "two"), strict=True):
         assert max(abs(a - b) for a, b in zip(own, engine.score(ids, first, "two"), strict=True)) < NEAR_NATS
 
 

@@ -16,15 +16,12 @@ from typing import Any
 from PIL import Image
 
 from graft.core.sections import Mcq
-from graft.data.augment.pixels import FORMATS, Unusable, decoded, explained, orientation
 from graft.data.readers.image_rows import to_messages_and_images, with_parts
 from graft.data.readers.mcq import Refused
 from graft.model.chat import Messages
+from graft.model.pixels import FORMATS, MAX_SIDE, Unusable, decoded, explained, orientation, wrong_size
 
 FOLDER = "images"
-MAX_SIDE = 4096  # pixels
-MIN_SIDE = 4
-NARROW = 200  # times as long as wide, which no image processor of Qwen takes
 MAX_BYTES = 64 << 20  # of a file
 _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -109,13 +106,6 @@ def _looked_at(file: io.BytesIO) -> tuple[str, tuple[int, int], list[str]]:
         if not any(why.values()):
             image.load()
         return _SUFFIX.get(image.format or "", "png"), image.size, [name for name, so in why.items() if so]
-
-
-def wrong_size(width: int, height: int) -> str | None:
-    """Why an image of that size shows nothing, None where it may."""
-    if min(width, height) < MIN_SIDE:
-        return f"too small: {width} x {height} pixels"
-    return f"too narrow: {width} x {height} pixels" if max(width, height) > NARROW * min(width, height) else None
 
 
 def files_of(messages: Messages) -> list[str]:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from graft.core.errors import DataError
-from graft.engine.protocol import Chunk, Completion, Finish, NotLoaded, Request
+from graft.engine.protocol import Chunk, Completion, Finish, NotLoaded, Request, Scored
+from graft.model.images import ImageProcessor, Seen
 
 
 class Batched(ABC):
     """Half an Engine (protocol.py)."""
 
     max_length: int
+    processor: ImageProcessor | None = None
 
     @property
     @abstractmethod
@@ -34,11 +36,11 @@ class Batched(ABC):
     def drop(self, row: int) -> None: ...
 
     @abstractmethod
-    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]: ...
+    def scores(self, asked: Sequence[Scored], adapter: str | None = None) -> list[list[float]]: ...
 
-    def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
+    def score(self, ids: list[int], first: int, adapter: str | None = None, images: tuple[Seen, ...] = ()) -> list[float]:
         """Log-probabilities (nats) of ids[first:], first ≥ 1, each given all before it."""
-        return self.scores([(ids, first)], adapter)[0]
+        return self.scores([Scored(ids, first, images)], adapter)[0]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The completions, in the order of the requests. DataError names a request that cannot be run."""
@@ -73,6 +75,8 @@ class Batched(ABC):
             raise DataError(
                 f"request {row} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_new_tokens}: both must be at least 1"
             )
+        if request.images and self.processor is None:
+            raise DataError(f"request {row} shows images, and this engine shows none to its model")
         if (total := len(request.prompt_ids) + request.max_new_tokens) > self.max_length:
             raise DataError(
                 f"request {row} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_new_tokens}, together {total}: "

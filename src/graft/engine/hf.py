@@ -19,7 +19,7 @@ from torch import Tensor
 from graft.core.errors import ConfigError
 from graft.engine.batched import Batched
 from graft.engine.cache import RowCache, kv_bytes
-from graft.engine.protocol import Chunk, Finish, Request
+from graft.engine.protocol import Chunk, Finish, Request, Scored
 from graft.engine.sampling import Picked, pick
 from graft.engine.slots import Slots
 from graft.engine.text import Text
@@ -86,11 +86,11 @@ class HFEngine(Batched):
         self.slots.unload(name)
 
     @torch.inference_mode()
-    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]:
+    def scores(self, asked: Sequence[Scored], adapter: str | None = None) -> list[list[float]]:
         """Log-probabilities (nats) of each ids[first:], first ≥ 1, each given all before it. Those of about one length pass together, padded behind
         their ends, which no token before them sees; in fp32 a row's are those that it has alone to 1e-5."""
-        for number, (ids, _) in enumerate(asked):
-            self.check(number, Request(ids[:-1], 1, adapter=adapter))
+        for number, (ids, _, images) in enumerate(asked):
+            self.check(number, Request(ids[:-1], 1, adapter=adapter, images=images))
         order = sorted(range(len(asked)), key=lambda number: len(asked[number][0]))
         found: list[list[float]] = [[]] * len(asked)
         slot = self.slots.take(adapter)
@@ -183,11 +183,11 @@ class HFEngine(Batched):
         logits = self._whole(prompts, [[len(p) - 1] for p in prompts], [row.slot for row in rows], self._cache)
         return self._pick(logits, rows)
 
-    def _scores(self, asked: list[tuple[list[int], int]], slot: int) -> list[list[float]]:
+    def _scores(self, asked: list[Scored], slot: int) -> list[list[float]]:
         """Those of one forward."""
-        places = [list(range(first - 1, len(ids) - 1)) for ids, first in asked]
-        logits = self._whole([ids for ids, _ in asked], places, [slot] * len(asked))
-        tokens = torch.tensor([token for ids, first in asked for token in ids[first:]], device=self.device)
+        places = [list(range(first - 1, len(ids) - 1)) for ids, first, _ in asked]
+        logits = self._whole([ids for ids, *_ in asked], places, [slot] * len(asked))
+        tokens = torch.tensor([token for ids, first, _ in asked for token in ids[first:]], device=self.device)
         scores = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         return [own.tolist() for own in scores.split([len(own) for own in places])]
 
@@ -269,11 +269,11 @@ class _Row:
         return Chunk(self.number, shown, (picked.token,), reason, (picked.told,) if picked.told else ())
 
 
-def _affordable_scores(asked: list[tuple[list[int], int]]) -> list[tuple[int, int]]:
+def _affordable_scores(asked: list[Scored]) -> list[tuple[int, int]]:
     """Stretches of neighbours, of ascending lengths, that are scored in one forward: so many tokens with their padding, so many logits."""
     found: list[tuple[int, int]] = []
     logits = 0
-    for end, (ids, first) in enumerate(asked, 1):
+    for end, (ids, first, _) in enumerate(asked, 1):
         logits += len(ids) - first
         start = found[-1][0] if found else 0
         if found and (end - start) * len(ids) <= PROMPT_TOKENS and logits <= SCORED_TOKENS:

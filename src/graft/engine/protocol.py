@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from graft.core.errors import DataError, ServeError
+from graft.model.images import ImageProcessor, Seen
 
 Finish = Literal["stop", "length"]
 
@@ -35,6 +36,15 @@ class Request:
     ends: tuple[int, ...] | None = None  # ids that end the answer; None: those of the engine's tokenizer
     whole: bool = False  # nobody reads it before it has ended: its chunks may come all at once
     logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token's own; None: not even that
+    images: tuple[Seen, ...] = ()  # in the order of their placeholder tokens in prompt_ids
+
+
+class Scored(NamedTuple):
+    """A text whose tokens from `first` ≥ 1 on are scored, each given all before it."""
+
+    ids: list[int]
+    first: int
+    images: tuple[Seen, ...] = ()  # in the order of their placeholder tokens in ids
 
 
 class Told(NamedTuple):
@@ -73,6 +83,7 @@ class Engine(Protocol):
 
     tokenizer: Any
     max_length: int  # prompt and answer together, in tokens
+    processor: ImageProcessor | None  # of the images that it can be shown; None: of text alone
 
     @property
     def adapters(self) -> list[str]: ...
@@ -85,12 +96,12 @@ class Engine(Protocol):
         """Take no more requests for it; those under way end as they would have."""
         ...
 
-    def score(self, ids: list[int], first: int, adapter: str | None = None) -> list[float]:
+    def score(self, ids: list[int], first: int, adapter: str | None = None, images: tuple[Seen, ...] = ()) -> list[float]:
         """Log-probabilities (nats) of the tokens from `first` ≥ 1 on, each given all before it. DataError names what cannot be run."""
         ...
 
-    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]:
-        """The same of many (ids, first), in batches that the engine makes."""
+    def scores(self, asked: Sequence[Scored], adapter: str | None = None) -> list[list[float]]:
+        """The same of many, in batches that the engine makes."""
         ...
 
     def add(self, request: Request) -> int:

@@ -25,7 +25,7 @@ from graft.core.errors import ArtifactError, ConfigError, DataError, ServeError
 from graft.core.hub import model_folder
 from graft.engine.batched import Batched
 from graft.engine.cache import kv_bytes
-from graft.engine.protocol import Chunk, Request, SlotsBusy, Told
+from graft.engine.protocol import Chunk, Request, Scored, SlotsBusy, Told
 from graft.engine.slots import fitted, linears
 from graft.engine.text import Text
 from graft.model.base import DTYPES
@@ -150,15 +150,15 @@ class VLLMEngine(Batched):
             self._retired.discard(adapter)
             self._llm.remove_lora(adapter.number)
 
-    def scores(self, asked: Sequence[tuple[list[int], int]], adapter: str | None = None) -> list[list[float]]:
+    def scores(self, asked: Sequence[Scored], adapter: str | None = None) -> list[list[float]]:
         """Log-probabilities (nats) of each ids[first:], first ≥ 1, each given all before it; rows under way go on meanwhile."""
-        requests = [Request(ids, 1, adapter=adapter, ends=(), whole=True) for ids, _ in asked]
+        requests = [Request(own.ids, 1, adapter=adapter, ends=(), whole=True, images=own.images) for own in asked]
         for number, request in enumerate(requests):
             self.check(number, request)
         rows = [self._rows[self.add(request, scored=True)] for request in requests]
         while any(row.scored is None for row in rows):
             self._kept += self._next()
-        return [[row.scored[at][ids[at]].logprob for at in range(first, len(ids))] for row, (ids, first) in zip(rows, asked, strict=True)]
+        return [[row.scored[at][own.ids[at]].logprob for at in range(own.first, len(own.ids))] for row, own in zip(rows, asked, strict=True)]
 
     # ---- rows -----------------------------------------------------------------------------------------------------------
     @property

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from graft.engine.protocol import Engine
+from graft.engine.protocol import Engine, Scored
 from graft.model.chat import render
 
 
@@ -45,7 +45,7 @@ def behind(tokenizer: Any, row: dict[str, Any], most: int) -> list[Reply]:
 def likelihoods(engine: Engine, asked: Sequence[Sequence[Reply]], adapter: str | None) -> list[list[tuple[float, float]]]:
     """Of each question's replies: nats, and nats a character. All are scored at once; a reply's do not depend on the others."""
     every = [reply for own in asked for reply in own]
-    scores = engine.scores([(reply.ids, reply.first) for reply in every], adapter)
+    scores = engine.scores([Scored(reply.ids, reply.first) for reply in every], adapter)
     nats = [sum(s for s, supervised in zip(own, reply.mask, strict=True) if supervised) for own, reply in zip(scores, every, strict=True)]
     told = iter((own, own / reply.characters) for own, reply in zip(nats, every, strict=True))
     return [list(islice(told, len(own))) for own in asked]

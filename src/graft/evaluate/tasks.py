@@ -19,7 +19,7 @@ from rich.progress import track
 from graft.core.recipe import Recipe
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import EvalTask
-from graft.engine.protocol import Engine, Request
+from graft.engine.protocol import Engine, Request, Scored
 from graft.evaluate import metrics
 from graft.evaluate.options import Reply, behind, best, likelihoods, replies
 from graft.evaluate.semantic import Encoder
@@ -111,7 +111,7 @@ class Asker:
         for row in track(rows, self.title, transient=True):
             ids = self.tokenizer(row["text"])["input_ids"]
             windows = [ids[at : at + self.window] for at in range(0, len(ids), self.window)]
-            scores = self.engine.scores([(window, 1) for window in windows if len(window) > 1], self.adapter)
+            scores = self.engine.scores([Scored(window, 1) for window in windows if len(window) > 1], self.adapter)
             found = [score for own in scores for score in own]
             nats.append(-sum(found))
             tokens.append(len(found))

@@ -118,10 +118,15 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_of({"tokenizer": own, "chat_template": tokenizer.chat_template})
 
 
-def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
-    """Ids of the conversation up to and with the assistant's header: what generation starts from."""
-    text = _apply(tokenizer, messages, True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def render_prompt(tokenizer: Any, messages: Messages, image_tokens: Sequence[int] = ()) -> list[int]:
+    """Ids of the conversation up to and with the assistant's header: what generation starts from. image_tokens: as render() takes them.
+
+    Raises DataError where the images that are shown are not those that are given, ConfigError where the template shows none.
+    """
+    shown = any(isinstance(m["content"], list) for m in messages)
+    text = _apply(tokenizer, _flat(tokenizer, messages) if shown else messages, True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _expanded(tokenizer, ids, ids, image_tokens)[0] if shown else ids
 
 
 def render(tokenizer: Any, messages: Messages, image_tokens: Sequence[int] = ()) -> Rendered:

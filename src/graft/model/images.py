@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,13 @@ from graft.core.hub import model_folder
 
 CONFIG = "preprocessor_config.json"
 _KNOWN = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor")
+
+
+class Seen(NamedTuple):
+    """An image as a tower takes it."""
+
+    grid: tuple[int, int, int]  # t, h, w, in patches
+    patches: np.ndarray  # [t h w, channels · 2 · patch²] fp32
 
 
 class ImageProcessor:
@@ -51,6 +58,10 @@ class ImageProcessor:
         """How many tokens stand for an image of that grid."""
         t, h, w = grid
         return t * h * w // self.processor.merge_size**2
+
+    def seen(self, image: Any) -> Seen:
+        """An RGB image of PIL, resized and cut into patches."""
+        return Seen(self.grid(*image.size), self.patches(image))
 
     def patches(self, image: Any) -> np.ndarray:
         """[t h w, channels · 2 · patch²] fp32 of an RGB image of PIL."""

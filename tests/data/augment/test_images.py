@@ -17,7 +17,7 @@ from graft.core.errors import ConfigError, DataError
 from graft.core.recipe import Recipe
 from graft.core.rows import write_jsonl
 from graft.data.augment.images import first_alike, gather
-from graft.data.augment.pixels import MAX_PIXELS, Unusable, fingerprint, normalise
+from graft.model.pixels import MAX_PIXELS, Unusable, fingerprint, normalise
 
 
 def picture(seed, size=(320, 240)):

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from graft.core.errors import ConfigError, DataError
+from graft.core.fetch import Address, FetchError, fetch, fetcher, is_public, without_secrets
 from graft.core.recipe import Recipe
 from graft.core.rows import Row
 from graft.core.sections import Images
-from graft.data.augment.fetch import Address, FetchError, fetch, fetcher, is_public, without_secrets
 
 FOLDER = "images"
 BLOCK = 256  # images a task, at most
@@ -222,7 +222,7 @@ def read_batch(batch: pa.Table, images: Images, out: Path, timeout_s: float, all
 def _normalise(data: bytes | None, place: bytes, images: Images, out: Path) -> dict[str, Any]:
     from io import BytesIO
 
-    from graft.data.augment.pixels import Unusable, normalise
+    from graft.model.pixels import Unusable, normalise
 
     try:
         if data is None and not os.path.isfile(place):

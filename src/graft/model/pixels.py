@@ -1,4 +1,4 @@
-"""One image file becomes one plain JPEG, and the numbers by which it is known again.
+"""Image files as strangers make them: what one shows, decoded within limits, or why it shows nothing; as a plain JPEG, with the numbers that tell it again.
 
 Decoding, scaling, hashing and encoding a 1 MP JPEG costs about 25 ms of one core. At most one decoded image is in memory:
 MAX_PIXELS of RGBA, 0.5 GB, in the worst case; a JPEG is decoded at a fraction of its size where that is enough.
@@ -19,6 +19,9 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 27  # a phone's 108 MP pass
+MAX_SIDE = 4096  # pixels, of an image that is shown to a model
+MIN_SIDE = 4
+NARROW = 200  # times as long as wide, which no image processor of Qwen takes
 QUALITIES = (90, 80, 70, 60, 50, 40, 30)
 # No EPS, PSD, PDF, WMF and the like: they start other programs, or are no pictures of what they show
 Image.init()  # only what is registered can be asked for by name
@@ -122,12 +125,32 @@ def fingerprint(image: Image.Image) -> tuple[int, tuple[int, int, int]]:
 _DCT = np.cos(math.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
 
 
-def decoded(file: BinaryIO, max_side: int) -> Image.Image:
+def shown(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """What a file shows, as a model may see it: the first frame, upright, on white, in RGB, MAX_SIDE pixels a side at most. Raises Unusable.
+
+    max_pixels: of the file, refused by its header, before any is decoded.
+    """
+    file = io.BytesIO(data)
+    with explained(file):
+        image = decoded(file, MAX_SIDE, max_pixels)
+    if wrong := wrong_size(*image.size):
+        raise Unusable(wrong)
+    return image
+
+
+def wrong_size(width: int, height: int) -> str | None:
+    """Why an image of that size shows nothing, None where it may."""
+    if min(width, height) < MIN_SIDE:
+        return f"too small: {width} x {height} pixels"
+    return f"too narrow: {width} x {height} pixels" if max(width, height) > NARROW * min(width, height) else None
+
+
+def decoded(file: BinaryIO, max_side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame, upright, on white, in RGB, at most max_side pixels wide and high."""
     with Image.open(file, formats=FORMATS) as opened:
         width, height = opened.size
-        if width * height > MAX_PIXELS:
-            raise Unusable(f"too large: {width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million")
+        if width * height > max_pixels:
+            raise Unusable(f"too large: {width} x {height} pixels, at most {max_pixels / 1e6:.0f} million")
         opened.draft(opened.mode, (max_side, max_side))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that still covers max_side
         opened.load()
         turn = _TURN.get(orientation(opened))

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 from aiohttp import web
 
-from graft.data.augment.fetch import MAX_REDIRECTS, FetchError, fetch, fetcher, is_public, without_secrets
+from graft.core.fetch import MAX_REDIRECTS, FetchError, fetch, fetcher, is_public, without_secrets
 from graft.train.launch import free_port
 
 PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"

@@ -1,0 +1,21 @@
+"""A conversation, with the images that it shows, as an engine is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graft.core.errors import DataError
+from graft.model.chat import Messages, render_prompt
+from graft.model.images import ImageProcessor, Seen
+
+
+def prompt(tokenizer: Any, messages: Messages, processor: ImageProcessor | None, images: Sequence[Any] = ()) -> tuple[list[int], tuple[Seen, ...]]:
+    """(prompt_ids, images) of a Request. images: RGB images of PIL, one for each part {"type": "image"} of the messages, in order.
+
+    DataError where a base of text alone is shown one, or more or fewer are given than are shown. An image of 1 MP takes 60 ms of a core.
+    """
+    if images and processor is None:
+        raise DataError("the conversation shows images, and the model sees none")
+    seen = tuple(processor.seen(image) for image in images) if processor else ()
+    return render_prompt(tokenizer, messages, [processor.tokens(s.grid) for s in seen] if processor else ()), seen
