@@ -37,6 +37,8 @@ SHARED = (
     "max_adapters",
     "max_rank",
     "kv_tokens",
+    "max_images",
+    "fetch_images",
     "max_concurrent",
     "deadline_s",
 )  # recipe.serve's and the spec's
@@ -68,6 +70,7 @@ def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
         ready=(recipe.name,) if adapters else (),
         base_name="base" if adapters else recipe.name,
         port=port or recipe.serve.port,
+        image_pixels=recipe.shard.image_pixels,
         **{key: getattr(recipe.serve, key) for key in SHARED},
     )
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from graft.core.errors import GraftError, ServeError
 from graft.engine.protocol import Chunk, Engine, Request
+from graft.model.images import ImageProcessor
 from graft.serve.spec import ServeSpec
 
 T = TypeVar("T")
@@ -101,6 +102,11 @@ class Runner:
         if self.engine is None or self.state != "ready":
             raise ServeError(f"the model is {self.state}: {self.error or 'try again soon'}")
         return self.engine
+
+    @property
+    def processor(self) -> ImageProcessor | None:
+        """Of the images that the engine can be shown; None where it sees none, or is not there yet."""
+        return self.engine.processor if self.engine else None
 
     async def submit(self, request: Request, folder: Path | None = None) -> Ticket:
         """The request under way; folder: of its adapter, which is loaded if it is not in memory. Overloaded, SlotsBusy or ServeError where it cannot
