@@ -28,7 +28,7 @@ class ServeSpec:
     max_adapters: int = 8  # in memory at once
     max_rank: int = 64
     kv_tokens: int | None = None  # None: what the memory allows
-    image_pixels: int = 1_003_520  # of an image, at most: larger ones are scaled down
+    image_pixels: int | None = None  # of an image that the base is shown; None: the base's own limit
     max_images: int = 16  # of a request
     fetch_images: bool = False  # from http(s) URLs too
     max_concurrent: int = 128  # requests of one key
