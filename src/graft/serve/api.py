@@ -70,6 +70,7 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
 
     async def told(http: HTTPRequest) -> Response:
         metrics.under_way.set(runner.under_way)
+        metrics.image_bytes.set(service.images.held)
         for state in ("ready", "cold", "refused"):
             metrics.adapters.labels(state).set(sum(catalog.state(e) == state for e in catalog.entries.values()))
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")

@@ -52,7 +52,9 @@ class Images:
         if not images:
             return ()
         if processor is None:
-            raise ApiError(400, f"{images[0][0]}: an image, and this server's models see none: their base is of text alone", images[0][0], "invalid_value")
+            raise ApiError(
+                400, f"{images[0][0]}: an image, and this server's models see none: their base is of text alone", images[0][0], "invalid_value"
+            )
         if len(images) > self.most:
             raise ApiError(400, f"{len(images)} images, at most {self.most} a request (serve.max_images)", "messages", "too_many_images")
         room = len(images) * processor.most * PIXEL_BYTES

@@ -162,18 +162,7 @@ class Runner:
             stopping = False
             while not stopping or self._tickets:
                 stopping = self._answer_calls(engine, wait=not self._tickets) or stopping
-                now = time.monotonic()
-                for row, ticket in list(self._tickets.items()):
-                    if ticket.dropped or now > ticket.deadline:
-                        ticket.why = f"the request took longer than {self.spec.deadline_s:g} s (serve.deadline_s)"
-                        hand_out([(ticket, None)])
-                        engine.drop(row)
-                        self._done(row)
-                given = [(self._tickets[chunk.row], chunk) for chunk in engine.step() if chunk.row in self._tickets]
-                hand_out([*given])
-                for _, chunk in given:
-                    if chunk.finish_reason:
-                        self._done(chunk.row)
+                self._step(engine)
         except GraftError as e:
             self.error = str(e)
         finally:  # whatever ended the thread, nobody waits for ever
@@ -185,6 +174,21 @@ class Runner:
                         call[1].set_exception(ServeError(self.error))
             if engine:
                 engine.close()
+
+    def _step(self, engine: Engine) -> None:
+        """Of the engine, its tokens handed out. Nothing of a request, such as its images, lives on here when the thread waits for the next."""
+        now = time.monotonic()
+        for row, ticket in list(self._tickets.items()):
+            if ticket.dropped or now > ticket.deadline:
+                ticket.why = f"the request took longer than {self.spec.deadline_s:g} s (serve.deadline_s)"
+                hand_out([(ticket, None)])
+                engine.drop(row)
+                self._done(row)
+        given = [(self._tickets[chunk.row], chunk) for chunk in engine.step() if chunk.row in self._tickets]
+        hand_out([*given])
+        for _, chunk in given:
+            if chunk.finish_reason:
+                self._done(chunk.row)
 
     def _done(self, row: int) -> None:
         del self._tickets[row]
