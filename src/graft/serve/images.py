@@ -97,7 +97,10 @@ def _read(source: str | bytes, processor: ImageProcessor) -> Seen:
     """Of a data URL, or of a file's bytes. Raises Unusable."""
     if isinstance(source, str):
         source = _bytes_of(source)
-    return processor.seen(shown(source, MAX_PIXELS))
+    try:
+        return processor.seen(shown(source, MAX_PIXELS))
+    except MemoryError:
+        raise Unusable("too large: decoding it takes more memory than there is") from None
 
 
 def _bytes_of(url: str) -> bytes:

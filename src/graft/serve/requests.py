@@ -36,7 +36,7 @@ class TextPart(Strict):
 class ImageURL(Strict):
     """detail: only what leaves the size to the server, as the others would be ignored."""
 
-    url: str
+    url: Annotated[str, Field(description="data:image/png;base64,… (or jpeg, webp, gif); http(s) where the server fetches")]
     detail: Literal["auto"] | None = None
 
 
