@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import io
+import random
 import struct
 import threading
 import time
@@ -240,6 +241,20 @@ def test_a_hostile_image_is_refused_with_its_reason(client, kind):
     with pytest.raises(openai.BadRequestError, match=reason) as e:
         client.chat.completions.create(**asked)
     assert (e.value.param, e.value.code) == ("messages.0.content.1", "invalid_image")
+
+
+def test_mangled_files_are_no_error_of_the_server(http):
+    image, rng, counts = Image.open(io.BytesIO(PICTURES[0])).convert("RGB"), random.Random(0), Counter()
+    for kind in ("png", "jpeg", "webp", "gif", "bmp", "tiff", "ico"):
+        whole = saved(image, kind)
+        for n in range(6):
+            data = bytearray(whole if n % 2 else whole[: rng.randrange(1, len(whole))])
+            for _ in range(n * 4):
+                data[rng.randrange(min(len(data), 300))] = rng.randrange(256)
+            reply = http.post(CHAT, json=ask(url_of(data), "see", max_tokens=1))
+            counts[reply.status_code] += 1
+            assert reply.status_code == 200 or reply.json()["error"]["code"] == "invalid_image", (kind, n, reply.text)
+    assert set(counts) == {200, 400} and min(counts.values()) > 3
 
 
 def test_limits_are_told(http, seeing):
