@@ -147,12 +147,14 @@ def _probes(tokenizer: Any, job: Job, processor: ImageProcessor | None) -> list[
     for name in job.recipe.train_stage("sft").corpora:
         if prepared.counts["corpora"][name]["layout"] != "text":
             found += _few(map(json.loads, documents(prepared.path, name)))
-    tokens = _images_of(found, processor)[1] if processor else [[]] * len(found)
-    rendered = []
-    for messages, own in zip(found, tokens, strict=True):
-        done = render(tokenizer, messages, own)
-        rendered.append({"messages": messages, "ids": done.ids, "loss_mask": done.loss_mask})
-    return rendered
+    return probes_of(tokenizer, found, processor)
+
+
+def probes_of(tokenizer: Any, chats: list[Messages], processor: ImageProcessor | None) -> list[Row]:
+    """What probes.json holds of these conversations; processor: None where none shows an image."""
+    tokens = _images_of(chats, processor)[1] if processor else [[]] * len(chats)
+    done = [render(tokenizer, messages, own) for messages, own in zip(chats, tokens, strict=True)]
+    return [{"messages": messages, "ids": r.ids, "loss_mask": r.loss_mask} for messages, r in zip(chats, done, strict=True)]
 
 
 def _few(chats: Iterable[Messages]) -> list[Messages]:
