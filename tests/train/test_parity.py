@@ -89,5 +89,9 @@ def test_the_smallest_images_are_canaries_and_one_at_least(plan, monkeypatch):
     for most, kept in ((smallest[0] + smallest[1], 2), (1, 1)):
         monkeypatch.setattr(training, "IMAGE_BYTES", most)
         assert len(pictured(shards, folder / "images")) == kept
+    for limit in ("MAX_IMAGES", "MAX_IMAGE_BYTES"):  # what a store would not take
+        with monkeypatch.context() as patch:
+            patch.setattr(training, limit, 0)
+            assert not pictured(shards, folder / "images")
     monkeypatch.setattr(training, "MOST_TARGETS", 1)
     assert [int(b.loss_mask.sum()) for b in pictured(shards, folder / "images")] == [1]

@@ -22,6 +22,7 @@ import torch
 from graft.core.artifact import digest_of
 from graft.core.shards import Bin, ShardSet
 from graft.core.stages import Job
+from graft.core.store import MAX_IMAGE_BYTES, MAX_IMAGES
 from graft.model.chat import image_parts, tokenizer_digest
 from graft.model.images import ImageProcessor
 from graft.model.lora import adapters, read_adapter
@@ -100,13 +101,16 @@ def pictured(train: ShardSet, images: Path) -> list[Bin]:
     stride = max(1, len(train) // LOOKED_AT)
     rows = (train.bin(i) for start in range(stride) for i in range(start, len(train), stride))
     of = {b.images: b for b in islice((b for b in rows if b.images and b.targets), LOOKED_AT)}
-    size = {shown: sum((images / file).stat().st_size for file in {image.file for image in shown}) for shown in of}
+    size = {file: (images / file).stat().st_size for shown in of for file, _ in shown}
     found: list[Bin] = []
-    for shown in sorted(of, key=size.__getitem__)[:IMAGE_ROWS]:
-        if not found or sum(size[b.images] for b in found) + size[shown] <= IMAGE_BYTES:
+    files: set[str] = set()
+    for shown in sorted(of, key=lambda shown: sum(size[file] for file in {file for file, _ in shown}))[:IMAGE_ROWS]:
+        with_it = files | {file for file, _ in shown}
+        if len(with_it) <= MAX_IMAGES and sum(size[file] for file in with_it) <= (IMAGE_BYTES if found else MAX_IMAGE_BYTES):
             mask = of[shown].loss_mask.copy()
             mask[np.flatnonzero(mask)[MOST_TARGETS:]] = 0
             found.append(of[shown]._replace(loss_mask=mask))
+            files = with_it
     return found
 
 
