@@ -99,15 +99,15 @@ def _sharded(folder, plan):
     (folder / "probes.json").write_text(json.dumps(probes, ensure_ascii=False))
 
 
-def as_trained(plan: Plan, folder: Path, of: str = "") -> Path:
-    """Write a random adapter of the language part and the tower, and what training leaves beside it. of: only of layers whose names hold this."""
+def as_trained(plan: Plan, folder: Path) -> Path:
+    """Write a random adapter of the tower and of the recipe's targets, and what training leaves beside it."""
     base, revision = plan.base_model("sft")
     lora = plan.recipe.train_stage("sft").lora
     model = build(base, revision, "fp32", Train(lora=lora, train_vision=True), 0, torch.device("cpu"))
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, _, b in adapters(model.lm):
-            b.normal_(std=0.3 if of in name else 0.0)
+        for _, _, b in adapters(model.lm):
+            b.normal_(std=0.3)
     folder.mkdir()
     save_adapter(model.lm, lora, folder, base)
     tokenizer = load_tokenizer(base, revision)

@@ -7,10 +7,12 @@ import pytest
 
 from graft.core.artifact import sha256_file
 from graft.core.shards import Bin, ShardSet
+from graft.core.stages import Plan
 from graft.core.store import AdapterStore
 from graft.engine.hf import HFEngine
 from graft.model.chat import load_tokenizer
 from graft.model.images import ImageProcessor
+from graft.model.lora import in_tower, read_adapter
 from graft.serve.canaries import seen
 from graft.train import parity as training
 from graft.train.parity import MOST_TARGETS, documents, packed, pictured
@@ -75,7 +77,10 @@ def test_the_engine_finds_the_effect_on_rows_with_images_again(plan, tmp_path):
 
 
 def test_an_adapter_of_the_tower_alone_has_an_effect_on_images_and_none_on_text(plan, tmp_path):
-    canaries = json.loads((as_trained(plan, tmp_path / "adapter", of="visual.") / "parity.json").read_text())["canaries"]
+    of_tower = Plan(plan.path, ("sft.lora={ r = 4, alpha = 8, targets = [] }",), plan.root)
+    folder = as_trained(of_tower, tmp_path / "adapter")
+    canaries = json.loads((folder / "parity.json").read_text())["canaries"]
+    assert all(map(in_tower, read_adapter(folder)[1]))
     assert {"images" in c for c in canaries} == {True, False}
     assert all(np.abs(effect(c)).max() > 0.01 if "images" in c else not effect(c).any() for c in canaries)
 

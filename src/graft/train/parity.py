@@ -4,7 +4,7 @@ It says which base, tokenizer and template it belongs to, and, for a few convers
 log-probability of each supervised token with the adapter and without it. A server compares what its own engine gives.
 
 Of rows with images a few are canaries too, those with the smallest files among some of the shards'; their images lie beside the adapter,
-named by their SHA-256: one at least, and as many more as are IMAGE_BYTES together. So a server notices a tower that is not as in training.
+named by their SHA-256: those of one row at least, and as many more as are IMAGE_BYTES together. So a server notices a tower that is not as in training.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def record(job: Job, model: PackedLM, tokenizer: Any, folder: Path) -> None:
         text = packed(documents(own), seq_len) if own else None
     canaries: list[tuple[Bin, Any]] = [(text, collate([text]))] if text else []
     settings = None
-    if train.of_images:
+    if train.index.get("images"):
         processor = ImageProcessor(*job.plan.base_model(job.stage.name), job.recipe.shard.image_pixels)
         pictures, shown = Pictures(shards, processor, model.lm, 1), pictured(train, shards / FOLDER)
         canaries += [(b, pictures.collate([b])) for b in shown]
