@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import hashlib
 import io
 import random
 import struct
@@ -29,7 +30,7 @@ from graft.engine.prompt import prompt
 from graft.engine.protocol import Request
 from graft.model.chat import load_tokenizer
 from graft.model.pixels import shown
-from graft.serve import guard, images
+from graft.serve import guard, images, probe
 from graft.serve.api import build
 from graft.serve.images import Images
 from graft.serve.requests import ApiError
@@ -191,6 +192,19 @@ def test_other_kinds_of_file_are_what_they_show(client):
         assert answer(data).message.content == plain.message.content, kind
     cmyk = saved(first.convert("CMYK"), "jpeg", quality=95)
     assert answer(cmyk).message.content == answer(saved(shown(cmyk), "png")).message.content
+
+
+def test_the_stage_asks_about_an_image_of_the_adapter(url, engine, tmp_path):
+    assert probe.published_image(tmp_path) is None
+    for data, end in ((PICTURES[0], "png"), (PICTURES[1] + bytes(5000), "png"), (b"GIF89a", "webp")):
+        (tmp_path / f"{hashlib.sha256(data).hexdigest()}.{end}").write_bytes(data)
+    (tmp_path / "smaller.png").write_bytes(b"")
+    image = probe.published_image(tmp_path)
+    assert image.read_bytes() == PICTURES[0]
+    reply = probe.ask(url, "words", "what?", 8, None, image)
+    texts, _ = expected(engine, ask(PICTURES[0], "what?", model="words", temperature=0))
+    assert (reply["reply"], reply["image"]) == (texts[0], image.name)
+    assert probe.ask(url, "words", "what?", 8)["reply"] != reply["reply"]
 
 
 def test_the_card_says_what_is_taken(http, seeing):
