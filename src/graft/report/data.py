@@ -37,7 +37,7 @@ def data_tables(found: dict[str, Artifact]) -> Iterator[Table]:
     if shards:
         yield from _sharded(shards)
     if images := list(_images(found)):
-        note = "one that several rows show counts as one different image, and as often as it is shown to the model"
+        note = "different: one that several rows show counts once; shown: as often as rows show it"
         yield Table(
             "Images", ("stage", "what became of them", "count"), tuple((stage, what, number(n)) for stage, what, n in images), (2,), note=note
         )
@@ -49,7 +49,8 @@ def _augmented(c: dict[str, Any]) -> Iterator[Table]:
         yield _counted("Rows made, by class", "class", rows, "rows", {label: str(why) for label, why in (stopped or {}).items()}, "ended by")
     if reasons := c.get("reasons"):
         note = ", ".join(f"{number(c[k])} {k}" for k in ("rewrites", "accepted", "rejected") if k in c)
-        yield _counted("Rewrites rejected, by reason", "reason", reasons, "rewrites", note=note)
+        what = "answers" if "images" in c else "rewrites"
+        yield _counted(f"{what.capitalize()} rejected, by reason", "reason", reasons, what, note=note)
 
 
 def _prepared(c: dict[str, Any]) -> Iterator[Table]:
@@ -153,7 +154,7 @@ def samples(found: dict[str, Artifact]) -> Iterator[Sample]:
             if (first := str(images_of(messages)[0].get("file"))) not in seen:
                 seen.add(first)
                 said = (cut(text, TEXT) for text in (question(messages), in_marks(messages)[-1][1]))
-                yield Sample(album.pictures(messages)[0], name or "the augmented rows", *said)
+                yield Sample(album.pictures(messages)[0], name or "augmented rows", *said)
 
 
 def _conversations(prepared: Artifact, corpus: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -151,9 +151,8 @@ def _data(report: Report) -> Iterator[str]:
 
 
 def _sample(s: Sample) -> str:
-    told = f"{escape(s.picture.name)} of {escape(s.source)}" + (f", {s.picture.size}" if s.picture.size else "")
-    said = f'<p class="text" dir="auto">{escape(s.question)}</p><p class="text" dir="auto"><b>{escape(s.answer)}</b></p>'
-    return f'<figure>{_image(s.picture)}<figcaption class="dim">{told}</figcaption>{said}</figure>'
+    said = f'<p class="dim">{escape(s.source)}</p><p class="text" dir="auto">{escape(s.question)}</p><p class="text" dir="auto"><b>{escape(s.answer)}</b></p>'
+    return f"<div>{_picture(s.picture)}{said}</div>"
 
 
 def _trainings(report: Report) -> Iterator[str]:
@@ -255,14 +254,11 @@ def _card(name: str, right: bool | None, facts: list[str], sides: Sequence[Pair]
 
 
 def _picture(p: Picture) -> str:
-    told = ", ".join(escape(said) for said in (p.name, p.size) if said)
-    return f"<figure>{_image(p)}<figcaption>{told}</figcaption></figure>"
-
-
-def _image(p: Picture) -> str:
+    """The thumbnail with its name and size, or the line of why there is none."""
     if not p.data:
-        return f'<p class="empty">{escape(p.wrong)}</p>'
-    return f'<img src="{escape(p.data)}" alt="{escape(p.alt)}" width="{p.width}" height="{p.height}">'
+        return f'<p class="empty">{escape(p.name)}: {escape(p.wrong)}</p>'
+    image = f'<img src="{escape(p.data)}" alt="{escape(p.alt)}" width="{p.width}" height="{p.height}">'
+    return f"<figure>{image}<figcaption>{escape(p.name)}, {escape(p.size)}</figcaption></figure>"
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import re
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,31 +44,31 @@ class Album:
         for n, part in enumerate(parts[:SHOWN], 1):
             name = f"image {n} of {len(parts)}" if len(parts) > 1 else "image"
             picture = self._picture(str(part.get("file", "")))
-            found.append(Picture(f"{name}, {picture.size}: {about}", name, picture.data, picture.size, picture.width, picture.height, picture.wrong))
-        return (*found, *([Picture("", f"{len(parts) - SHOWN} more", wrong="not shown")] if len(parts) > SHOWN else []))
+            found.append(replace(picture, name=name, alt=f"{name}, {picture.size}: {about}"))
+        return (*found, *([Picture(f"{len(parts) - SHOWN} more", wrong="not shown")] if len(parts) > SHOWN else []))
 
     def _picture(self, file: str) -> Picture:
         if file not in self._known:
             try:
                 self._known[file] = _thumbnail(self._read(file))
             except (ValueError, OSError, MemoryError) as e:  # of a decoder, a disk or this process: one image less, not the page
-                self._known[file] = Picture("", "", wrong=cut(getattr(e, "strerror", None) or str(e) or type(e).__name__, 200))
+                self._known[file] = Picture(wrong=cut(getattr(e, "strerror", None) or str(e) or type(e).__name__, 200))
             except ImportError:
-                self._known[file] = Picture("", "", wrong="not shown, for Pillow is not installed")
+                self._known[file] = Picture(wrong="not shown, for Pillow is not installed")
         return self._known[file]
 
     def _read(self, file: str) -> bytes:
         digest = _NAME.fullmatch(file)
         if not digest:
             raise ValueError(f"not shown: {cut(file, 80)!r} is no image's name")
-        path = self.folder / file
+        path, short = self.folder / file, f"{file[:12]}…{file[64:]}"
         if not path.is_file():
-            raise ValueError(f"missing: {file}")
+            raise ValueError(f"missing, {short}")
         if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"too large: {file}")
+            raise ValueError(f"too large, {short}")
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest[1]:
-            raise ValueError(f"altered: {file} has another SHA-256 than its name")
+            raise ValueError(f"altered, {short} has another SHA-256 than its name")
         return data
 
 
@@ -75,13 +76,14 @@ def _thumbnail(data: bytes) -> Picture:
     from graft.model.pixels import MAX_SIDE, shown  # a report without images needs no Pillow
 
     image = shown(data, MAX_SIDE * MAX_SIDE)
-    size = f"{image.width} × {image.height}"
+    size = f"{image.width}\u00a0×\u00a0{image.height}"
     image.thumbnail((SIDE, SIDE))
     image.info.clear()  # comments and profiles would go along
     kind, made = "png", _encoded(image, "PNG", optimize=True)
     if len(made) > SMALL:
         kind, made = "jpeg", next(jpeg for q in QUALITIES if len(jpeg := _encoded(image, "JPEG", quality=q)) <= LARGEST or q == QUALITIES[-1])
-    return Picture("", "", f"data:image/{kind};base64,{base64.b64encode(made).decode()}", size, image.width, image.height)
+    data = f"data:image/{kind};base64,{base64.b64encode(made).decode()}"
+    return Picture(data=data, size=size, width=image.width, height=image.height)
 
 
 def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:

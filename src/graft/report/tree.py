@@ -130,8 +130,8 @@ class Prediction:
 class Picture:
     """An image of a row. data: a thumbnail of width x height pixels as a data URI, "" where it is not shown; wrong: why not. size: of the image itself."""
 
-    alt: str
-    name: str
+    name: str = ""
+    alt: str = ""
     data: str = ""
     size: str = ""
     width: int = 0
