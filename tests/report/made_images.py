@@ -105,6 +105,7 @@ def run_in(root, rows=30, shown=lambda artifact, n: [put(artifact, drawing(n)[0]
             for name, (asked, _, _) in tasks.items():
                 filled = [{**q, "messages": [_filled(m, folder, shown) for m in q["messages"]]} for q in asked]
                 write_jsonl(folder / f"{name}.jsonl", filled)
+            counts["look"]["changed"] = {"image turned upright": 3}
 
     return make(plan_in(root, TASKS), until, steps, tasks=tasks, also=also)
 

@@ -135,6 +135,10 @@ def _images(found: dict[str, Artifact]) -> Iterator[tuple[str, str, int]]:
         yield "prepare", "kept, different ones", kept
         yield from (("prepare", f"changed: {what}", n) for what, n in changed.items() if n)
         yield from (("prepare", f"rows rejected: {reason}", n) for reason, n in rejected.items())
+    if "questions" in found and (kept := kept_images(found["questions"])):
+        yield "questions", "kept, different ones", kept
+        tasks = ((task, c) for task, c in found["questions"].counts.items() if isinstance(c, dict))
+        yield from (("questions", f"{task}, changed: {what}", n) for task, c in tasks for what, n in (c.get("changed") or {}).items())
     for name, artifact in found.items():
         if name.startswith("shard-"):
             shown = ((split, artifact.counts.get(split, {}).get("images")) for split in SPLITS)
