@@ -21,7 +21,8 @@ def test_images_are_counted_by_stage_and_by_what_became_of_them(plan):
     assert images.rows == (
         ("augment", "listed", "30"), ("augment", "kept", "27"), ("augment", "rejected: corrupt", "2"), ("augment", "rejected: duplicate", "1"),
         ("prepare", "kept, different ones", "22"), ("prepare", "changed: RGBA image to RGB", "2"), ("prepare", "rows rejected: corrupt", "2"),
-        ("prepare", "rows rejected: not found", "1"), ("shard-sft", "shown in train", "1,020"), ("shard-sft", "shown in validation", "12"),
+        ("prepare", "rows rejected: not found", "1"), ("questions", "kept, different ones", "30"), ("questions", "look, changed: image turned upright", "3"),
+        ("shard-sft", "shown in train", "1,020"), ("shard-sft", "shown in validation", "12"),
     )  # fmt: skip
 
 

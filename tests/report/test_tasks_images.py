@@ -85,8 +85,6 @@ def test_each_question_stands_beside_its_commonest_answer(look, tmp_path):
 
 
 def test_the_summary_counts_images(plan, report):
-    images = next(t for t in report.data if t.title == "Images").rows
-    assert {("questions", "kept, different ones", "30"), ("questions", "look, changed: image turned upright", "3")} <= set(images)
     notes = {s.name: s.note for s in report.stages}
     assert notes["shard-sft"].endswith("78.0% used, 1,020 images") and notes["prepare"].endswith(", 22 images")
     artifact = plan.resolve("evaluate").artifact
