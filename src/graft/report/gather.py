@@ -1,6 +1,6 @@
 """A recipe's artifacts as one tree: which stages are complete, what each made of what, and what the page tells of them.
 
-Reads manifests, metrics.jsonl, predictions.jsonl and the shards' document lengths (4 bytes each), never their tokens or any weight:
+Reads manifests, metrics.jsonl, predictions.jsonl, the images that it shows and the shards' document lengths (4 bytes each), never their tokens or any weight:
 100,000 steps of training take 1.6 s, and as much to draw.
 """
 

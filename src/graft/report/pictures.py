@@ -1,6 +1,6 @@
 """Images of rows as thumbnails that the page holds itself, each decoded from a file that is what its name says; else a plain line of why it is not shown.
 
-A thumbnail has SIDE pixels a side and 24 KiB at most: 80 of a task are 2.6 MB of the page, those of drawings 0.1 MB. One of 1 MP costs 20 ms.
+A thumbnail has SIDE pixels a side and 24 KiB at most: 80 of a task are 2.6 MB of the page, those of drawings 0.1 MB. One of 1 MP costs 50 ms.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _thumbnail(data: bytes) -> Picture:
     kind, made = "png", _encoded(image, "PNG", optimize=True)
     if len(made) > SMALL:
         kind, made = "jpeg", next(jpeg for q in QUALITIES if len(jpeg := _encoded(image, "JPEG", quality=q)) <= LARGEST or q == QUALITIES[-1])
-    data = f"data:image/{kind};base64,{base64.b64encode(made).decode()}"
-    return Picture(data=data, size=size, width=image.width, height=image.height)
+    uri = f"data:image/{kind};base64,{base64.b64encode(made).decode()}"
+    return Picture(data=uri, size=size, width=image.width, height=image.height)
 
 
 def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:

@@ -98,9 +98,7 @@ def _by_question(told: Any, systems: list[str]) -> Table | None:
         cells.append((cut(str(q.get("question", "")), QUESTION), number(q.get("rows", "")), *shares))
         bars.append(float(own) if isinstance(own, int | float) else 0.0)
     columns = ("question", "rows", "commonest answer", *systems, f"{systems[0]} above it")
-    note = (
-        f"shares of rows answered right; the bar: {systems[0]}’s; commonest answer: whoever always gives the one that the question most often wants"
-    )
+    note = f"shares of rows answered right; the bar: {systems[0]}’s; commonest answer: whoever always gives the one most often wanted"
     left = f"; {len(rows) - QUESTIONS:,} more questions are in metrics.json" if len(rows) > QUESTIONS else ""
     return Table("By question", columns, tuple(cells), tuple(range(1, len(columns))), tuple(bars), note + left)
 
