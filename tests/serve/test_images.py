@@ -22,6 +22,7 @@ import openai
 import pytest
 from aiohttp import web
 from PIL import Image
+from starlette.testclient import TestClient
 
 from graft.core.store import AdapterStore
 from graft.data import drawings
@@ -428,3 +429,9 @@ def test_long_bodies_share_a_limit(http, monkeypatch):
     monkeypatch.setattr(guard, "BODIES", 4 << 20)
     for _ in range(3):  # what was refused or answered is no longer held
         assert http.post(CHAT, json=asked).status_code == 400
+
+
+def test_a_long_body_that_comes_before_the_model_is_no_mistake(seeing):
+    with TestClient(build(Runner(seeing)), base_url="http://localhost") as early:
+        reply = early.post(CHAT, json=ask("data:image/png;base64," + "A" * (3 << 20)))
+        assert (reply.status_code, "retry-after" in reply.headers) == (503, True), "to be sent again, as soon as the base is known"

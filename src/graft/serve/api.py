@@ -114,7 +114,11 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
         *admin.routes(catalog),
     ]
     handlers: dict[Any, Any] = {ServeError: on_serve_error, HTTPException: on_http_error, 500: on_bug}
-    middleware = [Middleware(Guard, keys=keys or Keys(), max_concurrent=runner.spec.max_concurrent, sees_images=lambda: runner.processor is not None)]
+    middleware = [
+        Middleware(
+            Guard, keys=keys or Keys(), max_concurrent=runner.spec.max_concurrent, sees_images=lambda: not runner.engine or bool(runner.processor)
+        )
+    ]
     return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware, lifespan=lifespan)
 
 

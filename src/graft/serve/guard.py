@@ -74,7 +74,7 @@ def given_key(headers: Headers) -> str | None:
 
 
 class Guard:
-    """max_concurrent: requests of one key that ask a model; sees_images: whether that may take images, which is not known before it is loaded."""
+    """max_concurrent: requests of one key that ask a model; sees_images: whether that may take images, as any may before it is loaded."""
 
     def __init__(self, app: ASGIApp, keys: Keys, max_concurrent: int, sees_images: Callable[[], bool]):
         self.app, self.keys, self.max_concurrent, self.sees_images = app, keys, max_concurrent, sees_images
@@ -142,6 +142,8 @@ class Guard:
                         raise ApiError(400, "the client left before its request was whole")
                     body += message.get("body", b"")
                     if error := self._too_long(scope, len(body), most):
+                        body.clear()
+                        self.long.pop(id(scope), None)
                         if message.get("more_body"):
                             await _drained(receive)
                         raise error
