@@ -162,6 +162,22 @@ def test_a_quantised_base_is_near_the_plain_one(base, precision):
     assert found != plain and found == pytest.approx(plain, rel=0.01)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
+def test_a_quantised_base_drops_the_same(base, precision):
+    _, folder = base
+
+    def gradient(held, seed):
+        fused = with_adapters(load_fused(str(folder), None, held, Lora(r=4, dropout=0.5), torch.device("cpu"), 3))
+        fuse_blocks(fused)
+        torch.manual_seed(seed)
+        _, gradients = loss_and_gradients(PackedLM(fused, "reference").train())
+        return torch.cat([m.detach().float().flatten() for pair in gradients.values() for m in pair])
+
+    wanted = gradient("fp32", 4)
+    same, other = (F.cosine_similarity(found, wanted, dim=0) for found in (gradient(precision, 4), gradient("fp32", 5)))
+    assert same > 0.9 and abs(other) < 0.1
+
+
 def test_adapters_wider_than_the_kernels_hold_run_through_plain_groups(base):
     _, folder = base
     fused = load_fused(str(folder), None, "fp32", Lora(r=65), torch.device("cpu"), 3)

@@ -31,7 +31,9 @@ def test_masks_of_adapters_steps_and_neighbours_have_nothing_in_common():
     rate = threshold_of(0.3)
     masks = [kept(seed, rate, 500, 1000) for seed in (*seeds(3), *seeds(2, of=1), torch.tensor(0), torch.tensor(1), torch.tensor(1 << 32))]
     pairs = [*itertools.combinations(masks, 2)]
-    pairs += [(m[:, d:], m[:, :-d]) for m in masks[:2] for d in (1, 2, 4, 7, 8, 16, 500)] + [(m[d:], m[:-d]) for m in masks[:2] for d in (1, 2, 8, 250)]
+    pairs += [(m[:, d:], m[:, :-d]) for m in masks[:2] for d in (1, 2, 4, 7, 8, 16, 500)] + [
+        (m[d:], m[:-d]) for m in masks[:2] for d in (1, 2, 8, 250)
+    ]
     for one, other in pairs:
         both = (one & other).double().mean().item()
         assert abs(both - 0.49) < 5 * (0.49 * 0.51 / one.numel()) ** 0.5

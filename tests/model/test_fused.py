@@ -79,5 +79,7 @@ def test_gradients_are_those_of_autograd_in_fp64(kind, dropout):
 
 def test_the_operators_are_as_they_say():
     x, adapter = torch.randn(6, 8, requires_grad=True), torch.randn(2 * 2 * 8 + 2 * 8 * 2, requires_grad=True)
-    library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), adapter, 2, [0, 8], [8, 8], 16, 2.0, torch.tensor([5, 6]), 9000))
+    library.opcheck(
+        lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), adapter, 2, [0, 8], [8, 8], 16, 2.0, torch.tensor([5, 6]), 9000)
+    )
     library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], None, None, 0, [0], [0], 16, 1.0, None, 0))

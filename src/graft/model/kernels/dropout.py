@@ -10,7 +10,7 @@ from graft.model.dropout import ROUNDS
 
 _ROUNDS = tl.constexpr(ROUNDS)
 _TILE = 8, 512, 4  # rows, columns, warps
-_BACK_TILE = 64, 128, 64, 8  # rows, columns, of the rank at once at most, warps
+_BACK_TILE = 64, 128, 32, 8  # rows, columns, of the rank at once at most, warps
 
 
 @triton.jit
@@ -54,8 +54,8 @@ def add_back_(dx: Tensor, du: Tensor, a: Tensor, seeds: Tensor, threshold: int) 
 
 @triton.jit(do_not_specialize_on_alignment=["seeds"])
 def _add_back(
-    dx, du, a, seeds, t, h, r,
-    layers: tl.constexpr, threshold: tl.constexpr, of_r: tl.constexpr, of_t: tl.constexpr, of_h: tl.constexpr,
+    dx, du, a, seeds, t, h,
+    r: tl.constexpr, layers: tl.constexpr, threshold: tl.constexpr, of_r: tl.constexpr, of_t: tl.constexpr, of_h: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
     start = tl.program_id(1) * of_h
@@ -63,7 +63,7 @@ def _add_back(
     inside = (rows[:, None] < t) & (columns[None, :] < h)
     at = rows[:, None] * h + columns[None, :]
     value = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
-    for n in tl.static_range(layers):
+    for n in range(layers):
         product = tl.zeros((of_t, of_h), tl.float32)
         for first in range(0, r, of_r):
             some = first + k
