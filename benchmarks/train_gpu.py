@@ -2,6 +2,7 @@
 
     python benchmarks/train_gpu.py --like llama-3.1-8b --rows bf16-whole fp8-whole --peers unsloth trl-liger --repeat 3
     python benchmarks/train_gpu.py --rows nf4-whole-ckpt --peers unsloth "trl-liger --attention flash_attention_4" --append a.json --out b.json
+    python benchmarks/train_gpu.py --like taigi-llama-2-13b --rows bf16-whole fp8-whole --set sft.lora.r=64 --set sft.lora.dropout=0.05
     python benchmarks/train_gpu.py --table a.json b.json                 (about a minute a run; --append and --table join calls)
 
 A row is PRECISION-WORKLOAD[-ckpt], 16,384 tokens a step and GPU: bf16, fp8 or nf4 base under LoRA r = 16 on all seven projections,

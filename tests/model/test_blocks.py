@@ -1,8 +1,11 @@
 """A decoder layer's halves as one operator each, against the plain layers, on the CPU's twins of the kernels."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from graft.core.errors import ConfigError
 from graft.core.recipe import Lora
@@ -10,6 +13,7 @@ from graft.model import attention
 from graft.model.attention import Documents
 from graft.model.base import load_base
 from graft.model.blocks import fuse_blocks
+from graft.model.dropout import Drop, dropped, grown
 from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, rotate_, swiglu, swiglu_backward
 from graft.model.frozen import quantize_rows
 from graft.model.fused import FusedLinear
@@ -89,18 +93,63 @@ def test_loss_and_gradients_are_those_of_plain_layers(base, targets, kept):
     assert adapter_tensors(fused).keys() == adapter_tensors(plain).keys()
 
 
-def test_with_dropout_each_adapter_draws_for_itself(base):
+class Dropped(torch.nn.Module):
+    """What an adapter of a fused model drops, for a plain one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.drop, self.n = layer.group.drop, layer.group.adapted.index(layer.place)
+
+    def forward(self, x):
+        return (dropped(x.flatten(0, 1), self.drop, self.n) * grown(1.0, self.drop)).view_as(x)
+
+
+@pytest.mark.parametrize("targets", [Lora().targets, ("k_proj", "o_proj", "up_proj", "gate_proj"), ("v_proj", "down_proj")])
+def test_with_dropout_they_are_those_of_plain_layers_with_the_same_masks(base, targets):
+    """Whatever is computed again; and the masks of a forward are drawn with torch's generator, of each adapter alone."""
     _, folder = base
-    lora = Lora(r=4, dropout=0.5, targets=("q_proj", "down_proj"))
-    fused = with_adapters(load_fused(str(folder), None, "fp32", lora, torch.device("cpu"), 3))
-    fuse_blocks(fused)
-    model = PackedLM(fused, "reference").train()
-    losses = [model(batch()).item() for _ in range(2)]
-    assert losses[0] != losses[1]
-    model.eval()
+    lora, found, seeds = Lora(r=4, alpha=8, dropout=0.3, targets=targets), {}, {}
+    for kept in ("none", "selective", "full"):
+        fused = with_adapters(load_fused(str(folder), None, "fp32", lora, torch.device("cpu"), 3))
+        fuse_blocks(fused, kept)
+        for layer in fused.model.layers if kept == "full" else ():
+            if not all(layer.halves):  # as train/build.py has it
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        torch.manual_seed(4)
+        found[kept] = loss_and_gradients(PackedLM(fused, "reference").train())
+        seeds[kept] = torch.cat([group.drop.seeds for group in fused.adapters.groups]).tolist()
+    assert len(set(seeds["none"])) == 2 * len(targets) and seeds["none"] == seeds["selective"] == seeds["full"]
     plain = load_base(str(folder), None, "fp32", "cpu")
     inject(plain, lora, torch.float32, 3)
-    assert model(batch()).item() == pytest.approx(PackedLM(with_adapters(plain)).eval()(batch()).item(), rel=1e-5)
+    for name, module in plain.named_modules():
+        if isinstance(module, LoraLinear):
+            module.dropout = Dropped(fused.get_submodule(name))
+    wanted = loss_and_gradients(PackedLM(with_adapters(plain)))
+    for loss, gradients in found.values():
+        assert loss == pytest.approx(wanted[0], rel=1e-5) and gradients.keys() == wanted[1].keys()
+        for key, pair in wanted[1].items():
+            assert all((one - other).norm() < 1e-4 * other.norm() for one, other in zip(gradients[key], pair, strict=True)), key
+
+
+def test_every_forward_drops_anew_and_a_seed_brings_all_back(base):
+    """As a step's seed, which is of its number and rank, does for its micro-batches; what is switched off is as if there were none."""
+    _, folder = base
+    fused, without = (
+        with_adapters(load_fused(str(folder), None, "fp32", Lora(r=4, dropout=dropout), torch.device("cpu"), 3)) for dropout in (0.5, 0.0)
+    )
+    fuse_blocks(fused), fuse_blocks(without)
+    model = PackedLM(fused, "reference").train()
+
+    def micro_batches(seed):
+        torch.manual_seed(seed)
+        return [model(batch()).item() for _ in range(2)]
+
+    first, again, other = micro_batches(7), micro_batches(7), micro_batches(8)
+    assert first == again and len({*first, *other}) == 4
+    wanted = PackedLM(without, "reference")(batch())
+    with model.without_dropout():
+        assert torch.equal(model(batch()), wanted)
+    assert model(batch()) != wanted and torch.equal(model.eval()(batch()), wanted)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
@@ -113,6 +162,22 @@ def test_a_quantised_base_is_near_the_plain_one(base, precision):
     assert found != plain and found == pytest.approx(plain, rel=0.01)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
+def test_a_quantised_base_drops_the_same(base, precision):
+    _, folder = base
+
+    def gradient(held, seed):
+        fused = with_adapters(load_fused(str(folder), None, held, Lora(r=4, dropout=0.5), torch.device("cpu"), 3))
+        fuse_blocks(fused)
+        torch.manual_seed(seed)
+        _, gradients = loss_and_gradients(PackedLM(fused, "reference").train())
+        return torch.cat([m.detach().float().flatten() for pair in gradients.values() for m in pair])
+
+    wanted = gradient("fp32", 4)
+    same, other = (F.cosine_similarity(found, wanted, dim=0) for found in (gradient(precision, 4), gradient("fp32", 5)))
+    assert same > 0.9 and abs(other) < 0.1
+
+
 def test_adapters_wider_than_the_kernels_hold_run_through_plain_groups(base):
     _, folder = base
     fused = load_fused(str(folder), None, "fp32", Lora(r=65), torch.device("cpu"), 3)
@@ -122,15 +187,17 @@ def test_adapters_wider_than_the_kernels_hold_run_through_plain_groups(base):
 
 def test_what_is_fused_by_half_compiles_around_it(base):
     name, folder = base
-    lora = Lora(r=4) if name == "qwen3" else Lora(r=4, targets=("q_proj", "gate_proj"))
+    lora = Lora(r=4) if name == "qwen3" else Lora(r=4, targets=("q_proj", "gate_proj"), dropout=0.2)
     fused = with_adapters(load_fused(str(folder), None, "fp32", lora, torch.device("cpu"), 3))
     fuse_blocks(fused)
     assert fused.model.layers[0].halves.count(None) == 1
-    model = PackedLM(fused, "reference")
+    model = PackedLM(fused, "reference").train()
+    torch.manual_seed(4)
     wanted = loss_and_gradients(model)
     fused.adapters.flat.grad = None
     for layer in fused.model.layers:
         layer.forward = torch.compile(layer.forward, backend="aot_eager", dynamic=False)
+    torch.manual_seed(4)
     found = loss_and_gradients(model)
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
     assert all(torch.allclose(x, y, atol=1e-6) for key, pair in wanted[1].items() for x, y in zip(found[1][key], pair, strict=True))
@@ -165,7 +232,8 @@ def test_a_residual_with_its_adapter(adapted):
     assert torch.allclose(y, wanted, atol=1e-6)
 
 
-def test_swiglu_and_its_gradient():
+@pytest.mark.parametrize("dropout", [False, True])
+def test_swiglu_and_its_gradient(dropout):
     draw = torch.Generator().manual_seed(0)
     y, u, dact, du, a = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in [(9, 24), (9, 4), (9, 12), (9, 3), (3, 12)])
     b = [torch.randn(12, 2, generator=draw, dtype=torch.float64) for _ in range(2)]
@@ -174,8 +242,10 @@ def test_swiglu_and_its_gradient():
     gate, up = whole.chunk(2, dim=1)
     act = F.silu(gate) * up
     assert torch.allclose(swiglu(y, u, b), act, atol=1e-5)
-    wanted = *torch.autograd.grad(act, (whole, *b), dact + du @ a), du.t() @ act
-    dy, of_b, of_a = swiglu_backward(dact, y, u, b, du, a)
+    drop = Drop(torch.tensor([5]), 30_000) if dropout else None
+    through, taken = (du @ a, act) if drop is None else (dropped(du @ a, drop, 0), dropped(act, drop, 0))
+    wanted = *torch.autograd.grad(act, (whole, *b), dact + through), du.t() @ taken
+    dy, of_b, of_a = swiglu_backward(dact, y, u, b, du, a, drop)
     assert all(torch.allclose(x, w, atol=1e-4) for x, w in zip((dy, *of_b, of_a), wanted, strict=True))
     assert swiglu_backward(dact, y, u, [], du, None)[1:] == (None, None)
 

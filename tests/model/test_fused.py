@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import library
 
+from graft.model.dropout import Drop, grown, kept, threshold_of
 from graft.model.frozen import FP8, Frozen, matmul, matmul_back, quantize_rows
 from graft.model.fused import Layout, lora_forward
 
@@ -52,21 +53,24 @@ def test_rows_in_fp8_use_the_whole_range_and_zeros_stay():
     assert torch.equal(by_column.float(), x8.float())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_autograd_in_fp64(kind):
+def test_gradients_are_those_of_autograd_in_fp64(kind, dropout):
     draw = torch.Generator().manual_seed(1)
     dtype = torch.float32 if kind == "dense" else torch.bfloat16
     held = frozen_of(kind, [torch.randn(out, 128, generator=draw).to(dtype) for out in (64, 64)], dtype=dtype)
     x = torch.randn(30, 128, generator=draw).to(dtype).requires_grad_()
     adapter = torch.cat([torch.randn(4 * 2 * 128, generator=draw) / 8, torch.randn(128 * 4, generator=draw)]).to(dtype).requires_grad_()
-    y, _ = lora_forward(x, kind, held.tensors, None, adapter, 4, [0, 64], [64, 64], 128, 0.5)
+    drop = Drop(torch.tensor([5, 6]), threshold_of(dropout)) if dropout else None
+    y, _ = lora_forward(x, kind, held.tensors, None, adapter, 4, [0, 64], [64, 64], 128, 0.5, *(drop or (None, 0)))
     dy = torch.randn(30, 128, generator=draw).to(dtype)
     found = [y, *torch.autograd.grad(y, (x, adapter), dy)]
 
     x64, adapter64 = (t.detach().double().requires_grad_() for t in (x, adapter))
     a64, b64 = Layout(4, [0, 64], [64, 64]).split(adapter64, 128)
-    added = torch.cat([x64 @ a64[:4].t() @ b64[0].t(), x64 @ a64[4:].t() @ b64[1].t()], dim=1)
-    y64 = x64 @ of_bits(held).t() + 0.5 * added
+    q64, k64 = (x64 * kept(seed, drop.threshold, 30, 128) for seed in drop.seeds) if drop else (x64, x64)
+    added = torch.cat([q64 @ a64[:4].t() @ b64[0].t(), k64 @ a64[4:].t() @ b64[1].t()], dim=1)
+    y64 = x64 @ of_bits(held).t() + grown(0.5, drop) * added
     wanted = [y64, *torch.autograd.grad(y64, (x64, adapter64), dy.double())]
     error = {"dense": 1e-6, "fp8": 0.04, "nf4": 0.01}[kind]
     for one, other in zip(found, wanted, strict=True):
@@ -75,5 +79,7 @@ def test_gradients_are_those_of_autograd_in_fp64(kind):
 
 def test_the_operators_are_as_they_say():
     x, adapter = torch.randn(6, 8, requires_grad=True), torch.randn(2 * 2 * 8 + 2 * 8 * 2, requires_grad=True)
-    library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), adapter, 2, [0, 8], [8, 8], 16, 2.0))
-    library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], None, None, 0, [0], [0], 16, 1.0))
+    library.opcheck(
+        lora_forward, (x, "dense", [torch.randn(16, 8)], torch.randn(16), adapter, 2, [0, 8], [8, 8], 16, 2.0, torch.tensor([5, 6]), 9000)
+    )
+    library.opcheck(lora_forward, (x, "dense", [torch.randn(16, 8)], None, None, 0, [0], [0], 16, 1.0, None, 0))

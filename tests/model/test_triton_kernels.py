@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from graft.model import elementwise, frozen
+from graft.model import dropout, elementwise, frozen
 from graft.model import loss as head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +17,8 @@ if DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"):
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from graft.model.kernels import fp8, loss, norm, rotary, shared, swiglu  # noqa: E402  they import triton
+from graft.model.kernels import dropout as dropping  # noqa: E402  they import triton
+from graft.model.kernels import fp8, loss, norm, rotary, shared, swiglu  # noqa: E402
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -28,24 +29,55 @@ def drawn(*shape, scale=1.0, seed=0):
     return on_cpu.to(DEVICE, copy=True), on_cpu
 
 
+def drops(adapters, rate, seed=9):
+    """(on the device, the same on the CPU)."""
+    on_cpu = dropout.Drop(torch.randint(2**63 - 1, (adapters,), generator=torch.Generator().manual_seed(seed)), dropout.threshold_of(rate))
+    return on_cpu._replace(seeds=on_cpu.seeds.to(DEVICE)), on_cpu
+
+
 def near(found, wanted, tolerance=1e-2):
     found, wanted = found.float().cpu(), wanted.float()
     assert found.shape == wanted.shape and (found - wanted).norm() <= tolerance * wanted.norm()
 
 
-@pytest.mark.parametrize(("t", "n", "r", "r_down"), [(2050, 384, 16, 16), (70, 130, 8, 4), (300, 256, 0, 16), (300, 256, 16, 0), (64, 128, 64, 32)])
-def test_swiglu_and_its_gradient(t, n, r, r_down):
+@pytest.mark.parametrize(
+    ("t", "n", "r", "r_down", "rate"),
+    [(2050, 384, 16, 16, 0), (70, 130, 8, 4, 0), (70, 130, 8, 4, 0.3), (300, 256, 0, 16, 0), (300, 256, 16, 0, 0), (64, 128, 64, 32, 0.05)],
+)
+def test_swiglu_and_its_gradient(t, n, r, r_down, rate):
     (y, y_), (dact, dact_) = drawn(t, 2 * n, seed=1), drawn(t, n, seed=2)
     (u, u_), (du, du_) = drawn(t, 2 * r, seed=3), drawn(t, r_down, seed=4)
     b, b_ = map(list, zip(*(drawn(n, r, scale=0.2, seed=5 + i) for i in range(2)), strict=True)) if r else ([], [])
     a, a_ = drawn(r_down, n, scale=0.2, seed=7) if r_down else (None, None)
     near(swiglu.swiglu(y, u, b), elementwise.swiglu(y_, u_, b_))
-    found, wanted = swiglu.swiglu_backward(dact, y, u, b, du, a), elementwise.swiglu_backward(dact_, y_, u_, b_, du_, a_)
+    drop, drop_ = drops(1, rate) if rate else (None, None)
+    found, wanted = swiglu.swiglu_backward(dact, y, u, b, du, a, drop), elementwise.swiglu_backward(dact_, y_, u_, b_, du_, a_, drop_)
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             near(one, other)
-    assert all(torch.equal(x, z) for x, z in zip(found, swiglu.swiglu_backward(dact, y, u, b, du, a), strict=True) if x is not None), "twice the same"
+    assert all(torch.equal(x, z) for x, z in zip(found, swiglu.swiglu_backward(dact, y, u, b, du, a, drop), strict=True) if x is not None), (
+        "twice the same"
+    )
+
+
+@pytest.mark.parametrize(("t", "h"), [(1, 8), (70, 130), (33, 1100)])
+def test_what_is_dropped_is_the_same_bits(t, h):
+    (x, x_), (drop, drop_) = drawn(t, h), drops(3, 0.2)
+    for n in range(3):
+        found = dropout.dropped(x_, drop_, n)
+        assert torch.equal(dropping.dropped(x, drop.seeds[n], drop.threshold).cpu(), found) and (t == 1 or (found == 0).any())
+    wide, wide_ = drawn(t, 3 * h)
+    apart = dropping.dropped(wide[:, h : 2 * h], drop.seeds[0], drop.threshold)
+    assert torch.equal(apart.cpu(), dropout.dropped(wide_[:, h : 2 * h], drop_, 0)), "rows that lie apart"
+
+
+@pytest.mark.parametrize(("t", "h", "r", "adapters"), [(70, 130, 4, 3), (130, 256, 64, 2), (40, 96, 100, 1)])
+def test_what_is_dropped_has_no_gradient(t, h, r, adapters):
+    (dx, dx_), (du, du_), (a, a_), (drop, drop_) = drawn(t, h), drawn(t, adapters * r, seed=1), drawn(adapters * r, h, seed=2), drops(adapters, 0.4)
+    dropping.add_back_(dx, du, a, drop.seeds, drop.threshold)
+    dropout.add_back_(dx_, du_, a_, drop_)
+    near(dx, dx_)
 
 
 @pytest.mark.parametrize("adapted", ["qkv", "qv", "k", "v"])
@@ -84,13 +116,16 @@ def test_transpose():
     assert torch.equal(fp8.transposed(x.to(DEVICE)).cpu(), x.t())
 
 
-@pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 48), (70, 130, 0), (33, 3584, 16), (64, 640, 192)])
+@pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 96), (50, 520, 48), (70, 130, 0), (33, 3584, 16), (64, 640, 192)])
 def test_norm_and_its_gradient(t, h, r):
+    """Where three adapters drop, what flows back through them is in dn already."""
     (x, x_), (weight, weight_) = drawn(t, h), drawn(h, seed=1)
     a, a_ = drawn(r, h, scale=0.1, seed=2) if r else (None, None)
-    found, wanted = norm.norm(x, weight, 1e-5, a, 2.0, False), elementwise.norm(x_, weight_, 1e-5, a_, 2.0, False)
+    drop, drop_ = drops(3, 0.3) if r == 48 else (None, None)
+    found, wanted = norm.norm(x, weight, 1e-5, a, 2.0, False, drop), elementwise.norm(x_, weight_, 1e-5, a_, 2.0, False, drop_)
     for one, other in zip(found, wanted, strict=True):
         near(one, other)
+    a, a_ = (a, a_) if drop is None else (None, None)
     (dout, dout_), (dn, dn_), (du, du_) = drawn(t, h, seed=3), drawn(t, h, seed=4), drawn(t, r, seed=5)
     for past, past_ in ((dout, dout_), (None, None)):
         dx = norm.norm_backward(past, dn, du, a, found[2], 2.0, x, found[1], weight)

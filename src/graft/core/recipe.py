@@ -85,23 +85,14 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _selective_has_something_to_select(self) -> Train:
-        if self.activation_checkpointing == "selective" and not self.fused_mlp:
-            raise ValueError(
-                f"activation_checkpointing = 'selective' is of the fused MLP, which needs LoRA of rank {FUSED_RANK} at most, and no dropout on its "
-                "projections: use 'full'"
-            )
+        if self.activation_checkpointing == "selective" and not self.fused:
+            raise ValueError(f"activation_checkpointing = 'selective' is of the fused MLP, which needs LoRA of rank {FUSED_RANK} at most: use 'full'")
         return self
 
     @property
-    def fused_mlp(self) -> bool:
-        """Whether a GPU runs the MLP as one operator, which alone can make its wide activations again."""
-        dropped = self.lora is not None and self.lora.dropout and {"gate_proj", "up_proj", "down_proj"} & set(self.lora.targets)
-        return self.lora is not None and self.lora.r <= FUSED_RANK and not dropped
-
-    @property
-    def fused_layers(self) -> bool:
-        """Whether a GPU runs whole decoder layers that way, of models that model/blocks.py knows."""
-        return self.fused_mlp and not (self.lora and self.lora.dropout)
+    def fused(self) -> bool:
+        """Whether a GPU runs a decoder layer's halves as one operator each, of models that model/blocks.py knows."""
+        return self.lora is not None and self.lora.r <= FUSED_RANK
 
     @model_validator(mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graft.core.recipe import FUSED_RANK
 from graft.model import attention
+from graft.model.dropout import Drop, add_back_, grown, of_a
 from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, rotate_, swiglu, swiglu_backward
 from graft.model.frozen import Operand, matmul, matmul_back
 from graft.model.fused import FusedLinear, Group, adapted_backward, down, down_backward
@@ -32,40 +33,53 @@ class Half:
     def __init__(self, norm: Any, group: Group):
         self.weight, self.eps, self.group = norm.weight, norm.variance_epsilon, group
 
-    def read(self, x: Tensor, adapter: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    def read(self, x: Tensor, adapter: Tensor | None, drop: Drop | None) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         """(the group's output without its adapters, their B, u [t, layers · r], rstd [t] of the norm) of x [t, h]."""
         group, frozen = self.group, self.group.frozen
         a, b = (None, []) if adapter is None else group.layout.split(adapter, frozen.ins)
         n: Operand
-        n, rstd, u = norm(x, self.weight, self.eps, a, group.scale, frozen.kind == "fp8")
+        n, rstd, u = norm(x, self.weight, self.eps, a, grown(group.scale, drop), frozen.kind == "fp8", drop)
         return matmul(n, frozen.kind, frozen.tensors, frozen.bias), b, u, rstd
 
     def back(
-        self, dout: Tensor, dy: Tensor, of_b: Tensor | None, x: Tensor, u: Tensor, rstd: Tensor, adapter: Tensor | None, wanted: bool
+        self,
+        dout: Tensor,
+        dy: Tensor,
+        of_b: Tensor | None,
+        x: Tensor,
+        u: Tensor,
+        rstd: Tensor,
+        adapter: Tensor | None,
+        drop: Drop | None,
+        wanted: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dx where it is wanted, the adapter's gradient) of the gradient dy of read()'s output, and dout that flows past; of_b: dyᵀ u, if known."""
         group, frozen, a, gradient = self.group, self.group.frozen, None, None
-        du = down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale)
+        du = down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop)
         if adapter is not None:
             a, _ = group.layout.split(adapter, frozen.ins)
             gradient = torch.empty_like(adapter)
-            of_a, of_bs = group.layout.split(gradient, frozen.ins)
-            torch.mm((du * rstd[:, None]).to(x.dtype).t(), x, out=of_a)  # duᵀ (x · rstd · weight), without the product
-            of_a.mul_(self.weight)
+            da, of_bs = group.layout.split(gradient, frozen.ins)
+            of_a((du * rstd[:, None]).to(x.dtype), x, drop, da)  # duᵀ (x · rstd · weight), without the product
+            da.mul_(self.weight)
             if of_b is not None:
-                gradient[of_a.numel() :] = of_b.flatten()
+                gradient[da.numel() :] = of_b.flatten()
             else:
                 for (own, part), one in zip(group.layout.columns(dy, u), of_bs, strict=True):
                     torch.mm(own.t(), part, out=one)
         if not wanted:
             return None, gradient
-        return norm_backward(dout, matmul_back(dy, frozen.kind, frozen.tensors), du, a, u, group.scale, x, rstd, self.weight), gradient
+        dn = matmul_back(dy, frozen.kind, frozen.tensors)
+        if a is not None and drop is not None:
+            add_back_(dn, du, a, drop)
+            a = None
+        return norm_backward(dout, dn, du, a, u, group.scale, x, rstd, self.weight), gradient
 
 
-def _write(x: Tensor, inner: Tensor, group: Group, adapter: Tensor | None) -> tuple[Tensor, Tensor]:
+def _write(x: Tensor, inner: Tensor, group: Group, adapter: Tensor | None, drop: Drop | None) -> tuple[Tensor, Tensor]:
     """(x + the layer's output of inner, u): the end of a half; group is of one layer."""
     frozen = group.frozen
-    out, u = matmul(inner, frozen.kind, frozen.tensors, frozen.bias), down(inner, adapter, group.layout, group.scale)
+    out, u = matmul(inner, frozen.kind, frozen.tensors, frozen.bias), down(inner, adapter, group.layout, group.scale, drop)
     add_(out, x, u, None if adapter is None else group.layout.split(adapter, frozen.ins)[1][0])
     return out, u
 
@@ -95,9 +109,9 @@ class AttentionHalf(Half):
         out: Tensor = _Attend.apply(flat, self.group.adapter, self.o.adapter, self, Where(cos, sin, cu, longest, backend))
         return out.view_as(x)
 
-    def attend(self, x: Tensor, adapter: Tensor | None, where: Where) -> tuple[Tensor, ...]:
+    def attend(self, x: Tensor, adapter: Tensor | None, drop: Drop | None, where: Where) -> tuple[Tensor, ...]:
         """(attention's output [t, heads · width], the log of each softmax's sum, q | k | v turned, u, rstd)."""
-        y, b, u, rstd = self.read(x, adapter)
+        y, b, u, rstd = self.read(x, adapter, drop)
         own = dict(zip(self.group.adapted, b, strict=True))  # by place: q, k, v
         adapt_and_rotate_(y, u, [own.get(place) for place in range(3)], self.heads, self.kv_heads, where.cos, where.sin)
         out, lse = attention.forward(*self.split(y), where.cu, where.longest, self.softmax_scale, where.backend)
@@ -112,30 +126,31 @@ class AttentionHalf(Half):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_o: Tensor | None, half: AttentionHalf, where: Where) -> Tensor:
-        inner = half.attend(x, adapter, where)
-        out, u_o = _write(x, inner[0], half.o, adapter_o)
-        ctx.half, ctx.where = half, where
+        drop, drop_o = drops = half.group.drop, half.o.drop
+        inner = half.attend(x, adapter, drop, where)
+        out, u_o = _write(x, inner[0], half.o, adapter_o, drop_o)
+        ctx.half, ctx.where, ctx.drops = half, where, drops
         ctx.save_for_backward(x, adapter, adapter_o, u_o, *(() if half.again else inner))
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        half, where = ctx.half, ctx.where
+        half, where, (drop, drop_o) = ctx.half, ctx.where, ctx.drops
         x, adapter, adapter_o, u_o, *kept = ctx.saved_tensors
-        out, lse, y, u, rstd = kept or half.attend(x, adapter, where)
+        out, lse, y, u, rstd = kept or half.attend(x, adapter, drop, where)
         dout, o = dout.contiguous(), half.o
-        d, of_o = adapted_backward(dout, out, u_o, o.frozen.kind, o.frozen.tensors, adapter_o, o.layout, o.scale)
+        d, of_o = adapted_backward(dout, out, u_o, o.frozen.kind, o.frozen.tensors, adapter_o, o.layout, o.scale, drop_o)
         dy, shape = torch.empty_like(y), (len(x), half.heads, -1)
         given = d.view(shape), *half.split(y), out.view(shape), lse, where.cu, where.longest, half.softmax_scale, where.backend
         attention.backward(half.split(dy), *given)
         rotate_(dy, half.heads + half.kv_heads, where.cos, where.sin, -1.0)
-        dx, gradient = half.back(dout, dy, None, x, u, rstd, adapter, ctx.needs_input_grad[0])
+        dx, gradient = half.back(dout, dy, None, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
         return dx, gradient, None if adapter_o is None else of_o, None, None
 
 
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
 class MlpHalf(Half):
-    """x + down(silu(gate(norm(x))) · up(norm(x))), no bias, no dropout. again: the backward makes gate | up again."""
+    """x + down(silu(gate(norm(x))) · up(norm(x))), no bias. again: the backward makes gate | up again."""
 
     def __init__(self, norm: Any, mlp: Any, again: bool):
         super().__init__(norm, mlp.gate_proj.group)
@@ -149,26 +164,27 @@ class MlpHalf(Half):
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_down: Tensor | None, half: MlpHalf) -> Tensor:
-        y, b, u, rstd = half.read(x, adapter)
-        out, u_down = _write(x, swiglu(y, u, b), half.down, adapter_down)
-        ctx.half = half
+        drop, drop_down = drops = half.group.drop, half.down.drop
+        y, b, u, rstd = half.read(x, adapter, drop)
+        out, u_down = _write(x, swiglu(y, u, b), half.down, adapter_down, drop_down)
+        ctx.half, ctx.drops = half, drops
         ctx.save_for_backward(x, adapter, adapter_down, u_down, *(() if half.again else (y, u, rstd)))
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        half, narrow = ctx.half, ctx.half.down
+        half, narrow, (drop, drop_down) = ctx.half, ctx.half.down, ctx.drops
         x, adapter, adapter_down, u_down, *kept = ctx.saved_tensors
         b = [] if adapter is None else half.group.layout.split(adapter, half.group.frozen.ins)[1]
-        y, u, rstd = kept or [one for n, one in enumerate(half.read(x, adapter)) if n != 1]
+        y, u, rstd = kept or [one for n, one in enumerate(half.read(x, adapter, drop)) if n != 1]
         dout, frozen, a, gradient_down = dout.contiguous(), narrow.frozen, None, None
-        du_down = down_backward(dout, u_down, adapter_down, narrow.layout, frozen.ins, narrow.scale)
+        du_down = down_backward(dout, u_down, adapter_down, narrow.layout, frozen.ins, narrow.scale, drop_down)
         if adapter_down is not None:
             a, _ = narrow.layout.split(adapter_down, frozen.ins)
-        dy, of_b, of_a = swiglu_backward(matmul_back(dout, frozen.kind, frozen.tensors), y, u, b, du_down, a)
-        if adapter_down is not None and of_a is not None:
-            gradient_down = torch.cat([of_a.flatten(), torch.mm(dout.t(), u_down).flatten()])
-        dx, gradient = half.back(dout, dy, of_b, x, u, rstd, adapter, ctx.needs_input_grad[0])
+        dy, of_b, da = swiglu_backward(matmul_back(dout, frozen.kind, frozen.tensors), y, u, b, du_down, a, drop_down)
+        if adapter_down is not None and da is not None:
+            gradient_down = torch.cat([da.flatten(), torch.mm(dout.t(), u_down).flatten()])
+        dx, gradient = half.back(dout, dy, of_b, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
         return dx, gradient, gradient_down, None
 
 
@@ -242,7 +258,7 @@ def _by_mlp(layer: Any, mlp: Any, hidden_states: Tensor, **given: Any) -> Tensor
 
 def _fits(module: Any, norm: Any) -> bool:
     linears = [m for m in module.children() if isinstance(m, FusedLinear)]
-    narrow = all(not m.beside and m.group.layout.rank <= FUSED_RANK for m in linears)
+    narrow = all(m.group.layout.rank <= FUSED_RANK for m in linears)
     return bool(linears) and narrow and type(norm).__name__ in NORMS
 
 

@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graft.model.dropout import Drop, down_product, dropped
 from graft.model.frozen import Operand, quantize_rows
 
 
 # ---- norms and residuals ------------------------------------------------------------------------------------------------
-def norm(x: Tensor, weight: Tensor, eps: float, a: Tensor | None, scale: float, fp8: bool) -> tuple[Operand, Tensor, Tensor]:
+def norm(
+    x: Tensor, weight: Tensor, eps: float, a: Tensor | None, scale: float, fp8: bool, drop: Drop | None = None
+) -> tuple[Operand, Tensor, Tensor]:
     """(n = x · rstd · weight of x [t, h], as matmul() takes it; rstd [t] fp32; u = scale · n aᵀ [t, r], empty where a [r, h] is None).
 
-    RMS norm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), rounded where Hugging Face's models round.
+    drop: of the adapters whose A lie in a, one below the other. RMS norm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467),
+    rounded where Hugging Face's models round.
     """
     if x.is_cuda:
         from graft.model.kernels.norm import norm as on_gpu
 
-        return on_gpu(x, weight, eps, a, scale, fp8)
+        return on_gpu(x, weight, eps, a, scale, fp8, drop)
     wide = x.float()
     rstd = (wide.pow(2).mean(dim=1) + eps).rsqrt()
     n = weight * (wide * rstd[:, None]).to(x.dtype)
-    u = x.new_empty(len(x), 0) if a is None else torch.mm(n, a.t()).mul_(scale)
+    u = x.new_empty(len(x), 0) if a is None else down_product(n, a, drop).mul_(scale)
     return quantize_rows(n) if fp8 else n, rstd, u
 
 
@@ -65,22 +69,29 @@ def swiglu(y: Tensor, u: Tensor, b: list[Tensor]) -> Tensor:
     return (F.silu(gate) * up).to(y.dtype)
 
 
-def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def swiglu_backward(
+    dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None, drop: Drop | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What flows back where the gradient of the output act is d = dact [t, n] + du a; a [r, n] or None, du [t, r].
 
     Returns the gradient dy [t, 2 n] of y; that of b, dyᵀ u of each half [2, n, r], None where b is []; and duᵀ act [r, n], None
-    where a is.
+    where a is. drop: of the adapter of a, both du a and act without what it drops.
     """
     if y.is_cuda:
         from graft.model.kernels.swiglu import swiglu_backward as on_gpu
 
-        return on_gpu(dact, y, u, b, du, a)
+        return on_gpu(dact, y, u, b, du, a, drop)
     gate, up = _gate_and_up(y, u, b)
-    d = dact.float() if a is None else dact.float() + du.float() @ a.float()
     s = gate.sigmoid()
+    d, of_a = dact.float(), None
+    if a is not None:
+        through, act = du.float() @ a.float(), (gate * s * up).to(y.dtype)
+        if drop is not None:
+            through, act = dropped(through, drop, 0), dropped(act, drop, 0)
+        d, of_a = d + through, du.t() @ act
     dy = torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=1).to(y.dtype)
     of_b = torch.stack([half.t() @ part for half, part in zip(dy.chunk(2, dim=1), u.chunk(2, dim=1), strict=True)]) if b else None
-    return dy, of_b, None if a is None else du.t() @ (gate * s * up).to(y.dtype)
+    return dy, of_b, of_a
 
 
 def _gate_and_up(y: Tensor, u: Tensor, b: list[Tensor]) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 y = x Wᵀ + b and, for each adapted layer, y[:, its rows] += (s x Aᵀ) Bᵀ. Nothing of y's size but y itself is made; of the
 forward only x and s x Aᵀ [t, r] are kept. The two operators are opaque to torch.compile, so the norms and activations
-around them are fused and nothing of this is recomputed. Saved adapters are those of lora.py. With dropout, which each
-adapter draws for itself as in PEFT, the adapters run beside the one matmul instead.
+around them are fused and nothing of this is recomputed. Saved adapters are those of lora.py. With dropout (dropout.py) x is
+here what each adapter keeps of it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from graft.core.recipe import Lora
+from graft.model.dropout import Drop, add_back_, down_product, grown, of_a, threshold_of
 from graft.model.frozen import Frozen, Kind, matmul, matmul_back
 from graft.model.lora import TOWER, in_tower, new_pair, targets
 
@@ -43,45 +43,47 @@ class Layout(NamedTuple):
 
 
 def adapted(
-    x: Tensor, kind: str, frozen: list[Tensor], bias: Tensor | None, adapter: Tensor | None, layout: Layout, scale: float
+    x: Tensor, kind: str, frozen: list[Tensor], bias: Tensor | None, adapter: Tensor | None, layout: Layout, scale: float, drop: Drop | None
 ) -> tuple[Tensor, Tensor]:
     """(y [t, outs], u = s x Aᵀ [t, layers · rank]) of x [t, in]."""
-    y, u = matmul(x, kind, frozen, bias), down(x, adapter, layout, scale)
+    y, u = matmul(x, kind, frozen, bias), down(x, adapter, layout, scale, drop)
     if adapter is not None:
         for (own, part), up in zip(layout.columns(y, u), layout.split(adapter, x.shape[1])[1], strict=True):
             own.addmm_(part, up.t())
     return y, u
 
 
-def down(x: Tensor, adapter: Tensor | None, layout: Layout, scale: float) -> Tensor:
-    """u = s x Aᵀ; empty without an adapter."""
-    return x.new_empty(x.shape[0], 0) if adapter is None else torch.mm(x, layout.split(adapter, x.shape[1])[0].t()).mul_(scale)
+def down(x: Tensor, adapter: Tensor | None, layout: Layout, scale: float, drop: Drop | None) -> Tensor:
+    """u = s x Aᵀ, s grown for what is dropped; empty without an adapter."""
+    if adapter is None:
+        return x.new_empty(x.shape[0], 0)
+    return down_product(x, layout.split(adapter, x.shape[1])[0], drop).mul_(grown(scale, drop))
 
 
-def down_backward(dy: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, ins: int, scale: float) -> Tensor:
+def down_backward(dy: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, ins: int, scale: float, drop: Drop | None) -> Tensor:
     """du = s dy B [t, layers · rank]; u, which is empty, without an adapter."""
     if adapter is None:
         return u
     du = torch.empty_like(u)
     for (own, part), up in zip(layout.columns(dy, du), layout.split(adapter, ins)[1], strict=True):
         torch.mm(own, up, out=part)
-    return du.mul_(scale)
+    return du.mul_(grown(scale, drop))
 
 
 def adapted_backward(
-    dy: Tensor, x: Tensor, u: Tensor, kind: str, frozen: list[Tensor], adapter: Tensor | None, layout: Layout, scale: float
+    dy: Tensor, x: Tensor, u: Tensor, kind: str, frozen: list[Tensor], adapter: Tensor | None, layout: Layout, scale: float, drop: Drop | None
 ) -> tuple[Tensor, Tensor]:
     """(dx, the gradient of the adapter, empty without one) of the gradient dy of adapted()."""
     dx = matmul_back(dy, kind, frozen)
     if adapter is None:
         return dx, x.new_empty(0)
-    du = down_backward(dy, u, adapter, layout, x.shape[1], scale)
+    du = down_backward(dy, u, adapter, layout, x.shape[1], scale, drop)
     gradient = torch.empty_like(adapter)
     da, db = layout.split(gradient, x.shape[1])
     for (own, part), of_up in zip(layout.columns(dy, u), db, strict=True):
         torch.mm(own.t(), part, out=of_up)
-    torch.mm(du.t(), x, out=da)
-    dx.addmm_(du, layout.split(adapter, x.shape[1])[0])
+    of_a(du, x, drop, da)
+    add_back_(dx, du, layout.split(adapter, x.shape[1])[0], drop)
     return dx, gradient
 
 
@@ -98,13 +100,15 @@ def lora_forward(
     sizes: list[int],
     outs: int,
     scale: float,
+    seeds: Tensor | None,
+    threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    """adapted(), for autograd and the compiler."""
-    return adapted(x, kind, frozen, bias, adapter, Layout(rank, starts, sizes), scale)
+    """adapted(), for autograd and the compiler; seeds: of a Drop."""
+    return adapted(x, kind, frozen, bias, adapter, Layout(rank, starts, sizes), scale, _drop(seeds, threshold))
 
 
 @lora_forward.register_fake
-def _(x, kind, frozen, bias, adapter, rank, starts, sizes, outs, scale):  # type: ignore[no-untyped-def]
+def _(x, kind, frozen, bias, adapter, rank, starts, sizes, outs, scale, seeds, threshold):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], outs), x.new_empty(x.shape[0], 0 if adapter is None else rank * len(sizes))
 
 
@@ -120,52 +124,56 @@ def lora_backward(
     starts: list[int],
     sizes: list[int],
     scale: float,
+    seeds: Tensor | None,
+    threshold: int,
 ) -> tuple[Tensor, Tensor]:
     """adapted_backward(), for the compiler."""
-    return adapted_backward(dy, x, u, kind, frozen, adapter, Layout(rank, starts, sizes), scale)
+    return adapted_backward(dy, x, u, kind, frozen, adapter, Layout(rank, starts, sizes), scale, _drop(seeds, threshold))
 
 
 @lora_backward.register_fake
-def _(dy, x, u, kind, frozen, adapter, rank, starts, sizes, scale):  # type: ignore[no-untyped-def]
+def _(dy, x, u, kind, frozen, adapter, rank, starts, sizes, scale, seeds, threshold):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), x.new_empty(0) if adapter is None else torch.empty_like(adapter)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.kind, frozen, _, adapter, ctx.rank, ctx.starts, ctx.sizes, _, ctx.scale = inputs
+    x, ctx.kind, frozen, _, adapter, *ctx.layout, _, ctx.scale, seeds, ctx.threshold = inputs
     ctx.count = len(frozen)
-    ctx.save_for_backward(x, output[1], *frozen, *([] if adapter is None else [adapter]))
+    ctx.save_for_backward(x, output[1], adapter, seeds, *frozen)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    x, u, *rest = ctx.saved_tensors
-    frozen, adapter = rest[: ctx.count], rest[ctx.count] if len(rest) > ctx.count else None
-    dx, gradient = lora_backward(dy.contiguous(), x, u, ctx.kind, frozen, adapter, ctx.rank, ctx.starts, ctx.sizes, ctx.scale)
-    return dx, None, [None] * ctx.count, None, None if adapter is None else gradient, None, None, None, None, None
+    x, u, adapter, seeds, *frozen = ctx.saved_tensors
+    dx, gradient = lora_backward(dy.contiguous(), x, u, ctx.kind, frozen, adapter, *ctx.layout, ctx.scale, seeds, ctx.threshold)
+    return dx, None, [None] * ctx.count, None, None if adapter is None else gradient, *[None] * 7
 
 
 lora_forward.register_autograd(_backward, setup_context=_keep)
+
+
+def _drop(seeds: Tensor | None, threshold: int) -> Drop | None:
+    return None if seeds is None else Drop(seeds, threshold)
 
 
 # ---- modules ----------------------------------------------------------------------------------------------------------
 class Group:
     """Layers that share an input: computed when the first is called, handed out as the others are."""
 
-    adapter: Tensor | None = None  # of its layers, as Layout has it; Adapters hands it out
+    adapter: Tensor | None = None  # of its layers, as Layout has it; Adapters hands it out, and what it drops
+    drop: Drop | None = None
     part: Callable[[], Tensor]
 
     def __init__(self, frozen: Frozen, layers: list[FusedLinear], lora: Lora | None, pairs: list[tuple[Tensor, Tensor] | None]):
         self.frozen, self.layers = frozen, layers
         self.waiting: list[Tensor] = []
         self.scale = lora.alpha / lora.r if lora else 1.0
-        self.adapted = [] if lora and lora.dropout else [n for n, pair in enumerate(pairs) if pair]
+        self.adapted = [n for n, pair in enumerate(pairs) if pair]
         starts, sizes = [sum(frozen.outs[:n]) for n in self.adapted], [frozen.outs[n] for n in self.adapted]
         # autograd of an operator stumbles over an empty list of numbers
         self.layout = Layout(lora.r if lora else 0, starts or [0], sizes or [0])
         layers[0].add_module("frozen", frozen)
-        for place, (layer, pair) in enumerate(zip(layers, pairs, strict=True)):
+        for place, layer in enumerate(layers):
             layer.group, layer.place = self, place
-            if pair and lora and lora.dropout:
-                layer.beside = Beside(lora, *pair)
 
     def pair(self, place: int) -> tuple[Tensor, Tensor] | None:
         """(A, B) of a layer, views."""
@@ -178,7 +186,8 @@ class Group:
     def output(self, place: int, x: Tensor) -> Tensor:
         if place == 0:
             frozen, flat = self.frozen, x.reshape(-1, x.shape[-1])
-            y, _ = lora_forward(flat, frozen.kind, frozen.tensors, frozen.bias, self.adapter, *self.layout, sum(frozen.outs), self.scale)
+            given = flat, frozen.kind, frozen.tensors, frozen.bias, self.adapter, *self.layout, sum(frozen.outs), self.scale
+            y, _ = lora_forward(*given, *(self.drop or (None, 0)))
             self.waiting = list(y.view(*x.shape[:-1], -1).split(frozen.outs, dim=-1))
         out = self.waiting[place]
         if place == len(self.layers) - 1:
@@ -189,9 +198,10 @@ class Group:
 class Adapters(nn.Module):
     """The adapters of all groups as one parameter: DeepSpeed takes 30 ms a step over the 128 that an 8B model has otherwise."""
 
-    def __init__(self, groups: list[Group], vectors: list[Tensor]):
+    def __init__(self, groups: list[Group], vectors: list[Tensor], dropout: float):
         super().__init__()
         self.groups, self.sizes = groups, [len(v) for v in vectors]
+        self.dropout = nn.Dropout(dropout)  # its rate, and whether it is on: who switches a model's dropout off finds it
         self.flat = nn.Parameter(torch.cat(vectors))
         for n, group in enumerate(groups):
             group.part = partial(self._part, n)
@@ -200,40 +210,36 @@ class Adapters(nn.Module):
         return self.flat.split(self.sizes)[n]
 
     def hand_out(self, *_: Any) -> None:
-        """Before each forward: give every group its part, whose gradient finds the way back."""
-        for group, part in zip(self.groups, self.flat.split(self.sizes), strict=True):
-            group.adapter = part
+        """Before each forward: give every group its part, whose gradient finds the way back, and what it drops."""
+        for group, part, drop in zip(self.groups, self.flat.split(self.sizes), self._drops(), strict=True):
+            group.adapter, group.drop = part, drop
 
-
-class Beside(nn.Module):
-    """An adapter with dropout."""
-
-    def __init__(self, lora: Lora, a: Tensor, b: Tensor):
-        super().__init__()
-        self.A, self.B, self.dropout, self.scale = nn.Parameter(a), nn.Parameter(b), nn.Dropout(lora.dropout), lora.alpha / lora.r
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
+    def _drops(self) -> list[Drop | None]:
+        """Of each group in one forward. Seeds come of torch's generator, which training seeds anew in each step and rank: a resumed
+        run draws what the lost one drew, every micro-batch its own; what a backward computes again has its forward's."""
+        threshold = threshold_of(self.dropout.p) if self.dropout.training else 0
+        if not threshold:
+            return [None] * len(self.groups)
+        counts = [len(group.adapted) for group in self.groups]
+        seeds = torch.randint(2**63 - 1, (sum(counts),), device=self.flat.device)
+        return [Drop(own, threshold) for own in seeds.split(counts)]
 
 
 class FusedLinear(nn.Module):
     """One frozen layer of a group."""
 
-    beside: Beside | None
     group: Group
     place: int
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_module("beside", None)
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
-        return (self.beside.A, self.beside.B) if self.beside else self.group.pair(self.place)
+        return self.group.pair(self.place)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.group.output(self.place, x)
-        return y + self.beside(x) if self.beside else y
+        return self.group.output(self.place, x)
 
 
 def fuse(
@@ -270,8 +276,8 @@ def fuse(
             own = [pair for name in names if (pair := pairs.pop(name))]
             groups.append(group)
             vectors.append(torch.cat([m.flatten() for m in (*(a for a, _ in own), *(b for _, b in own))]))
-    if groups:
-        model.adapters = Adapters(groups, vectors)
+    if lora and groups:
+        model.adapters = Adapters(groups, vectors, lora.dropout)
         base = getattr(model, "base_model", model)
         for module in (base, getattr(base, TOWER, None) if vision else None):  # a tower runs before its model does
             if module is not None:

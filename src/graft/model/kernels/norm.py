@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graft.model.dropout import Drop, down_product
 from graft.model.kernels.shared import loading_ahead
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
@@ -14,13 +15,15 @@ _BACKWARD_TILE = 64, 128, 8, 3  # rows, columns, warps, loads ahead
 _ADD_TILE = 64, 256, 4  # rows, columns, warps
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, a: Tensor | None, scale: float, fp8: bool) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
+def norm(
+    x: Tensor, weight: Tensor, eps: float, a: Tensor | None, scale: float, fp8: bool, drop: Drop | None = None
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
     """elementwise.norm() of x [t, h] whose rows lie in memory in order: u is made of x, and of its rstd afterwards."""
     t, h = x.shape
     out = torch.empty(t, h, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
     scales = torch.empty(t, 1, dtype=torch.float32, device=x.device) if fp8 else None
     rstd = torch.empty(t, dtype=torch.float32, device=x.device)
-    u = x.new_empty(t, 0) if a is None else torch.mm(x, (a * weight).t())
+    u = x.new_empty(t, 0) if a is None else down_product(x, a * weight, drop)
     widths = triton.next_power_of_2(h), triton.next_power_of_2(max(1, u.shape[1]))
     _norm[(t,)](x, weight, out, rstd if scales is None else scales, rstd, u, u.shape[1], eps, scale, h, a is not None, fp8, *widths, num_warps=4)
     return out if scales is None else (out, scales), rstd, u

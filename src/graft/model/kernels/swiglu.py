@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graft.model.dropout import Drop
+from graft.model.kernels.dropout import kept
 from graft.model.kernels.shared import loading_ahead
 
 
@@ -22,7 +24,9 @@ def swiglu(y: Tensor, u: Tensor | None, b: list[Tensor]) -> Tensor:
     return out
 
 
-def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def swiglu_backward(
+    dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None, drop: Drop | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """elementwise.swiglu_backward(): (the gradient [t, 2 n] of y, those of b [2, n, r] and of a [r, n]).
 
     A program goes down CHUNK rows of a strip of columns, so that the sums over rows stay in registers; the chunks' sums are
@@ -35,15 +39,18 @@ def swiglu_backward(dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Ten
     of_a = None if a is None else torch.empty(chunks, n, r_down, dtype=torch.float32, device=y.device)
     given = (u, *b) if b else (y, y, y)
     down = (y, y) if a is None else (du, a)
+    seed, threshold = (y, 0) if drop is None else drop
     widths = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(r_down))
     rows, columns, most, warps = _BACKWARD_TILE
 
     def launch(ahead: int) -> None:
         _swiglu_backward[(chunks, triton.cdiv(n, columns))](
-            dact, y, *given, *down, dy, of_b, of_a, t, n, r, r_down, bool(b), a is not None, *widths, CHUNK, rows, columns, ahead, num_warps=warps
+            *(dact, y, *given, *down, seed, dy, of_b, of_a, t, n, r, r_down),
+            *(bool(b), a is not None, threshold, *widths, CHUNK, rows, columns, ahead),
+            num_warps=warps,
         )
 
-    loading_ahead(most, launch, "swiglu", *widths, bool(b), a is not None)
+    loading_ahead(most, launch, "swiglu", *widths, bool(b), a is not None, drop is not None)
     return dy, None if of_b is None else of_b.sum(0).to(y.dtype), None if of_a is None else of_a.sum(0).t().to(y.dtype)
 
 
@@ -75,9 +82,9 @@ def _swiglu(
         tl.store(out + rows[:, None] * n + columns[None, :], (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seed"])
 def _swiglu_backward(
-    dact, y, u, b_gate, b_up, du, a, dy, of_b, of_a, t, n, r, r_down, adapted: tl.constexpr, down: tl.constexpr,
+    dact, y, u, b_gate, b_up, du, a, seed, dy, of_b, of_a, t, n, r, r_down, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
     width: tl.constexpr, width_down: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * of_n + tl.arange(0, of_n)
@@ -104,7 +111,11 @@ def _swiglu_backward(
             gate, up = tl.dot(gate_u, gate_b, gate), tl.dot(up_u, up_b, up)
         if down:
             of_du = tl.load(du + rows[:, None] * r_down + k_down[None, :], mask=(rows[:, None] < t) & (k_down[None, :] < r_down), other=0.0)
-            d = tl.dot(of_du, a_down, d)
+            if threshold:
+                keeps = kept(seed, threshold, rows, tl.program_id(1) * of_n, of_n)
+                d += tl.where(keeps, tl.dot(of_du, a_down), 0.0)
+            else:
+                d = tl.dot(of_du, a_down, d)
         s = tl.sigmoid(gate)
         d_gate, d_up = (d * up * s * (1 + gate * (1 - s))).to(dy.dtype.element_ty), (d * gate * s).to(dy.dtype.element_ty)
         tl.store(dy + at, d_gate, mask=inside)
@@ -112,7 +123,10 @@ def _swiglu_backward(
         if adapted:
             sum_gate, sum_up = tl.dot(tl.trans(d_gate), gate_u, sum_gate), tl.dot(tl.trans(d_up), up_u, sum_up)
         if down:
-            sum_a = tl.dot(tl.trans((gate * s * up).to(dy.dtype.element_ty)), of_du, sum_a)
+            act = gate * s * up
+            if threshold:
+                act = tl.where(keeps, act, 0.0)
+            sum_a = tl.dot(tl.trans(act.to(dy.dtype.element_ty)), of_du, sum_a)
     if adapted:
         to = of_b + tl.program_id(0).to(tl.int64) * (2 * n * r) + columns[:, None] * r + k[None, :]
         held = (columns[:, None] < n) & (k[None, :] < r)

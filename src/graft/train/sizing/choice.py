@@ -26,7 +26,7 @@ def settings(work: Work) -> list[Setting]:
     most = micro_batch_of(train.global_batch, work.gpus, train.micro_batch if isinstance(train.micro_batch, int) else share)
     micros = [m for m in range(1, most + 1) if share % m == 0] if train.micro_batch == AUTO else [most]
     kept = KEPT if train.activation_checkpointing == AUTO else (train.activation_checkpointing,)
-    return [Setting(m, k) for m in micros for k in kept if k != "selective" or train.fused_mlp or len(kept) == 1]
+    return [Setting(m, k) for m in micros for k in kept if k != "selective" or train.fused or len(kept) == 1]
 
 
 def choose(work: Work, gpu: Gpu) -> Choice | None:

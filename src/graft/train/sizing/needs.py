@@ -229,15 +229,12 @@ def _activations(work: Work, setting: Setting, tokens: int) -> tuple[float, floa
     """(bytes kept for the backward, bytes of the one layer that is computed again)."""
     s, train, lora, width = work.shape, work.train, work.train.lora, work.width
     products = (lora.r * len(lora.targets) if lora else 0) * width  # s x Aᵀ of each adapter
-    whole = train.fused_layers
     # input and the sum after attention, and their norms where each is an operator; q, k and v as turned; attention's output
-    narrow = ((2 if whole else 4) * s.hidden + s.qkv + s.q) * width + products + 4 * (s.heads + 2)
-    if lora and lora.dropout:  # each adapter drops for itself: its input and a mask; q and k are then turned into copies
-        narrow += sum(s.projections[t][0] for t in lora.targets if t in s.projections) * (width + 1) + (s.q + s.kv) * width
-    wide = (2 if train.fused_mlp else 3) * s.inter * width  # gate and up; the activation too where no operator makes it again
-    full = (2 * s.hidden * width + products, wide) if whole else (s.hidden * width, wide + narrow)
+    narrow = ((2 if train.fused else 4) * s.hidden + s.qkv + s.q) * width + products + 4 * (s.heads + 2)
+    wide = (2 if train.fused else 3) * s.inter * width  # gate and up; the activation too where no operator makes it again
+    full = (2 * s.hidden * width + products, wide) if train.fused else (s.hidden * width, wide + narrow)
     kept, live = {"none": (wide + narrow, 0.0), "selective": (narrow, wide), "full": full}[
-        setting.activation_checkpointing if train.fused_mlp or setting.activation_checkpointing == "full" else "none"
+        setting.activation_checkpointing if train.fused or setting.activation_checkpointing == "full" else "none"
     ]
     return tokens * s.layers * kept, tokens * live
 
@@ -283,8 +280,8 @@ def _step_time_s(work: Work, setting: Setting, gpu: Gpu, tokens: int, forwards: 
     s, train = work.shape, work.train
     flops = Flops(s.layer_weights + s.vocab * s.hidden, work.trained if train.lora else 0, s.layers * s.q)
     share = s.layers * s.hidden / s.layer_weights  # of a layer's matmuls, an output column's; what ends a half is not made again
-    full = (s.qkv + 2 * s.inter) * share if train.fused_layers else 1.0
-    again = {"none": 0.0, "selective": 2 * s.inter * share if train.fused_mlp else 0.0, "full": full}[setting.activation_checkpointing]
+    full = (s.qkv + 2 * s.inter) * share if train.fused else 1.0
+    again = {"none": 0.0, "selective": 2 * s.inter * share if train.fused else 0.0, "full": full}[setting.activation_checkpointing]
     precision, peak = "bf16" if work.precision == "fp32" else work.precision, gpu.peak_flops or 1e12
     once = flops.per_step(tokens, work.mean_length or work.seq_len) / EFFICIENCY[precision]
     return forwards * (once + 2 * again * s.layer_weights * tokens / AGAIN[precision]) * _filled(FULL_TOKENS) / _filled(tokens) / peak
