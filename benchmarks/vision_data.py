@@ -23,8 +23,12 @@ WORDS = (
     "license limit list location login manager message month name network note notice number open order owner partner password payment permission phone plan "
     "price priority product profile project quantity region report request reset review role save search section security send service settings share shipping "
     "status stock subject submit summary supplier support task tax team ticket time title total transfer update upload user value vendor version view warehouse week"
-).split()
-QUESTIONS = ("What is on this screen? List its main parts.", "Which buttons and fields does this screen have?", "Describe this screen for somebody who cannot see it.")
+)
+QUESTIONS = (
+    "What is on this screen? List its main parts.",
+    "Which buttons and fields does this screen have?",
+    "Describe this screen for somebody who cannot see it.",
+)
 INKS = ((30, 60, 110), (20, 100, 80), (120, 40, 60), (70, 50, 120), (60, 60, 60))
 VOCABULARY = 8192
 
@@ -56,7 +60,7 @@ def screen(draw: random.Random, scale: float) -> tuple[Image.Image, list[dict[st
         return text
 
     def words(few: int, most: int) -> str:
-        return " ".join(draw.sample(WORDS, draw.randint(few, most)))
+        return " ".join(draw.sample(WORDS.split(), draw.randint(few, most)))
 
     step, left = int(44 * scale), width // 6
     pen.rectangle((0, 0, width, step), fill=ink)
@@ -69,13 +73,15 @@ def screen(draw: random.Random, scale: float) -> tuple[Image.Image, list[dict[st
         pen.text((left + step, top), told("field", words(1, 2)), fill=(40, 40, 40), font=font)
         pen.rectangle((left + 4 * step, top, width // 2, top + step * 0.7), outline=ink, fill="white")
         pen.text((left + 4.2 * step, top + 4), f"{draw.randint(1, 99_999):,}", fill=(40, 40, 40), font=font)
-    columns, bottom = draw.sample(WORDS, 3), height - step * draw.randint(5, 7)
+    columns, bottom = draw.sample(WORDS.split(), 3), height - step * draw.randint(5, 7)
     told("table", ", ".join(columns))
     for row in range((height - bottom) // step):
         for n, column in enumerate(columns):
             x = left + step + n * (width - left) // 4
             pen.rectangle((x, bottom + row * step, x + (width - left) // 4, bottom + (row + 1) * step), outline=(200, 204, 210), fill="white")
-            pen.text((x + 6, bottom + row * step + 6), f"{draw.randint(1, 9999)}" if row else column, fill=ink if row == 0 else (60, 60, 60), font=font)
+            pen.text(
+                (x + 6, bottom + row * step + 6), f"{draw.randint(1, 9999)}" if row else column, fill=ink if row == 0 else (60, 60, 60), font=font
+            )
     told("chart", f"{words(1, 2)} by {words(1, 1)}")
     for n in range(draw.randint(4, 9)):
         x = width // 2 + step * (n + 1)

@@ -30,7 +30,14 @@ from vision_data import prepare
 
 RECIPE = ROOT / "configs/recipes/ui-vqa-7b.toml"
 LIKE, STEPS = "qwen2.5-vl-7b", 20
-TINY_TEXT = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY_TEXT = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 TINY_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 60, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
 TINY_SET = ("sft.global_batch=2", "shard.seq_len=1024", "shard.image_pixels=50176")
 PRECISIONS = ("bf16", "fp8", "nf4")
@@ -49,11 +56,18 @@ def write_base(folder: Path, tokenizer_folder: Path, tiny: bool) -> int:
     if tiny:
         real = SHAPES[LIKE]
         rotary = real["text_config"]["rope_parameters"] | {"mrope_section": [2, 3, 3]}
-        SHAPES["tiny"] = real | {"text_config": real["text_config"] | TINY_TEXT | {"rope_parameters": rotary}, "vision_config": real["vision_config"] | TINY_TOWER}
+        SHAPES["tiny"] = real | {
+            "text_config": real["text_config"] | TINY_TEXT | {"rope_parameters": rotary},
+            "vision_config": real["vision_config"] | TINY_TOWER,
+        }
     weights = write_random_base("tiny" if tiny else LIKE, folder)
     tokenizer, config = load_tokenizer(str(tokenizer_folder)), AutoConfig.from_pretrained(folder)
     config.vision_start_token_id, config.vision_end_token_id, config.image_token_id = tokenizer.convert_tokens_to_ids(VISION)
-    config.text_config.bos_token_id, config.text_config.eos_token_id, config.text_config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.text_config.bos_token_id, config.text_config.eos_token_id, config.text_config.pad_token_id = (
+        None,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     config.save_pretrained(folder)
     for file in tokenizer_folder.iterdir():
         shutil.copy(file, folder)
@@ -95,7 +109,13 @@ def of_peer(peer: str, plan: Any, args: argparse.Namespace) -> dict[str, Any]:
     recipe, out = plan.recipe, plan.root / "peer.json"
     out.unlink(missing_ok=True)
     train = recipe.sft
-    given = {"base": plan.root / "base", "shards": plan.artifact("shard-sft").path, "precision": recipe.model.precision, "steps": args.steps, "out": out}
+    given = {
+        "base": plan.root / "base",
+        "shards": plan.artifact("shard-sft").path,
+        "precision": recipe.model.precision,
+        "steps": args.steps,
+        "out": out,
+    }
     given |= {"batch": train.global_batch, "micro": train.micro_batch, "lr": train.lr, "rank": train.lora.r, "alpha": train.lora.alpha}
     given |= {"pixels": recipe.shard.image_pixels, "seed": recipe.seed}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -112,7 +132,14 @@ def told(steps: list[dict[str, Any]]) -> dict[str, Any]:
     rates = {f"{name}_per_s": median(s[name] / s["step_time_s"] for s in settled) for name in ("tokens", "images")}
     times = {name: median(s[name] for s in settled) for name in ("step_time_s", "data_s")}
     peak = max((s["peak_mem_gib"] or 0.0) for s in steps)
-    return {**rates, **times, "peak_mem_gib": peak, "first_step_s": steps[0]["step_time_s"], "steps": len(steps), "losses": [s["loss"] for s in steps]}
+    return {
+        **rates,
+        **times,
+        "peak_mem_gib": peak,
+        "first_step_s": steps[0]["step_time_s"],
+        "steps": len(steps),
+        "losses": [s["loss"] for s in steps],
+    }
 
 
 def train(args: argparse.Namespace) -> None:
@@ -134,9 +161,13 @@ def train(args: argparse.Namespace) -> None:
         figures = attempt(measure)
         result["runs"].append({"precision": precision, "of": of, **figures})
         kept.write_text(json.dumps(result, indent=1), encoding="utf-8")  # after each: the call may be cut off
-        print(f"{precision}, {of}:", figures.get("failed") or f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['step_time_s']:.2f} s a step", flush=True)
+        print(
+            f"{precision}, {of}:",
+            figures.get("failed") or f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['step_time_s']:.2f} s a step",
+            flush=True,
+        )
 
-    peers = args.peers if args.peers is not None else ["trl" if find_spec("trl") and find_spec("datasets") else "transformers"]
+    peers = args.peers if args.peers is not None else ["trl" if there("trl") and there("datasets") else "transformers"]
     for precision in args.precisions:
         plan = ready(data, home, precision, args)
         run(precision, "graft", lambda plan=plan: of_graft(plan, args))
@@ -144,6 +175,13 @@ def train(args: argparse.Namespace) -> None:
             run(precision, peer, lambda peer=peer, plan=plan: of_peer(peer, plan, args))
     (out / "vision_gpu.md").write_text(report(result), encoding="utf-8")
     print(report(result))
+
+
+def there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------
@@ -161,7 +199,13 @@ def report(result: dict[str, Any]) -> str:
         else:
             beside = best.get("bf16" if r["precision"] == "fp8" else r["precision"])
             cells += [f"{r['tokens_per_s']:,.0f}", f"{r['tokens_per_s'] / beside:.2f}" if beside else "", f"{r['images_per_s']:.1f}"]
-            cells += [f"{r['step_time_s']:.3f} s", f"{r['data_s'] * 1e3:.0f} ms", f"{r['peak_mem_gib']:.1f}", f"{r['first_step_s']:.1f} s", f"{r['losses'][0]:.3f}, {r['losses'][-1]:.3f}"]
+            cells += [
+                f"{r['step_time_s']:.3f} s",
+                f"{r['data_s'] * 1e3:.0f} ms",
+                f"{r['peak_mem_gib']:.1f}",
+                f"{r['first_step_s']:.1f} s",
+                f"{r['losses'][0]:.3f}, {r['losses'][-1]:.3f}",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\n{said_of_machine(result)}\n\n    {result['command']}\n"
 
@@ -175,7 +219,9 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=Path("/tmp/graft-vision-gpu"), help="of the base and the runs")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument("--peers", nargs="*", help='words for vision_gpu_peers.py --peer, such as "trl --attention flash_attention_2"; TRL where it is installed')
+    parser.add_argument(
+        "--peers", nargs="*", help='words for vision_gpu_peers.py --peer, such as "trl --attention flash_attention_2"; TRL where it is installed'
+    )
     parser.add_argument("--limit", type=float, default=280, help="seconds that one run may take")
     parser.add_argument("--profile", action="store_true", help="print where three steps of graft's go; slower")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")

@@ -121,7 +121,10 @@ def trainer_of(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
         "report_to": [],
         "disable_tqdm": True,
     }
-    given = {"model": model, "data_collator": Rows(args.base, args.shards / "images", args.pixels, model.config.image_token_id, tokenizer.pad_token_id)}
+    given = {
+        "model": model,
+        "data_collator": Rows(args.base, args.shards / "images", args.pixels, model.config.image_token_id, tokenizer.pad_token_id),
+    }
     if args.peer == "transformers":
         if args.checkpointing == "full":
             model.enable_input_require_grads()

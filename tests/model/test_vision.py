@@ -11,7 +11,7 @@ from graft.model.images import ImageProcessor
 from graft.model.lora import adapters, in_tower, inject, save_adapter
 from graft.model.packed import PackedBatch
 from graft.model.stream import load_fused
-from graft.model.tower import fuse_tower, laid_out
+from graft.model.tower import Borders, attend, fuse_tower, laid_out
 from graft.model.vision import ImageBatch, VisionLM, positions, tower
 
 from .tiny_vision import IMAGE, row, tiny, write
@@ -67,6 +67,16 @@ def test_logits_and_loss_are_those_of_the_plain_forward(processor, backend):
     assert (lm.lm_head(model._supervised(changed))[: len(rows[0][0]) - 1] - wanted[0][:-1]).abs().max() > 1e-3, "it sees the pixels"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_windows_of_a_gpu_are_those_of_the_cpu(processor):
+    at, draw = laid_out(tiny().config.vision_config, torch.tensor([[1, 20, 26], [1, 8, 6]])), torch.Generator().manual_seed(0)
+    given = [torch.randn(568, 4, 80, generator=draw).bfloat16() for _ in range(3)]
+    for borders in (at.windows, at.whole):
+        on_gpu = Borders(borders.cu.cuda(), borders.longest)
+        found = attend(*(x.cuda() for x in given), on_gpu, 0.1).cpu().float()
+        assert (found - attend(*(x.float() for x in given), borders, 0.1)).norm() < 1e-2 * found.norm()
+
+
 @torch.no_grad()
 def test_a_batch_of_text_alone_is_taken_as_a_text_models(processor):
     lm = tiny()
@@ -116,14 +126,20 @@ def test_the_layers_of_a_gpu_give_the_loss_and_gradients_of_transformers(base, p
             assert (one - other.grad).norm() < 1e-4 * other.grad.norm(), name
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
 def test_a_tower_is_not_quantised(base, processor, precision):
     rows = [row(processor, [(112, 112)])]
-    for lm in (load_base(base, None, precision, CPU), load_fused(base, None, precision, Lora(r=4), CPU, 0)):
+    for of_gpu in (False, True):
+        lm = load_fused(base, None, precision, Lora(r=4), CPU, 0) if of_gpu else load_base(base, None, precision, CPU)
         kinds = {type(m).__name__ for name, m in lm.named_modules() if in_tower(name) and hasattr(m, "in_features")}
         assert kinds == {"Linear"} and lm.model.visual.patch_embed.proj.weight.dtype == torch.bfloat16
+        if of_gpu:
+            fuse_blocks(lm)
+            fuse_tower(tower(lm))
         with torch.no_grad():
-            torch.testing.assert_close(VisionLM(lm)(batch(lm, rows, 64)), VisionLM(tiny())(batch(lm, rows, 64)), rtol=0.05, atol=0)
+            torch.testing.assert_close(
+                VisionLM(lm, "reference" if of_gpu else None)(batch(lm, rows, 64)), VisionLM(tiny())(batch(lm, rows, 64)), rtol=0.05, atol=0
+            )
 
 
 @pytest.mark.parametrize("vision", [False, True])
