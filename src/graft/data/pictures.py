@@ -18,7 +18,7 @@ from PIL import Image
 from graft.core.sections import Mcq
 from graft.data.readers.image_rows import to_messages_and_images, with_parts
 from graft.data.readers.mcq import Refused
-from graft.model.chat import Messages
+from graft.model.chat import Messages, image_parts
 from graft.model.pixels import FORMATS, MAX_SIDE, Unusable, decoded, explained, orientation, wrong_size
 
 FOLDER = "images"
@@ -110,4 +110,4 @@ def _looked_at(file: io.BytesIO) -> tuple[str, tuple[int, int], list[str]]:
 
 def files_of(messages: Messages) -> list[str]:
     """The files of the images that a conversation shows, in order."""
-    return [part["file"] for m in messages if isinstance(m["content"], list) for part in m["content"] if part["type"] == "image"]
+    return [part["file"] for part in image_parts(messages)]

@@ -163,6 +163,11 @@ def render(tokenizer: Any, messages: Messages, image_tokens: Sequence[int] = ())
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------------
+def image_parts(messages: Messages) -> list[dict[str, Any]]:
+    """The parts {"type": "image", …} of a conversation, in order."""
+    return [part for m in messages if isinstance(m["content"], list) for part in m["content"] if part["type"] == "image"]
+
+
 def _flat(tokenizer: Any, messages: Messages) -> Messages:
     """Messages whose contents are texts, an image as the template writes it."""
     found = []

@@ -27,6 +27,10 @@ class ImageBatch(NamedTuple):
     def targets(self) -> Tensor:
         return self.text.targets
 
+    @property
+    def target_at(self) -> Tensor:
+        return self.text.target_at
+
     def to(self, device: torch.device | str) -> ImageBatch:
         return ImageBatch(self.text.to(device), self.pixels.to(device, non_blocking=True), self.layout and self.layout.to(device))
 
@@ -64,6 +68,11 @@ class VisionLM(PackedLM):
         side = v.spatial_merge_size
         zeros = torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=device)
         return zeros, laid_out(v, torch.tensor([[1, side, side]])).to(device)
+
+
+def features(lm: Any, pixels: Tensor, grids: Tensor) -> Tensor:
+    """[tokens, h]: what the tower makes of images, one after the other. pixels: as in an ImageBatch; grids [images, 3] long of one image at least, on the CPU."""
+    return see(tower(lm), pixels, laid_out(lm.config.vision_config, grids).to(pixels.device))
 
 
 def positions(lm: Any, ids: Tensor, grids: Tensor) -> Tensor:
