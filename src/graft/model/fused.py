@@ -18,7 +18,7 @@ from torch import Tensor, library, nn
 
 from graft.core.recipe import Lora
 from graft.model.frozen import Frozen, Kind, matmul, matmul_back
-from graft.model.lora import TOWER, in_tower, new_pair, targets
+from graft.model.lora import in_tower, new_pair, targets
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called in this order with one input
 
@@ -200,7 +200,7 @@ class Adapters(nn.Module):
         return self.flat.split(self.sizes)[n]
 
     def hand_out(self, *_: Any) -> None:
-        """Before each forward: give every group its part, whose gradient finds the way back."""
+        """Before each forward, also of a tower by itself: give every group its part, whose gradient finds the way back."""
         for group, part in zip(self.groups, self.flat.split(self.sizes), strict=True):
             group.adapter = part
 
@@ -272,10 +272,7 @@ def fuse(
             vectors.append(torch.cat([m.flatten() for m in (*(a for a, _ in own), *(b for _, b in own))]))
     if groups:
         model.adapters = Adapters(groups, vectors)
-        base = getattr(model, "base_model", model)
-        for module in (base, getattr(base, TOWER, None) if vision else None):  # a tower runs before its model does
-            if module is not None:
-                module.register_forward_pre_hook(model.adapters.hand_out)
+        getattr(model, "base_model", model).register_forward_pre_hook(model.adapters.hand_out)
     return found
 
 

@@ -5,7 +5,6 @@ The loss, the packed attention and all else is PackedLM's; positions are three t
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +40,6 @@ class ImageBatch(NamedTuple):
 class VisionLM(PackedLM):
     """A Qwen2.5-VL as the training engine sees it: takes batches of text, and of rows with images."""
 
-    def __init__(self, lm: Any, backend: str | None = None):
-        super().__init__(lm, backend)
-        eyes = tower(lm)
-        eyes.forward = partial(see, eyes)
-
     def _use(self, implementation: str) -> None:
         self.lm.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})  # the tower's windows are no documents
 
@@ -54,13 +48,18 @@ class VisionLM(PackedLM):
             return super()._supervised(batch)
         ids = batch.text.input_ids
         embedded = self.lm.get_input_embeddings()(ids)
-        eyes = tower(self.lm)
         if batch.layout:
             here = (ids == self.lm.config.image_token_id)[..., None].expand_as(embedded)
-            embedded = embedded.masked_scatter(here, eyes(batch.pixels, batch.layout).to(embedded.dtype))
-        elif any(p.requires_grad for p in eyes.parameters()):
-            embedded = embedded + 0.0 * eyes(*self._nothing(ids.device)).sum()  # ranks reduce the gradients of all that is trained
+            embedded = embedded.masked_scatter(here, self._seen(batch.pixels, batch.layout).to(embedded.dtype))
+        elif any(p.requires_grad for p in tower(self.lm).parameters()):
+            embedded = embedded + 0.0 * self._seen(*self._nothing(ids.device)).sum()  # ranks reduce the gradients of all that is trained
         return self._predicting(batch.text, {"inputs_embeds": embedded})
+
+    def _seen(self, pixels: Tensor, layout: Layout) -> Tensor:
+        """[tokens, h]: what the tower makes of images."""
+        if adapters := getattr(self.lm, "adapters", None):
+            adapters.hand_out()  # else only the model does, which comes later
+        return see(tower(self.lm), pixels, layout)
 
     def _nothing(self, device: torch.device) -> tuple[Tensor, Layout]:
         """An image of one token, all zeros."""
