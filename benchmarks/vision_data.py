@@ -24,10 +24,10 @@ WORDS = (
     "price priority product profile project quantity region report request reset review role save search section security send service settings share shipping "
     "status stock subject submit summary supplier support task tax team ticket time title total transfer update upload user value vendor version view warehouse week"
 )
-QUESTIONS = (
-    "What is on this screen? List its main parts.",
-    "Which buttons and fields does this screen have?",
-    "Describe this screen for somebody who cannot see it.",
+QUESTIONS = (  # asked of each screen, as many as the recipe asks; with the kinds of elements that the answer lists
+    ("What is on this screen? List its parts.", ("text", "menu", "field", "table", "chart", "button", "image")),
+    ("Which buttons and fields does this screen have?", ("button", "field")),
+    ("What does this screen show, besides its menu and its buttons?", ("text", "field", "table", "chart", "image")),
 )
 INKS = ((30, 60, 110), (20, 100, 80), (120, 40, 60), (70, 50, 120), (60, 60, 60))
 VOCABULARY = 8192
@@ -35,14 +35,16 @@ VOCABULARY = 8192
 
 # ---- a screen ---------------------------------------------------------------------------------------------------------
 def rows(count: int, scale: float = 1.0) -> Iterator[dict[str, Any]]:
-    """{"messages", "images": [{"bytes": PNG}]} of `count` screens, the k-th a function of k alone; scale: of their sides."""
+    """{"messages", "images": [{"bytes": PNG}]} of `count` rows, the k-th a function of k alone, three of a screen; scale: of its sides."""
     for k in range(count):
-        draw = random.Random(f"screen {k}")
-        image, elements = screen(draw, scale)
-        shown = io.BytesIO()
-        image.save(shown, "PNG")
-        answer = {"answer": f"{elements[0]['text']}, with {len(elements) - 1} parts.", "elements": elements}
-        said = (f"<image>{draw.choice(QUESTIONS)}", json.dumps(answer))
+        if k % len(QUESTIONS) == 0:
+            image, elements = screen(random.Random(f"screen {k}"), scale)
+            shown = io.BytesIO()
+            image.save(shown, "PNG")
+        question, kinds = QUESTIONS[k % len(QUESTIONS)]
+        listed = [element for element in elements if element["kind"] in kinds]
+        answer = json.dumps({"answer": f"{elements[0]['text']}: {len(listed)} parts.", "elements": listed})
+        said = (f"<image>{question}", answer)
         messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
         yield {"messages": messages, "images": [{"bytes": shown.getvalue()}]}
 

@@ -1,6 +1,6 @@
 """Training speed on images: 20 steps of configs/recipes/ui-vqa-7b.toml on one GPU in bf16, fp8 and nf4, beside TRL's or transformers' same work.
 
-    python benchmarks/vision_gpu.py --prepare DIR              (on the CPU, a minute; DIR has 20 MB and can be moved)
+    python benchmarks/vision_gpu.py --prepare DIR              (on the CPU, a minute; DIR has 6 MB and can be moved)
     python benchmarks/vision_gpu.py --train DIR --out RESULT   (on the GPU, 9 minutes, 18 GB of disk; needs neither Ray nor the data stages)
 
 The recipe as it is, through `accelerate launch -m graft.train`, but for its base, Qwen2.5-VL-7B's shape with random weights, its rows, the drawn screens of

@@ -33,16 +33,18 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_screens_answer_keeps_to_the_recipes_schema(bench: ModuleType) -> None:
     schema = json.loads((bench.RECIPE.parent / "ui-vqa/answer.schema.json").read_text(encoding="utf-8"))
-    rows = list(import_module("vision_data").rows(3, 0.2))
-    assert rows == list(import_module("vision_data").rows(3, 0.2)) and len({row["images"][0]["bytes"] for row in rows}) == 3
-    for row in rows:
-        jsonschema.validate(json.loads(row["messages"][1]["content"]), schema)
+    rows = list(import_module("vision_data").rows(6, 0.2))
+    assert rows == list(import_module("vision_data").rows(6, 0.2)) and len({row["images"][0]["bytes"] for row in rows}) == 2
+    answers = [json.loads(row["messages"][1]["content"]) for row in rows]
+    for answer in answers:
+        jsonschema.validate(answer, schema)
+    assert {e["kind"] for e in answers[1]["elements"]} == {"button", "field"} and len(answers[0]["elements"]) > 10
 
 
 def test_a_peer_trains_on_what_graft_does(bench: ModuleType, tmp_path: Path) -> None:
     told, peers = bench.prepare(tmp_path / "made", 6, 1024, PIXELS, 0.2), import_module("vision_gpu_peers")
     folder, base = tmp_path / "made/shards", tmp_path / "made/tokenizer"
-    assert told["bins"] == told["images"] == 6 and not told["rejected"]
+    assert told["bins"] == told["images"] == 6 and len(list((tmp_path / "made/shards/images").iterdir())) == 2 and not told["rejected"]
     shards, processor = ShardSet.open(folder / "train"), ImageProcessor(str(base), None, PIXELS)
     lm = tiny(vocab_size=8192, images=dict(zip(("start", "end", "image"), (4, 5, 6), strict=True)))
     ours, rows = Pictures(folder, processor, lm, 1), peers.rows_of(folder, 2, 3, seed=3)
