@@ -8,7 +8,7 @@ calls. A frozen tower has no gradient, so that fuse_tower() may work in place, w
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ def see(eyes: Any, pixels: Tensor, layout: Layout) -> Tensor:
     x = x.view(len(layout.order), -1, x.shape[-1])[layout.order].flatten(0, 1)
     cos, sin = eyes.rotary_pos_emb(x, layout.at)
     for n, block in enumerate(eyes.blocks):
-        act = getattr(block, "fused", None) or _Plain(block)
+        act = getattr(block, "fused", None) or partial(_plain, block)
         x = act(x, cos, sin, layout.whole if n in eyes.fullatt_block_indexes else layout.windows)
     found: Tensor = eyes.merger(x)[layout.back]
     return found
@@ -89,25 +89,20 @@ def _flashes(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-class _Plain:
+def _plain(block: Any, x: Tensor, cos: Tensor, sin: Tensor, borders: Borders) -> Tensor:
     """A block by its own modules, for autograd."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-    def __init__(self, block: Any):
-        self.block = block
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, borders: Borders) -> Tensor:
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
-
-        block, attn = self.block, self.block.attn
-        q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, -1).unbind(1)
-        q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
-        x = x + attn.proj(attend(q, k, v, borders, attn.scaling).flatten(1))
-        out: Tensor = x + block.mlp(block.norm2(x))
-        return out
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, -1).unbind(1)
+    q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
+    x = x + attn.proj(attend(q, k, v, borders, attn.scaling).flatten(1))
+    out: Tensor = x + block.mlp(block.norm2(x))
+    return out
 
 
 class _Fused:
-    """The same of frozen weights, without a gradient. The MLP's weights, gate's and up's as one matrix, are filled up with zeros, which change nothing."""
+    """A block of frozen weights, without a gradient. The MLP's weights, gate's and up's as one matrix, are filled up with zeros, which change nothing."""
 
     def __init__(self, block: Any):
         attn, mlp = block.attn, block.mlp
