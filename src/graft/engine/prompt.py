@@ -11,11 +11,11 @@ from graft.model.images import ImageProcessor, Seen
 
 
 def prompt(tokenizer: Any, messages: Messages, processor: ImageProcessor | None, images: Sequence[Any] = ()) -> tuple[list[int], tuple[Seen, ...]]:
-    """(prompt_ids, images) of a Request. images: RGB images of PIL, one for each part {"type": "image"} of the messages, in order.
+    """(prompt_ids, images) of a Request. images: RGB images of PIL, or Seen, one for each part {"type": "image"} of the messages, in order.
 
     DataError where a base of text alone is shown one, or more or fewer are given than are shown. An image of 1 MP takes 60 ms of a core.
     """
     if images and processor is None:
         raise DataError("the conversation shows images, and the model sees none")
-    seen = tuple(processor.seen(image) for image in images) if processor else ()
+    seen = tuple(i if isinstance(i, Seen) else processor.seen(i) for i in images) if processor else ()
     return render_prompt(tokenizer, messages, [processor.tokens(s.grid) for s in seen] if processor else ()), seen
