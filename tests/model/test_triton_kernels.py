@@ -50,6 +50,7 @@ def test_swiglu_and_its_gradient(t, n, r, r_down, rate):
     b, b_ = map(list, zip(*(drawn(n, r, scale=0.2, seed=5 + i) for i in range(2)), strict=True)) if r else ([], [])
     a, a_ = drawn(r_down, n, scale=0.2, seed=7) if r_down else (None, None)
     near(swiglu.swiglu(y, u, b), elementwise.swiglu(y_, u_, b_))
+    near(swiglu.swiglu(y, y, []), elementwise.swiglu(y_, y_, []))
     drop, drop_ = drops(1, rate) if rate else (None, None)
     found, wanted = swiglu.swiglu_backward(dact, y, u, b, du, a, drop), elementwise.swiglu_backward(dact_, y_, u_, b_, du_, a_, drop_)
     for one, other in zip(found, wanted, strict=True):
@@ -98,6 +99,14 @@ def test_adapters_and_rotary_embedding(adapted, heads, kv_heads, width, r):
     near(y, y_)
 
 
+def test_a_towers_angles_turn_heads_that_are_no_power_of_two_wide():
+    y, y_ = drawn(130, 3 * 16 * 80)
+    angle = torch.rand(130, 40, generator=torch.Generator().manual_seed(2)).repeat(1, 2)  # in fp32
+    rotary.rotate_(y, 2 * 16, angle.cos().to(DEVICE), angle.sin().to(DEVICE), 1.0)
+    elementwise.rotate_(y_, 2 * 16, angle.cos(), angle.sin(), 1.0)
+    near(y, y_)
+
+
 @pytest.mark.parametrize("columns", [4096, 28_672])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_rows_to_fp8(scaled, columns):
@@ -116,7 +125,7 @@ def test_transpose():
     assert torch.equal(fp8.transposed(x.to(DEVICE)).cpu(), x.t())
 
 
-@pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 96), (50, 520, 48), (70, 130, 0), (33, 3584, 16), (64, 640, 192)])
+@pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 96), (50, 520, 48), (70, 130, 0), (33, 3584, 16), (33, 1280, 0), (64, 640, 192)])
 def test_norm_and_its_gradient(t, h, r):
     """Where three adapters drop, what flows back through them is in dn already."""
     (x, x_), (weight, weight_) = drawn(t, h), drawn(h, seed=1)

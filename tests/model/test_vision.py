@@ -6,11 +6,13 @@ import torch.nn.functional as F
 
 from graft.core.recipe import Lora
 from graft.model.base import load_base
+from graft.model.blocks import fuse_blocks
 from graft.model.images import ImageProcessor
 from graft.model.lora import adapters, in_tower, inject, merge_into, read_adapter, save_adapter
 from graft.model.packed import PackedBatch
 from graft.model.stream import load_fused
-from graft.model.vision import ImageBatch, VisionLM, positions
+from graft.model.tower import Borders, attend, fuse_tower, laid_out
+from graft.model.vision import ImageBatch, VisionLM, positions, tower
 
 from .tiny_vision import IMAGE, row, tiny, write
 
@@ -39,7 +41,9 @@ def batch(lm, rows, length):
         targets += own[1:].tolist()
     text = PackedBatch(ids, where, torch.tensor(ends, dtype=torch.int32), torch.tensor(length), torch.tensor(at), torch.tensor(targets))
     pixels = [p for _, p, grids in rows if len(grids)]
-    return ImageBatch(text, torch.cat(pixels) if pixels else torch.empty(0), torch.cat([grids for *_, grids in rows]))
+    if not pixels:
+        return ImageBatch(text, torch.empty(0), None)
+    return ImageBatch(text, torch.cat(pixels), laid_out(lm.config.vision_config, torch.cat([grids for *_, grids in rows])))
 
 
 def logits(lm, ids, pixels, grids):
@@ -63,6 +67,16 @@ def test_logits_and_loss_are_those_of_the_plain_forward(processor, backend):
     assert (lm.lm_head(model._supervised(changed))[: len(rows[0][0]) - 1] - wanted[0][:-1]).abs().max() > 1e-3, "it sees the pixels"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_windows_of_a_gpu_are_those_of_the_cpu(processor):
+    at, draw = laid_out(tiny().config.vision_config, torch.tensor([[1, 20, 26], [1, 8, 6]])), torch.Generator().manual_seed(0)
+    given = [torch.randn(568, 4, 80, generator=draw).bfloat16() for _ in range(3)]
+    for borders in (at.windows, at.whole):
+        on_gpu = Borders(borders.cu.cuda(), borders.longest)
+        found = attend(*(x.cuda() for x in given), on_gpu, 0.1).cpu().float()
+        assert (found - attend(*(x.float() for x in given), borders, 0.1)).norm() < 1e-2 * found.norm()
+
+
 @torch.no_grad()
 def test_a_batch_of_text_alone_is_taken_as_a_text_models(processor):
     lm = tiny()
@@ -84,33 +98,48 @@ def test_adapters_are_on_the_language_part_alone_unless_the_recipe_says_otherwis
 
 
 @pytest.mark.parametrize("vision", [False, True])
-def test_the_layers_of_a_gpu_give_the_same_loss_and_gradients(base, processor, vision):
-    lora, found = Lora(r=4, alpha=8), []
+def test_the_layers_of_a_gpu_give_the_loss_and_gradients_of_transformers(base, processor, vision):
+    lora = Lora(r=4, alpha=8)
     plain = load_base(base, None, "fp32", CPU)
     inject(plain, lora, torch.float32, 3, vision)
     fused = load_fused(base, None, "fp32", lora, CPU, 3, vision)
+    fuse_blocks(fused)
+    assert all(all(layer.halves) for layer in fused.model.language_model.layers)
+    if not vision:
+        fuse_tower(tower(fused))
     pairs = {name: pair for name, *pair in adapters(plain)}
     for name, a, b in adapters(fused):
         assert torch.equal(a, pairs[name][0])
         with torch.no_grad():
             pairs[name][1].normal_(std=0.1)
             b.copy_(pairs[name][1])
-    b = batch(plain, [row(processor, sizes, seed) for seed, sizes in enumerate(SIZES.values())], 192)
-    for model in (VisionLM(plain), VisionLM(fused, "reference")):
-        loss = model(b)
-        loss.backward()
-        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).norm()))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    rows = [row(processor, sizes, seed) for seed, sizes in enumerate(SIZES.values())]
+    loss = sum(F.cross_entropy(logits(plain, *given)[:-1], given[0][1:], reduction="sum") for given in rows)
+    found = VisionLM(fused, "reference")(batch(plain, rows, 192))
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    loss.backward()
+    found.backward()
+    held = fused.adapters.flat
+    held.data = held.grad  # of which every pair is a view
+    for name, *pair in adapters(fused):
+        for one, other in zip(pair, pairs[name], strict=True):
+            assert (one - other.grad).norm() < 1e-4 * other.grad.norm(), name
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
 def test_a_tower_is_not_quantised(base, processor, precision):
     rows = [row(processor, [(112, 112)])]
-    for lm in (load_base(base, None, precision, CPU), load_fused(base, None, precision, Lora(r=4), CPU, 0)):
+    for of_gpu in (False, True):
+        lm = load_fused(base, None, precision, Lora(r=4), CPU, 0) if of_gpu else load_base(base, None, precision, CPU)
         kinds = {type(m).__name__ for name, m in lm.named_modules() if in_tower(name) and hasattr(m, "in_features")}
         assert kinds == {"Linear"} and lm.model.visual.patch_embed.proj.weight.dtype == torch.bfloat16
+        if of_gpu:
+            fuse_blocks(lm)
+            fuse_tower(tower(lm))
         with torch.no_grad():
-            torch.testing.assert_close(VisionLM(lm)(batch(lm, rows, 64)), VisionLM(tiny())(batch(lm, rows, 64)), rtol=0.05, atol=0)
+            torch.testing.assert_close(
+                VisionLM(lm, "reference" if of_gpu else None)(batch(lm, rows, 64)), VisionLM(tiny())(batch(lm, rows, 64)), rtol=0.05, atol=0
+            )
 
 
 @pytest.mark.parametrize("vision", [False, True])

@@ -141,17 +141,13 @@ def test_images_are_decoded_before_their_step(plan, model):
     feed = feed_of(job, model.lm, 3, shards, 0, 4, 2, 1, 0, CPU)
     assert isinstance(feed, ImageFeed)
     feed.take(0)
-    waiting = [f for some in feed.pictures._waiting.values() for f in some]
-    assert len(waiting) >= 4, "of the two steps that follow"
     end = time.monotonic() + 60
-    while not all(f.done() for f in waiting) and time.monotonic() < end:
+    while not (feed._coming[1].done() and all(f.done() for some in feed.pictures._waiting.values() for f in some)) and time.monotonic() < end:
         time.sleep(0.01)
-    decoded = feed.pictures._patches
+    assert sum(map(len, feed.pictures._waiting.values())) >= 2, "of the step after the next, whose batch is made"
     feed.pictures._patches = None  # whoever decoded now would fail
-    feed.take(1)
-    feed.take(2)
-    feed.pictures._patches = decoded
-    assert not feed.pictures._waiting, "nothing beyond the last step"
+    assert [feed.take(step).step for step in (1, 2)] == [1, 2]
+    assert not feed.pictures._waiting and feed._coming is None, "nothing beyond the last step"
 
 
 def test_an_altered_a_lost_and_another_image_are_named(tmp_path):

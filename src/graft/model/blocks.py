@@ -3,7 +3,8 @@
 What a chain of operators would write and read again stays in place: a norm hands its rows to the matmul in the matmul's own
 format and their product with the adapters' A beside it; adapters are added inside the activation, the rotary embedding and
 the residual; q, k and v are turned and attended to where the matmul left them. Of a norm its input is kept, not its output.
-Nothing here is compiled. Used for layers as Llama's (https://arxiv.org/abs/2307.09288); others run through fused.py alone.
+Nothing here is compiled. Used for layers as Llama's (https://arxiv.org/abs/2307.09288), also where a token has three positions
+(M-RoPE: the angles of its row, column and time are laid side by side before the first layer); others run through fused.py alone.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from graft.model.frozen import Operand, matmul, matmul_back
 from graft.model.fused import FusedLinear, Group, adapted_backward, down, down_backward
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen2_5_VLDecoderLayer")
-ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen2_5_VLAttention")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen2_5_VLRMSNorm")
 
 
 class Half:
@@ -234,7 +235,7 @@ def fuse_blocks(model: Any, kept: str = "none") -> None:
         elif gated:
             layer.forward = partial(_by_mlp, layer, torch.compiler.disable(gated))
 
-    last: Any = getattr(model.base_model, "norm", None)
+    last: Any = getattr(getattr(model.base_model, "language_model", model.base_model), "norm", None)
     if type(last).__name__ in NORMS:
         last.forward = partial(_normed, last)
 
@@ -265,6 +266,9 @@ def _fits(module: Any, norm: Any) -> bool:
 def _is_plain(mlp: Any) -> bool:
     """No bias, the activation SiLU, and adapters on both of gate and up or on neither."""
     layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    return is_silu(mlp.act_fn) and all(layer.group.frozen.bias is None for layer in layers) and len(mlp.gate_proj.group.adapted) != 1
+
+
+def is_silu(act: Any) -> bool:
     x = torch.linspace(-3, 3, 7)
-    silu = bool(torch.allclose(mlp.act_fn(x), torch.nn.functional.silu(x)))
-    return silu and all(layer.group.frozen.bias is None for layer in layers) and len(mlp.gate_proj.group.adapted) != 1
+    return bool(torch.allclose(act(x), torch.nn.functional.silu(x)))

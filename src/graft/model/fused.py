@@ -18,7 +18,7 @@ from torch import Tensor, library, nn
 from graft.core.recipe import Lora
 from graft.model.dropout import Drop, add_back_, down_product, grown, of_a, threshold_of
 from graft.model.frozen import Frozen, Kind, matmul, matmul_back
-from graft.model.lora import TOWER, in_tower, new_pair, targets
+from graft.model.lora import in_tower, new_pair, targets
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called in this order with one input
 
@@ -210,7 +210,7 @@ class Adapters(nn.Module):
         return self.flat.split(self.sizes)[n]
 
     def hand_out(self, *_: Any) -> None:
-        """Before each forward: give every group its part, whose gradient finds the way back, and what it drops."""
+        """Before each forward, also of a tower by itself: give every group its part, whose gradient finds the way back, and what it drops."""
         for group, part, drop in zip(self.groups, self.flat.split(self.sizes), self._drops(), strict=True):
             group.adapter, group.drop = part, drop
 
@@ -278,10 +278,7 @@ def fuse(
             vectors.append(torch.cat([m.flatten() for m in (*(a for a, _ in own), *(b for _, b in own))]))
     if lora and groups:
         model.adapters = Adapters(groups, vectors, lora.dropout)
-        base = getattr(model, "base_model", model)
-        for module in (base, getattr(base, TOWER, None) if vision else None):  # a tower runs before its model does
-            if module is not None:
-                module.register_forward_pre_hook(model.adapters.hand_out)
+        getattr(model, "base_model", model).register_forward_pre_hook(model.adapters.hand_out)
     return found
 
 

@@ -54,6 +54,7 @@ ON_THE_HUB = {  # the shape of each
     "meta-llama/Llama-3.2-3B-Instruct": "llama-3.2-3b",
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama",
     "Bohanlu/Taigi-Llama-2-13B": "taigi-llama-2-13b",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2.5-vl-7b",
 }
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}  # by model_type
 _FILE = 4 << 30  # bytes of a weights file, at most

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graft.model.lora import TOWER
 from graft.model.packed import PackedBatch, PackedLM
+from graft.model.tower import Layout, laid_out, see
 
 
 class ImageBatch(NamedTuple):
@@ -19,7 +20,7 @@ class ImageBatch(NamedTuple):
 
     text: PackedBatch  # with position_ids [3, b, s]
     pixels: Tensor  # [patches, channels · 2 · patch²] of all its images, in order
-    grids: Tensor  # [images, 3] long; stays on the CPU, where the tower's windows are laid out
+    layout: Layout | None  # None where there is no image
 
     @property
     def targets(self) -> Tensor:
@@ -30,10 +31,10 @@ class ImageBatch(NamedTuple):
         return self.text.target_at
 
     def to(self, device: torch.device | str) -> ImageBatch:
-        return self._replace(text=self.text.to(device), pixels=self.pixels.to(device, non_blocking=True))
+        return ImageBatch(self.text.to(device), self.pixels.to(device, non_blocking=True), self.layout and self.layout.to(device))
 
     def pinned(self) -> ImageBatch:
-        return self._replace(text=self.text.pinned(), pixels=self.pixels.pin_memory())
+        return ImageBatch(self.text.pinned(), self.pixels.pin_memory(), self.layout and self.layout.pinned())
 
 
 class VisionLM(PackedLM):
@@ -47,23 +48,30 @@ class VisionLM(PackedLM):
             return super()._supervised(batch)
         ids = batch.text.input_ids
         embedded = self.lm.get_input_embeddings()(ids)
-        if len(batch.grids):
+        if batch.layout:
             here = (ids == self.lm.config.image_token_id)[..., None].expand_as(embedded)
-            embedded = embedded.masked_scatter(here, features(self.lm, batch.pixels, batch.grids).to(embedded.dtype))
+            embedded = embedded.masked_scatter(here, self._seen(batch.pixels, batch.layout).to(embedded.dtype))
         elif any(p.requires_grad for p in tower(self.lm).parameters()):
-            embedded = embedded + 0.0 * features(self.lm, *self._nothing(ids.device)).sum()  # ranks reduce the gradients of all that is trained
+            embedded = embedded + 0.0 * self._seen(*self._nothing(ids.device)).sum()  # ranks reduce the gradients of all that is trained
         return self._predicting(batch.text, {"inputs_embeds": embedded})
 
-    def _nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _seen(self, pixels: Tensor, layout: Layout) -> Tensor:
+        """[tokens, h]: what the tower makes of images."""
+        if adapters := getattr(self.lm, "adapters", None):
+            adapters.hand_out()  # else only the model does, which comes later
+        return see(tower(self.lm), pixels, layout)
+
+    def _nothing(self, device: torch.device) -> tuple[Tensor, Layout]:
         """An image of one token, all zeros."""
         v = self.lm.config.vision_config
         side = v.spatial_merge_size
-        return torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=device), torch.tensor([[1, side, side]])
+        zeros = torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=device)
+        return zeros, laid_out(v, torch.tensor([[1, side, side]])).to(device)
 
 
 def features(lm: Any, pixels: Tensor, grids: Tensor) -> Tensor:
-    """[tokens, h]: what the tower makes of images, one after the other. pixels, grids: as in an ImageBatch."""
-    return torch.cat(lm.base_model.get_image_features(pixels, grids).pooler_output)
+    """[tokens, h]: what the tower makes of images, one after the other. pixels: as in an ImageBatch; grids [images, 3] long of one image at least, on the CPU."""
+    return see(tower(lm), pixels, laid_out(lm.config.vision_config, grids).to(pixels.device))
 
 
 def positions(lm: Any, ids: Tensor, grids: Tensor) -> Tensor:

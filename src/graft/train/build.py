@@ -18,6 +18,7 @@ from graft.model.frozen import fp8_works
 from graft.model.lora import inject
 from graft.model.packed import PackedLM
 from graft.model.stream import load_fused
+from graft.model.tower import fuse_tower
 from graft.model.vision import VisionLM, tower
 
 
@@ -39,8 +40,10 @@ def build(base: str, revision: str | None, precision: str, config: Train, seed: 
     eyes = tower(lm)
     if config.train_vision and not eyes:
         raise ConfigError(f"train_vision = true, and {base} has no vision tower: leave it out, or name a Qwen2.5-VL model")
-    if eyes and not config.lora and not config.train_vision:
+    if eyes and not config.train_vision:
         eyes.requires_grad_(False)
+        if config.lora and on_gpu:
+            fuse_tower(eyes)
     c = lm.config.get_text_config()
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     backend = "reference" if on_gpu and config.lora else None  # in fp32, which the fast kernels do not take

@@ -33,7 +33,7 @@ class Flops:
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         return cls(big, n, c.num_hidden_layers * c.num_attention_heads * head)
 
-    def per_step(self, tokens: int, mean_length: float) -> float:
+    def per_step(self, tokens: float, mean_length: float) -> float:
         """FLOPs of a step over `tokens` in documents of `mean_length` tokens (length-weighted mean)."""
         attention = 4 * self.attention_width * (mean_length + 1) / 2
         return tokens * ((4 * self.matmul + 6 * self.adapter if self.adapter else 6 * self.matmul) + 3 * attention)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_a_model_that_also_sees_is_counted_by_its_text():
     assert shape.beside == pytest.approx(tower, rel=0.02)
     counted = shape.layer_weights + shape.ends + shape.norms + shape.beside
     assert counted == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
+def test_images_cost_a_towers_weights_in_bf16_its_forward_and_their_pixels(precision):
+    shape = Shape.of(SHAPES["qwen2.5-vl-7b"])
+    seeing, blind = (Work(s, precision, Train(global_batch=16), 2048) for s in (shape, shape._replace(beside=0)))
+    assert seeing.frozen_bytes - blind.frozen_bytes == 2 * shape.beside and 1.2e9 < 2 * shape.beside < 1.4e9
+    needs = [need(replace(seeing, image_pixels=pixels), Setting(1, "none"), H200) for pixels in (0, 1_003_520)]
+    assert (needs[1].peak_gib - needs[0].peak_gib) * GIB == pytest.approx(16 * 5120 * 1176 * 2)
+    tower_s = 16 * 2 * shape.beside * 5120 / 989e12
+    assert tower_s < needs[1].step_time_s - needs[0].step_time_s < 2 * tower_s
+    half = need(replace(seeing, row_tokens=1024), Setting(1, "none"), H200)
+    assert half.peak_gib == needs[0].peak_gib and 0.5 < half.step_time_s / needs[0].step_time_s < 0.65, "padding is not computed"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "nf4"])

@@ -9,9 +9,9 @@ import os
 import shutil
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 
 from graft.core.errors import ArtifactError, ConfigError
-from graft.core.recipe import Train
 from graft.core.stages import Plan
 from graft.model.shapes import ON_THE_HUB, SHAPES
 from graft.train.flops import PEAK_BF16_FLOPS, known
@@ -53,6 +53,10 @@ def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[
     for stage in plan.recipe.train_stages():
         train = plan.recipe.train_stage(stage)
         work = Work(shape, plan.recipe.train_precision(stage), train, plan.recipe.shard.seq_len, count, zero)
+        made = _made(plan, stage)
+        if plan.recipe.stage_shows_images(stage):  # rows are alone in their bins
+            filled = made["tokens"] / made["bins"] if made else None
+            work = replace(work, image_pixels=plan.recipe.shard.image_pixels, row_tokens=filled)
         choice = choose(work, gpu)
         setting, n, tight = choice or smallest(work, gpu)
         line = (
@@ -61,7 +65,8 @@ def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[
             f"{'logits' if n.moment == 'loss' else 'work'} {n.workspace_gib:.1f})"
         )
         lines.append(line + (f"; {n.step_time_s:.2f} s a step, {n.tokens_per_s:,.0f} tokens/s" if gpu.peak_flops else ""))
-        if gpu.peak_flops and (steps := _steps(plan, stage, train)):
+        if gpu.peak_flops and made:
+            steps = total_steps(made["bins"], train.epochs, train.global_batch, train.max_steps)
             hours = steps * n.step_time_s / 3600
             cost = f", {hours * count * price_usd:,.2f} USD" if price_usd else ""
             lines.append(f"{stage}: {steps:,} steps, {hours:.2f} hours{cost}")
@@ -115,10 +120,10 @@ def listed(text: str) -> list[Gpu]:
     return found
 
 
-def _steps(plan: Plan, stage: str, train: Train) -> int | None:
-    """Of the run, where its shards are made."""
+def _made(plan: Plan, stage: str) -> dict[str, int]:
+    """Counts of what the stage trains on, where its shards are made."""
     try:
-        bins = plan.artifact(f"shard-{stage}").counts["train"]["bins"]
+        found: dict[str, int] = plan.artifact(f"shard-{stage}").counts["train"]
     except (ArtifactError, KeyError):
-        return None
-    return total_steps(bins, train.epochs, train.global_batch, train.max_steps)
+        return {}
+    return found

@@ -77,7 +77,11 @@ def _on_gpu(job: Job, train: Train, gpu: Gpu, plain: Setting) -> MemoryPlan:
     except ConfigError as e:  # such a model may train nonetheless
         return MemoryPlan(plain, line=f"{e}; micro_batch {plain.micro_batch}, activation_checkpointing {plain.activation_checkpointing}")
     zero = Zero.of(strategy_of(job.plan))
-    return planned(stage, Work(shape, job.recipe.train_precision(stage), train, job.recipe.shard.seq_len, dist.get_world_size(), zero), gpu)
+    shard, seen = job.recipe.shard, job.recipe.stage_shows_images(stage)
+    work = Work(
+        shape, job.recipe.train_precision(stage), train, shard.seq_len, dist.get_world_size(), zero, image_pixels=shard.image_pixels if seen else 0
+    )
+    return planned(stage, work, gpu)
 
 
 def planned(stage: str, work: Work, gpu: Gpu) -> MemoryPlan:

@@ -29,6 +29,8 @@ EFFICIENCY = {"bf16": 0.565, "fp8": 0.835, "nf4": 0.556}
 AGAIN = {"bf16": 0.66, "fp8": 1.13, "nf4": 0.64}  # and what is computed again, matmuls most of all; nf4's is an assumption
 FULL_TOKENS = 16_384  # a forward of more gains nothing
 FIXED_TOKENS = 384  # what a forward costs whatever its size, in tokens: of one row, two forwards a step
+PATCH = 14**2  # pixels; a tower computes a patch through all its weights, forwards alone where it is frozen
+PATCH_BYTES = 2 * 6 * PATCH  # as it comes: twice three channels, in bf16
 MEASURED = "measured on one H200: LoRA of 8B in bf16, fp8 and nf4, of 13B in fp8, 16,384 tokens a step, layers kept or computed again"
 ERROR = {"peak_gib": 0.03, "step_time_s": 0.05}  # no difference on those is larger
 
@@ -155,6 +157,8 @@ class Work:
     gpus: int = 1
     zero: Zero = DEFAULT
     mean_length: float | None = None  # tokens of a document, weighted by length; None: bins are whole documents
+    image_pixels: int = 0  # of a row's image at most; 0: no row shows one
+    row_tokens: float | None = None  # of a bin, without padding, on average; None: bins are full
 
     @property
     def width(self) -> float:
@@ -165,19 +169,24 @@ class Work:
     def trained(self) -> int:
         """Weights."""
         if not self.train.lora:
-            return self.shape.layer_weights + self.shape.ends + self.shape.norms + self.shape.beside
+            return self.shape.layer_weights + self.shape.ends + self.shape.norms + (self.shape.beside if self.train.train_vision else 0)
         sizes = (sum(self.shape.projections.get(t, ())) for t in self.train.lora.targets)
         return sum(sizes) * self.shape.layers * self.train.lora.r
 
     @property
     def frozen_bytes(self) -> float:
-        """Of the weights that are not trained; embedding, head and norms stay as they are."""
-        if not self.train.lora:
-            return 0
+        """Of the weights that are not trained; embedding, head, norms and a tower stay as they are."""
         s = self.shape
+        if not self.train.lora:
+            return 0 if self.train.train_vision else s.beside * self.width
         rows = s.layers * (s.qkv + 2 * s.hidden + 2 * s.inter)
         scales = 4 * rows if self.precision == "fp8" else 0
-        return (s.layer_weights + s.beside) * BYTES[self.precision] + scales + (s.ends + s.norms) * self.width
+        return s.layer_weights * BYTES[self.precision] + scales + (s.ends + s.norms + s.beside) * self.width
+
+    @property
+    def patches(self) -> float:
+        """Of a row's image."""
+        return self.image_pixels / PATCH
 
 
 # ---- what it needs ------------------------------------------------------------------------------------------------------
@@ -186,7 +195,7 @@ class Need:
     """Of one GPU where it peaks, in GiB and seconds."""
 
     moment: str  # of the step: loss, backward or step
-    weights_gib: float  # as they compute, frozen and trained
+    weights_gib: float  # as they compute, frozen and trained; and a step's images
     optimizer_gib: float  # masters and moments of what is trained, and its gradients
     activations_gib: float  # that the backward waits for
     workspace_gib: float  # logits in the loss; in the backward what one layer needs, and what gradients pass through
@@ -203,7 +212,7 @@ def need(work: Work, setting: Setting, gpu: Gpu) -> Need:
     train, width = work.train, work.width
     tokens = setting.micro_batch * work.seq_len
     forwards = train.global_batch // work.gpus // setting.micro_batch
-    weights = work.frozen_bytes + work.trained * width
+    weights = work.frozen_bytes + work.trained * width + train.global_batch / work.gpus * work.patches * PATCH_BYTES  # a step's images come together
     own = work.trained / work.gpus  # weights of this GPU's partition
     held = own * 12  # master and two moments, fp32
     gradients = work.trained * width if forwards > 1 else 0.0  # of the forwards before: they wait whole for the one reduction
@@ -220,8 +229,9 @@ def need(work: Work, setting: Setting, gpu: Gpu) -> Need:
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     optimizer, activations, workspace = moments[moment]
-    step_time_s = _step_time_s(work, setting, gpu, tokens, forwards)
-    tokens_per_s = train.global_batch * work.seq_len / step_time_s
+    used = work.row_tokens or work.seq_len
+    step_time_s = _step_time_s(work, setting, gpu, setting.micro_batch * used, forwards)
+    tokens_per_s = train.global_batch * used / step_time_s
     return Need(moment, weights / GIB, optimizer / GIB, activations / GIB, workspace / GIB, step_time_s, tokens_per_s)
 
 
@@ -276,17 +286,19 @@ def _passing(work: Work) -> tuple[float, float]:
     return buffers + (alone + copied) * width, work.trained / work.gpus * width
 
 
-def _step_time_s(work: Work, setting: Setting, gpu: Gpu, tokens: int, forwards: int) -> float:
+def _step_time_s(work: Work, setting: Setting, gpu: Gpu, tokens: float, forwards: int) -> float:
     s, train = work.shape, work.train
     flops = Flops(s.layer_weights + s.vocab * s.hidden, work.trained if train.lora else 0, s.layers * s.q)
     share = s.layers * s.hidden / s.layer_weights  # of a layer's matmuls, an output column's; what ends a half is not made again
     full = (s.qkv + 2 * s.inter) * share if train.fused else 1.0
     again = {"none": 0.0, "selective": 2 * s.inter * share if train.fused else 0.0, "full": full}[setting.activation_checkpointing]
     precision, peak = "bf16" if work.precision == "fp32" else work.precision, gpu.peak_flops or 1e12
-    once = flops.per_step(tokens, work.mean_length or work.seq_len) / EFFICIENCY[precision]
-    return forwards * (once + 2 * again * s.layer_weights * tokens / AGAIN[precision]) * _filled(FULL_TOKENS) / _filled(tokens) / peak
+    once = flops.per_step(tokens, work.mean_length or work.row_tokens or work.seq_len) / EFFICIENCY[precision]
+    lm = (once + 2 * again * s.layer_weights * tokens / AGAIN[precision]) * _filled(FULL_TOKENS) / _filled(tokens)
+    seen = (6 if train.train_vision else 2) * s.beside * setting.micro_batch * work.patches / EFFICIENCY["bf16"]
+    return forwards * (lm + seen) / peak
 
 
-def _filled(tokens: int) -> float:
+def _filled(tokens: float) -> float:
     """Share of a forward's time that grows with its tokens."""
     return min(tokens, FULL_TOKENS) / (min(tokens, FULL_TOKENS) + FIXED_TOKENS)
