@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from graft.core.rows import files_of
 from graft.core.sections import Mcq
-from graft.data.pictures import Pictures, files_of
+from graft.data.pictures import Pictures
 
 
 def encoded(image, format, **options):

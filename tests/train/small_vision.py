@@ -4,11 +4,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from graft.core.rows import files_of
 from graft.core.sections import Corpus, Mcq
 from graft.core.shards import write_index
 from graft.core.stages import Plan
 from graft.data.corpora import made
-from graft.data.pictures import Pictures, files_of
+from graft.data.pictures import Pictures
 from graft.data.shard import shard_documents
 from graft.data.tokenizer import VISION, train_tokenizer
 from graft.model.chat import load_tokenizer, tokenizer_digest

@@ -35,9 +35,9 @@ class Pictures:
         self.folder.mkdir(exist_ok=True)
         self._known: dict[str, dict[str, Any]] = {}  # by path
 
-    def messages(self, value: dict[str, Any], layout: str, mcq: Mcq) -> tuple[Messages | None, str]:
+    def messages(self, value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = True) -> tuple[Messages | None, str]:
         """As `to_messages` gives them, with parts where the record has images: {"type": "image", "file", "width", "height"}."""
-        messages, images, reason = to_messages_and_images(value, layout, mcq)
+        messages, images, reason = to_messages_and_images(value, layout, mcq, answered)
         if messages is None:
             return None, reason
         try:
@@ -106,8 +106,3 @@ def _looked_at(file: io.BytesIO) -> tuple[str, tuple[int, int], list[str]]:
         if not any(why.values()):
             image.load()
         return _SUFFIX.get(image.format or "", "png"), image.size, [name for name, so in why.items() if so]
-
-
-def files_of(messages: Messages) -> list[str]:
-    """The files of the images that a conversation shows, in order."""
-    return [part["file"] for m in messages if isinstance(m["content"], list) for part in m["content"] if part["type"] == "image"]

@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 from rich import get_console
 
 from graft.core.errors import DataError
-from graft.core.rows import Row, read_jsonl, write_jsonl
+from graft.core.rows import Row, files_of, read_jsonl, write_jsonl
 from graft.core.shards import Columns, Image, write_index, write_shard
 from graft.core.stages import DATA, Job
 from graft.data import parts
 from graft.data.cluster import ray_cluster
 from graft.data.pack import alone, fill, pack, pieces
 from graft.data.parts import Part, Spec
-from graft.data.pictures import FOLDER, files_of
+from graft.data.pictures import FOLDER
 from graft.data.prepare import concatenate, documents, link, link_images
 from graft.data.tokens import Tokens, tokenize_chats, tokenize_texts
 from graft.model.chat import Messages, load_tokenizer, render, tokenizer_digest
