@@ -2,11 +2,11 @@
 
 import os
 import signal
-import socket
 import time
 
 from graft.core.metrics import read_metrics
 from graft.core.stages import Plan
+from graft.train.launch import free_port
 
 from .tree import RECIPE, Tree
 
@@ -29,9 +29,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 def command(tree: Tree, overrides=SMALL) -> tuple[str, ...]:
     """`graft run` of the recipe, served at a free port."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     return tree.graft("run", RECIPE, *(a for o in [*overrides, f"serve.port={port}"] for a in ("--set", o)))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import time
 import urllib.request
 
@@ -14,6 +13,7 @@ from graft.core.calls import parse_answer
 from graft.core.metrics import read_metrics
 from graft.core.stages import Plan, lineage
 from graft.data import grammar
+from graft.train.launch import free_port
 
 from .tree import RECIPE, Tree
 
@@ -137,9 +137,7 @@ def test_the_base_can_be_asked_for_alone(quickstart):
 
 
 def test_keep_leaves_the_server_up_until_it_is_interrupted(quickstart, plan):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     process = quickstart.start(*quickstart.graft("run", RECIPE, "--keep", "--set", f"serve.port={port}"))
     deadline = time.monotonic() + 120
     while True:

@@ -168,7 +168,9 @@ def test_scores_of_many_are_those_of_each_alone(engine, name, monkeypatch):
         reference = logits_of(engine, whole, name)[0].log_softmax(-1)
         assert own == pytest.approx([reference[at - 1, whole[at]].item() for at in range(first, len(whole))], abs=1e-5)
     shapes = []
-    monkeypatch.setattr(engine, "_forward", lambda ids, *rest: shapes.append(tuple(ids.shape)) or type(engine)._forward(engine, ids, *rest))
+    monkeypatch.setattr(
+        engine, "_forward", lambda given, *rest: shapes.append(tuple(given["input_ids"].shape)) or type(engine)._forward(engine, given, *rest)
+    )
     together = engine.scores(asked, name)
     assert len(shapes) == 1 and shapes[0][0] == 24, "one forward"
     monkeypatch.setattr("graft.engine.hf.PROMPT_TOKENS", 300)
@@ -317,7 +319,9 @@ def test_pieces_are_whole_characters_and_end_before_the_stop_text(engine, text, 
             break
     else:
         pieces.append(row.end())
-    expected = text[: min([i for s in stops if (i := text.find(s)) >= 0], default=len(text))]
+    so_far = (engine.tokenizer.decode(tokens[:n]).rstrip(HALF) for n in range(1, len(tokens) + 1))
+    stopped = next((t for t in so_far if any(s in t for s in stops)), text)  # by the token that completes the first stop text
+    expected = stopped[: min([i for s in stops if (i := stopped.find(s)) >= 0], default=len(stopped))]
     assert "".join(pieces) == expected
     assert HALF not in "".join(pieces)
 

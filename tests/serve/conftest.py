@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from graft.serve.api import build
 from graft.serve.app import wait_until_ready
 from graft.serve.runner import Runner
 from graft.serve.spec import ServeSpec
+from graft.train.launch import free_port
 
 RECIPE = """
 name = "tiny"
@@ -150,9 +150,3 @@ def process():
         return subprocess.Popen([sys.executable, "-c", code, plan.path, plan.root], stdout=subprocess.PIPE, text=True, env=env)
 
     return launch
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -1,6 +1,5 @@
 """`graft run --slurm`: one command submits the chain of the quickstart's recipe, which ends as a local run does."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -8,6 +7,7 @@ import time
 import pytest
 
 from graft.core.stages import Plan
+from graft.train.launch import free_port
 
 from ..e2e.kills import SMALL
 from ..e2e.tree import RECIPE, Tree
@@ -19,9 +19,7 @@ DATA = ["augment", "prepare", "init", "shard-base", "shard-cpt", "shard-sft"]
 
 
 def overrides():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return [word for o in [*SMALL, f"serve.port={s.getsockname()[1]}"] for word in ("--set", o)]
+    return [word for o in [*SMALL, f"serve.port={free_port()}"] for word in ("--set", o)]
 
 
 def graft(cluster, project, *words):

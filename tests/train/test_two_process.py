@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from graft.core.artifact import sha256_file
 from graft.core.metrics import read_metrics
+from graft.train.launch import free_port
 
 from ..core.wandb_server import history, records
 from .small import curve, environment, small_plan, start, train
@@ -129,9 +129,7 @@ def test_a_wrong_shard_stops_it_in_one_line(tmp_path):
 def test_two_launchers_with_one_rendezvous_are_one_run(undisturbed, tmp_path):
     """What slurm/train.sbatch starts: a launcher a node, here two of one process each on this machine."""
     plan = small_plan(tmp_path)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root)]
     nodes = []
     for rank in ("0", "1"):

@@ -21,10 +21,12 @@ from graft.engine.batched import Batched
 from graft.engine.cache import RowCache, kv_bytes
 from graft.engine.protocol import Chunk, Finish, Request, Scored
 from graft.engine.sampling import Picked, pick
+from graft.engine.sight import Prompt, Sight
 from graft.engine.slots import Slots
 from graft.engine.text import Text
-from graft.model.base import DTYPES, load_base
+from graft.model.base import DTYPES, load_base, sees_images
 from graft.model.chat import end_of_turn_ids
+from graft.model.images import ImageProcessor, Seen
 
 PROMPT_TOKENS = 8192  # padding counted, of rows that join in one step, where it is more than one
 SCORED_TOKENS = 2048  # whose logits one forward makes, where it is more than one row's
@@ -37,7 +39,7 @@ class HFEngine(Batched):
     """adapters: {name: folder of a saved LoRA adapter}, loaded at once; tokenizer: the one whose template ends the turns.
 
     max_adapters: slots, by default as many as are given; kv_tokens: how many tokens of keys and values are held at most, by default what
-    the memory allows. Raises ConfigError where `base` is no model that it can run or has fewer tokens than the tokenizer, and ArtifactError
+    the memory allows; image_pixels: of an image at most, for a base that sees some (shard.image_pixels). Raises ConfigError where `base` is no model that it can run or has fewer tokens than the tokenizer, and ArtifactError
     where an adapter does not fit it.
     """
 
@@ -53,6 +55,7 @@ class HFEngine(Batched):
         max_adapters: int | None = None,
         max_rank: int = 512,
         kv_tokens: int | None = None,
+        image_pixels: int | None = None,
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = load_base(base, revision, precision, self.device)
@@ -61,6 +64,9 @@ class HFEngine(Batched):
         if len(tokenizer) > (known := self.model.get_input_embeddings().weight.shape[0]):
             raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens and the base {base!r} embeds {known}: they do not belong together")
         self.ends = frozenset(end_of_turn_ids(tokenizer))
+        if sees_images(self.model.config):
+            self.processor = ImageProcessor(base, revision, image_pixels)
+        self._sight = Sight(self.model, self.processor) if self.processor else None
         self.slots = Slots(self.model, len(adapters) if max_adapters is None else max_adapters, max_rank, DTYPES[precision])
         for name, folder in adapters.items():
             self.slots.load(name, Path(folder))
@@ -110,6 +116,11 @@ class HFEngine(Batched):
         self.check(number, request)
         self._waiting.append(_Row(number, request, self))
         return number
+
+    def check(self, row: int, request: Request) -> None:
+        super().check(row, request)
+        if self._sight:
+            self._sight.check(row, request.prompt_ids, request.images)
 
     def drop(self, row: int) -> None:
         for found in (*self._waiting, *self._rows):
@@ -179,28 +190,36 @@ class HFEngine(Batched):
         """Prompts are padded behind their ends, which no token before them sees. before: rows that have just joined."""
         there = (*self._rows, *before)
         self._cache.prompts(len(there), len(rows), max(row.most for row in (*there, *rows)), self.kv_tokens)
-        prompts = [row.request.prompt_ids for row in rows]
-        logits = self._whole(prompts, [[len(p) - 1] for p in prompts], [row.slot for row in rows], self._cache)
+        places = [[row.length - 1] for row in rows]
+        logits = self._whole([row.prompt for row in rows], places, [row.slot for row in rows], self._cache)
         return self._pick(logits, rows)
 
     def _scores(self, asked: list[Scored], slot: int) -> list[list[float]]:
         """Those of one forward."""
         places = [list(range(first - 1, len(ids) - 1)) for ids, first, _ in asked]
-        logits = self._whole([ids for ids, *_ in asked], places, [slot] * len(asked))
+        logits = self._whole([self.prompt(ids, images) for ids, _, images in asked], places, [slot] * len(asked))
         tokens = torch.tensor([token for ids, first, _ in asked for token in ids[first:]], device=self.device)
         scores = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         return [own.tolist() for own in scores.split([len(own) for own in places])]
 
-    def _whole(self, rows: list[list[int]], places: list[list[int]], slots: list[int], cache: RowCache | None = None) -> Tensor:
+    def _whole(self, rows: list[Prompt], places: list[list[int]], slots: list[int], cache: RowCache | None = None) -> Tensor:
         """fp32 logits [wanted, vocabulary] at these places of whole rows, one row after another."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=self.device)
+        at = torch.arange(longest, device=self.device)
+        given: dict[str, Tensor] = {"input_ids": ids, "position_ids": at[None]}
+        if self._sight and any(row.images for row in rows):
+            embedded = self._sight.embedded(rows, ids, lambda n: self.slots.rows.use([slots[n]], self.device))
+            given = {"inputs_embeds": embedded, "position_ids": self._sight.positions(rows, at)}
         wanted = [(row, place) for row, own in enumerate(places) for place in own]
         self._wanted = tuple(torch.tensor(wanted, device=self.device).T)  # type: ignore[assignment]
         try:
-            return self._forward(ids, torch.arange(longest, device=self.device)[None], slots, 0, cache)[0]
+            return self._forward(given, at[None], slots, 0, cache)[0]
         finally:
             self._wanted = None
+
+    def prompt(self, ids: list[int], images: tuple[Seen, ...]) -> Prompt:
+        return self._sight.prompt(ids, images) if self._sight else Prompt(ids)
 
     def _pick_wanted(self, _: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the head sees of hidden states [rows, length, width]: [1, wanted, width]; logits of other tokens are never made."""
@@ -209,23 +228,18 @@ class HFEngine(Batched):
     def _next_tokens(self) -> list[Picked]:
         at = self._cache.next_tokens([row.length for row in self._rows], self.device)
         ids = torch.tensor([[row.text.tokens[-1]] for row in self._rows], device=self.device)
-        logits = self._forward(ids, at[:, None], [row.slot for row in self._rows], 1, self._cache)
+        where = at + torch.tensor([row.prompt.shift for row in self._rows], device=self.device) if self._sight else at
+        given = {"input_ids": ids, "position_ids": where[:, None]}
+        logits = self._forward(given, at[:, None], [row.slot for row in self._rows], 1, self._cache)
         for row in self._rows:
             row.length += 1
         return self._pick(logits[:, -1], self._rows)
 
-    def _forward(self, ids: Tensor, at: Tensor, slots: list[int], keep: int | Tensor, cache: RowCache | None = None) -> Tensor:
-        """fp32 logits [b, kept, vocabulary] of `ids` [b, new], which lie at positions `at` [b or 1, new]."""
+    def _forward(self, given: dict[str, Tensor], at: Tensor, slots: list[int], keep: int | Tensor, cache: RowCache | None = None) -> Tensor:
+        """fp32 logits [b, kept, vocabulary] of what is given, ids [b, new] or embeddings and positions, which are tokens number `at` [b or 1, new]."""
         self.slots.rows.use(slots, self.device)
-        keys = cache.step.longest if cache and cache.step.at is not None else ids.shape[1]
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self._mask(at, keys),
-            position_ids=at,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=keep,
-        )
+        keys = cache.step.longest if cache and cache.step.at is not None else at.shape[1]
+        out = self.model(**given, attention_mask=self._mask(at, keys), past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
         logits: Tensor = out.logits.float()
         return logits
 
@@ -251,6 +265,7 @@ class _Row:
         self.text = Text(engine.tokenizer, request.stop)
         self.ends = engine.ends if request.ends is None else request.ends
         self.slot = engine.slots.take(request.adapter)
+        self.prompt = engine.prompt(request.prompt_ids, request.images)
         self.length = len(request.prompt_ids)  # tokens in the cache, once it has joined
         self.most = self.length + request.max_new_tokens
         self.over = False

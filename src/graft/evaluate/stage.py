@@ -73,5 +73,15 @@ def _figures(metrics: dict[str, Any]) -> Iterator[tuple[str, str, str, float, fl
 
 def engine_of(recipe: Recipe, base: str, revision: str | None, adapters: dict[str, Path], tokenizer: Any) -> Engine:
     """The one that the recipe is served by, for `evaluate.batch_size` rows at once."""
-    limits = {"max_batch": recipe.evaluate.batch_size, "max_adapters": len(adapters), "max_rank": recipe.serve.max_rank}
-    return start(recipe.serve.engine, base, revision, recipe.model.precision, tokenizer, adapters=adapters, **limits)
+    return start(
+        recipe.serve.engine,
+        base,
+        revision,
+        recipe.model.precision,
+        tokenizer,
+        adapters=adapters,
+        max_batch=recipe.evaluate.batch_size,
+        max_adapters=len(adapters),
+        max_rank=recipe.serve.max_rank,
+        image_pixels=recipe.shard.image_pixels,
+    )

@@ -29,8 +29,8 @@ class Seen(NamedTuple):
 class ImageProcessor:
     """The base's own, with the recipe's limit of pixels."""
 
-    def __init__(self, base: str, revision: str | None, most_pixels: int):
-        """ConfigError where the base is of text alone, or of another family."""
+    def __init__(self, base: str, revision: str | None, most_pixels: int | None = None):
+        """most_pixels: None for the base's limit alone. ConfigError where the base is of text alone, or of another family."""
         path = model_folder(base, revision) / CONFIG
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ class ImageProcessor:
             raise ConfigError(f"model.base = {base!r} has an image processor that graft does not know ({kind}): name a Qwen2.5-VL model")
         self.processor = _of(config)
         size = self.processor.size
-        self.most = min(size["longest_edge"], most_pixels)  # transformers' names; both are numbers of pixels
+        self.most = min(size["longest_edge"], most_pixels or size["longest_edge"])  # transformers' names; both are numbers of pixels
         self.least = min(size["shortest_edge"], self.most)
         self.factor = self.processor.patch_size * self.processor.merge_size  # pixels of a token's side
 

@@ -45,20 +45,21 @@ class VisionLM(PackedLM):
         embedded = self.lm.get_input_embeddings()(ids)
         if len(batch.grids):
             here = (ids == self.lm.config.image_token_id)[..., None].expand_as(embedded)
-            embedded = embedded.masked_scatter(here, self._seen(batch.pixels, batch.grids).to(embedded.dtype))
+            embedded = embedded.masked_scatter(here, features(self.lm, batch.pixels, batch.grids).to(embedded.dtype))
         elif any(p.requires_grad for p in tower(self.lm).parameters()):
-            embedded = embedded + 0.0 * self._seen(*self._nothing(ids.device)).sum()  # ranks reduce the gradients of all that is trained
+            embedded = embedded + 0.0 * features(self.lm, *self._nothing(ids.device)).sum()  # ranks reduce the gradients of all that is trained
         return self._predicting(batch.text, {"inputs_embeds": embedded})
-
-    def _seen(self, pixels: Tensor, grids: Tensor) -> Tensor:
-        """[tokens, h]: what the tower makes of images, one after the other."""
-        return torch.cat(self.lm.base_model.get_image_features(pixels, grids).pooler_output)
 
     def _nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """An image of one token, all zeros."""
         v = self.lm.config.vision_config
         side = v.spatial_merge_size
         return torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=device), torch.tensor([[1, side, side]])
+
+
+def features(lm: Any, pixels: Tensor, grids: Tensor) -> Tensor:
+    """[tokens, h]: what the tower makes of images, one after the other. pixels, grids: as in an ImageBatch."""
+    return torch.cat(lm.base_model.get_image_features(pixels, grids).pooler_output)
 
 
 def positions(lm: Any, ids: Tensor, grids: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
         ready=(recipe.name,) if adapters else (),
         base_name="base" if adapters else recipe.name,
         port=port or recipe.serve.port,
+        image_pixels=recipe.shard.image_pixels,
         **{key: getattr(recipe.serve, key) for key in SHARED},
     )
 

@@ -226,6 +226,7 @@ class Runner:
             max_adapters=spec.max_adapters if spec.store else 0,
             max_rank=spec.max_rank,
             kv_tokens=spec.kv_tokens,
+            image_pixels=spec.image_pixels,
         )
         self.tokenizer = load_tokenizer(spec.tokenizer)
         engine.generate([Request(render_prompt(self.tokenizer, [{"role": "user", "content": "hello"}]), 1)])

@@ -146,9 +146,9 @@ def _require_free(port: str | None) -> None:
 
 
 def free_port() -> int:
-    """Of those that the system gives to nobody who does not ask: one it gave and took back could be another's a moment later."""
+    """Of those that neither the system nor Ray gives to whoever does not ask: one given and taken back could be another's a moment later."""
     while True:
-        port = random.randrange(10_000, 30_000)
+        port = random.randrange(20_000, 32_000)
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port
