@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from graft.core.errors import ConfigError
 from graft.core.sections import Mcq
 from graft.data.readers.image_rows import to_messages_and_images, with_parts
 from graft.data.readers.mcq import Refused
@@ -106,3 +107,10 @@ def _looked_at(file: io.BytesIO) -> tuple[str, tuple[int, int], list[str]]:
         if not any(why.values()):
             image.load()
         return _SUFFIX.get(image.format or "", "png"), image.size, [name for name, so in why.items() if so]
+
+
+def below(root: str, folder: Path) -> Pictures:
+    """Those of files below `root`, filled into `folder`; ConfigError where it is no folder."""
+    if not Path(root).is_dir():
+        raise ConfigError(f"--images {root} is no folder: mend it")
+    return Pictures(folder, Path(root), Counter())

@@ -104,7 +104,7 @@ def asked(value: dict[str, Any], layout: str, task: EvalTask, pictures: Pictures
         if reason:
             raise Refused(reason)
         return {"text": text}
-    options = {}
+    options: Row = {}
     if layout == "mcq":
         prompt, replies, texts, right = reading_comprehension.choices(value, task.mcq)
         if task.kind == "cloze":
