@@ -36,7 +36,7 @@ def cut(name: str) -> tuple[str, ...]:
     trained = ("cpt", "sft") if TWINS[name] == "cpt" else ("sft",)
     sizes = [f"corpora.{made}.documents=100", "base.train.epochs=1", "evaluate.max_new_tokens=8", f"serve.port={free_port()}"]
     if name == "ui-vqa-tiny":
-        sizes += ["corpora.drawn.documents=48", "evaluate.tasks.drawn.drawings=12", "evaluate.tasks.described.drawings=12"]
+        sizes += ["base.train.max_steps=6", "corpora.drawn.documents=48", "evaluate.tasks.drawn.drawings=12", "evaluate.tasks.described.drawings=12"]
     return (*sizes, *(f"{stage}.max_steps=4" for stage in trained))
 
 
