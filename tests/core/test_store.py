@@ -1,5 +1,6 @@
 """The store takes adapters in whole, reads them as they were published or not at all, and lets no name out of its root."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from graft.core import store as stored
 from graft.core.errors import ArtifactError, GraftError
 from graft.core.store import AdapterStore, UnknownAdapter
 
@@ -129,3 +131,43 @@ def test_what_is_no_safetensors_file_is_never_published(store, tmp_path, content
     with pytest.raises(GraftError, match="no safetensors file"):
         store.add("chat", tmp_path / "one", {})
     assert store.versions() == [] and not list(store.root.glob("chat/.draft*"))
+
+
+def picture(folder, data=b"a picture", suffix="png", name=None):
+    file = folder / f"{name or hashlib.sha256(data).hexdigest()}.{suffix}"
+    file.write_bytes(data)
+    return file.name
+
+
+def test_the_images_of_canaries_are_published_under_their_sha256_alone(store, tmp_path):
+    folder = make(tmp_path / "one", preprocessor_config__json="{}")
+    names = {picture(folder, b"one", suffix) for suffix in ("png", "jpg", "webp")}
+    for name in ("0" * 63, "A" * 64, "photo"):
+        picture(folder, name=name)
+    picture(folder, suffix="svg")
+    found = store.verified(store.add("chat", folder, {}).id)
+    assert set(found.about["files"]) == {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", *names}
+    image = found.folder / min(names)
+    image.chmod(0o644)
+    image.write_bytes(b"eno")
+    with pytest.raises(ArtifactError, match=f"{image.name} was altered"):
+        store.verified(found.id)
+    image.unlink()
+    with pytest.raises(ArtifactError, match=f"{image.name} is missing"):
+        store.verified(found.id)
+
+
+def test_images_under_another_name_or_too_many_of_them_are_never_published(store, tmp_path, monkeypatch):
+    folder = make(tmp_path / "one")
+    name = picture(folder, name="0" * 64)
+    with pytest.raises(ArtifactError, match=f"{name} was altered: its SHA-256 is not its name"):
+        store.add("chat", folder, {})
+    (folder / name).unlink()
+    for n in range(3):
+        picture(folder, b"%d" % n)
+    for limit in ("MAX_IMAGES", "MAX_IMAGE_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, limit, 2)
+            with pytest.raises(ArtifactError, match="holds 3 images in 3 bytes: at most"):
+                store.add("chat", folder, {})
+    assert store.versions() == [] and store.add("chat", folder, {})

@@ -11,7 +11,7 @@ from PIL import Image
 
 from graft.core.errors import ConfigError
 from graft.core.recipe import load
-from graft.core.rows import files_of, read_jsonl
+from graft.core.rows import read_jsonl
 from graft.core.sections import Decontaminate, Images
 from graft.core.stages import Plan
 from graft.data import drawings, questions
@@ -22,6 +22,7 @@ from graft.data.prompts import images, source
 from graft.data.reading import TEXTS, read_pieces, write_evaluation_texts
 from graft.data.seed_rows import OF_IMAGES, select, told_by
 from graft.data.sources import evaluation_sets, sources
+from graft.model.chat import files_of
 
 RECIPE = """
 name = "asked"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from graft.core.artifact import sha256_file
 from graft.core.errors import ConfigError
-from graft.core.rows import files_of, read_jsonl, write_jsonl
+from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import Mcq
 from graft.core.shards import ShardSet
 from graft.core.stages import Plan
@@ -19,7 +19,7 @@ from graft.data import init, prepare, questions, shard
 from graft.data.export import export
 from graft.data.pictures import Pictures
 from graft.data.readers.layouts import detect
-from graft.model.chat import IMAGE, load_tokenizer
+from graft.model.chat import IMAGE, files_of, image_parts, load_tokenizer, render
 from graft.model.images import ImageProcessor
 
 RECIPE = """
@@ -151,6 +151,18 @@ def test_every_bin_is_one_row_whose_placeholders_are_its_images_patches(plan, st
             seen.add(shown.file)
             assert source.startswith("rows") or sha256_file(path) == path.stem
     assert seen == {path.name for path in (folder / "images").iterdir()}
+
+
+def test_probes_say_how_rows_with_images_render(plan):
+    base = str(plan.artifact("init").path)
+    processor, tokenizer = ImageProcessor(base, None, plan.recipe.shard.image_pixels), load_tokenizer(base)
+    probes = json.loads((plan.artifact("shard-sft").path / "probes.json").read_text(encoding="utf-8"))
+    sizes = [[(part["width"], part["height"]) for part in image_parts(p["messages"])] for p in probes]
+    assert [len(own) for own in sizes] == [1, 1, 1, 0, 1, 1, 1, 0, 0, 0], "three of augment's rows, of the files' and of identity's"
+    for probe, own in zip(probes, sizes, strict=True):
+        done = render(tokenizer, probe["messages"], [processor.tokens(processor.grid(*size)) for size in own])
+        assert (probe["ids"], probe["loss_mask"]) == (done.ids, done.loss_mask)
+        assert bool(own) == (tokenizer.convert_tokens_to_ids(IMAGE) in done.ids)
 
 
 def test_a_row_too_long_is_rejected_and_no_image_is_on_both_sides(plan):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from graft.core.rows import files_of
 from graft.core.sections import Mcq
 from graft.data.pictures import Pictures
+from graft.model.chat import files_of
 
 
 def encoded(image, format, **options):

@@ -14,6 +14,7 @@ from graft.model.base import load_base, random_llama
 from graft.model.chat import TEMPLATES, load_tokenizer, render
 from graft.model.lora import LoraLinear, inject, read_adapter, save_adapter
 from graft.model.packed import PackedLM
+from graft.train.batches import collate
 from graft.train.parity import effects, packed, parity
 
 TEXT = ["Draw me a shiba walking by the sea.", "What is the weather like today?", "幫我畫一隻柴犬", "今天天氣如何"] * 8
@@ -84,4 +85,6 @@ def recorded(base: Path, folder: Path, identity: str, precision: str = "fp32") -
     model = load_base(str(base), None, precision, "cpu")
     inject(model, Lora(r=config["r"], alpha=config["lora_alpha"], targets=tuple(config["target_modules"])), torch.float32, 0)
     canaries = packed([(r.ids, r.loss_mask) for r in done], MAX_LENGTH)
-    (folder / "parity.json").write_text(json.dumps(parity(tokenizer, identity, precision, effects(PackedLM(model), canaries, folder))))
+    (folder / "parity.json").write_text(
+        json.dumps(parity(tokenizer, identity, precision, effects(PackedLM(model), [(canaries, collate([canaries]))], folder)))
+    )

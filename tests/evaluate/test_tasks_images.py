@@ -10,7 +10,7 @@ from PIL import Image
 from graft.cli import main
 from graft.core.errors import ArtifactError
 from graft.core.recipe import Lora
-from graft.core.rows import files_of, read_jsonl
+from graft.core.rows import read_jsonl
 from graft.data import drawings, questions
 from graft.engine.hf import HFEngine
 from graft.engine.protocol import Request
@@ -19,7 +19,7 @@ from graft.evaluate.json_answers import judged
 from graft.evaluate.options import likelihoods, replies
 from graft.evaluate.pictures import images_of
 from graft.model.base import load_base
-from graft.model.chat import load_tokenizer, render_prompt, save_tokenizer
+from graft.model.chat import files_of, load_tokenizer, render_prompt, save_tokenizer
 from graft.model.lora import LoraLinear, inject, save_adapter
 
 from ..train.small_vision import vision_plan

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from graft.core.recipe import Lora
 from graft.model.base import load_base
 from graft.model.images import ImageProcessor
-from graft.model.lora import adapters, in_tower, inject, save_adapter
+from graft.model.lora import adapters, in_tower, inject, merge_into, read_adapter, save_adapter
 from graft.model.packed import PackedBatch
 from graft.model.stream import load_fused
 from graft.model.vision import ImageBatch, VisionLM, positions
@@ -114,7 +114,7 @@ def test_a_tower_is_not_quantised(base, processor, precision):
 
 
 @pytest.mark.parametrize("vision", [False, True])
-def test_peft_reads_the_saved_adapter_to_the_same_logits(base, processor, tmp_path, vision):
+def test_peft_and_merged_weights_give_the_saved_adapters_logits(base, processor, tmp_path, vision):
     peft = pytest.importorskip("peft")
     lm = load_base(base, None, "fp32", CPU)
     inject(lm, Lora(r=4, alpha=8), torch.float32, 0, vision)
@@ -124,8 +124,14 @@ def test_peft_reads_the_saved_adapter_to_the_same_logits(base, processor, tmp_pa
     save_adapter(lm, Lora(r=4, alpha=8), tmp_path, "base")
     theirs = peft.PeftModel.from_pretrained(load_base(base, None, "fp32", CPU), tmp_path)
     given = row(processor, [(112, 112)])
+    merged = load_base(base, None, "fp32", CPU)
+    for name, w in merge_into(lambda name: merged.get_submodule(name).weight.data, *read_adapter(tmp_path)).items():
+        merged.get_submodule(name).weight.data = w
     with torch.no_grad():
-        torch.testing.assert_close(logits(theirs, *given), logits(lm, *given), rtol=1e-5, atol=1e-5)
+        own = lm.lm_head(VisionLM(lm)._supervised(batch(lm, [given], 64)))
+        for other in (theirs, merged, lm):
+            torch.testing.assert_close(logits(other, *given)[:-1], own, rtol=1e-5, atol=1e-5)
+        assert (logits(tiny(), *given)[:-1] - own).abs().max() > 1e-3
 
 
 def test_a_trained_tower_has_gradients_of_rows_without_images_too(base, processor):

@@ -53,11 +53,14 @@ def plan_in(root: Path, *overrides: str) -> Plan:
 
 
 def make(plan: Plan, until: str = "serve", steps: int = 300, **fill: object) -> Plan:
-    """Complete the stages up to `until`. fill: predictions, of the evaluation; metrics, of each training stage, or by stage."""
+    """Complete the stages up to `until`. fill: predictions, of the evaluation; metrics, of each training stage, or by stage; tasks, as tasks() gives
+    them; also, called with each stage's draft and its name."""
     for stage in plan.stages:
         job = plan.resolve(stage)
         with job.writing() as draft:
             _fill(draft, stage, steps, fill)
+            if "also" in fill:
+                fill["also"](draft, stage)
         if stage == until:
             break
     return plan
@@ -169,7 +172,7 @@ def _fill(draft, stage, steps, fill):
             loss=0.2, validation_loss=0.5, tokens_per_s=2000.0, steps=steps, tokens=steps * 1000, processes=2, skipped_steps=0, device_hours=3.5
         )
     elif stage == "questions":
-        for name, (asked, _, told) in tasks().items():
+        for name, (asked, _, told) in (fill.get("tasks") or tasks()).items():
             counts[name] = {"kind": told["kind"], "rows": write_jsonl(folder / f"{name}.jsonl", asked), "refused": {}}
     elif stage == "evaluate":
         found = fill.get("predictions") or list(predictions())
@@ -183,8 +186,9 @@ def _fill(draft, stage, steps, fill):
         families = {"call-00": 0.5, "call-01": 1.0, "text-00": 0.75}
         told = {"rows": len(found), "scores": scores, "confusion": MATRIX, "per_family_accuracy": families, "argument_exact_share": 0.9}
         if (folder.parents[3] / "data_shards/made/questions").exists():
-            told["tasks"] = {name: of for name, (_, _, of) in tasks().items()}
-            for name, (_, lines, _) in tasks().items():
+            made = fill.get("tasks") or tasks()
+            told["tasks"] = {name: of for name, (_, _, of) in made.items()}
+            for name, (_, lines, _) in made.items():
                 write_jsonl(folder / f"predictions-{name}.jsonl", lines)
         (folder / "metrics.json").write_text(json.dumps(told))
         counts.update(rows=len(found), strict_f1=0.725, accuracy=0.74, best_constant_f1=0.65, failures=6)

@@ -11,6 +11,7 @@ import pytest
 from graft.report.page import write
 
 from .made import SHIBA, TASKS, make, metrics, plan_in, predictions
+from .made_images import drawing, put, run_in
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium import webdriver
@@ -84,3 +85,17 @@ def test_paper_is_white_and_holds_the_width(browser, url):
     assert js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
     assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
+
+
+def test_images_stand_beside_their_prompt_and_on_a_phone_below_it(browser, tmp_path):
+    url = write(run_in(tmp_path, 4, lambda artifact, n: [put(artifact, drawing(n + k)[0]) for k in range(1 + n % 2)])).as_uri()
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        js = shown(browser, url, width, scheme)
+        js("for (const d of document.querySelectorAll('details')) d.open = true")
+        drawn, all_of_them = js("const i = [...document.images]; return [i.filter(e => e.complete && e.naturalWidth === 112).length, i.length]")
+        assert drawn == all_of_them > 12 and js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        apart = js(
+            "return [...document.querySelectorAll('.asked')].map(a => [...a.children].map(c => c.getBoundingClientRect())).map(([p, i]) => [i.left - p.right, i.top - p.bottom])"
+        )
+        assert len(apart) == 8 and all(across > 0 if width > 500 else down > 0 for across, down in apart)
+        assert browser.get_log("browser") == []

@@ -158,7 +158,8 @@ def test_rows_of_images_are_told(tmp_path):
             accepted=7, rejected=2, requests=9, reasons={"malformed": 2}, images={"in": 10, "kept": 8, "rejected": {"small": 2}}, stopped="end"
         )
     report = gather(plan)
-    assert report.stages[0].note == "7 rows from 8 images, 9 requests" and report.data[0].title == "Rewrites rejected, by reason"
+    assert report.stages[0].note == "7 rows from 8 images, 9 requests" and report.data[0].title == "Answers rejected, by reason"
+    assert report.data[1].title == "Images" and ("augment", "rejected: small", "2") in report.data[1].rows
 
 
 def test_shards_that_are_gone_cost_their_histogram_alone(tmp_path):

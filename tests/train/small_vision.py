@@ -1,18 +1,25 @@
-"""A recipe of drawings whose parents of training are made by hand: a tiny random Qwen2.5-VL, and shards of image rows, no Ray."""
+"""A recipe of drawings whose parents of training are made by hand: a tiny random Qwen2.5-VL, and shards of image rows, no Ray; and an adapter as if it
+had been trained on them."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
-from graft.core.rows import files_of
+import torch
+
+from graft.core.recipe import Train
 from graft.core.sections import Corpus, Mcq
 from graft.core.shards import write_index
 from graft.core.stages import Plan
 from graft.data.corpora import made
 from graft.data.pictures import Pictures
-from graft.data.shard import shard_documents
+from graft.data.shard import probes_of, shard_documents
 from graft.data.tokenizer import VISION, train_tokenizer
-from graft.model.chat import load_tokenizer, tokenizer_digest
+from graft.model.chat import files_of, load_tokenizer, save_tokenizer, tokenizer_digest
+from graft.model.images import ImageProcessor, copy_config
+from graft.model.lora import adapters, save_adapter
+from graft.train.build import build
+from graft.train.parity import record
 
 from ..model.tiny_vision import write
 
@@ -79,11 +86,32 @@ def _sharded(folder, plan):
     file = {"path": str(prepared / "corpora" / "rows.jsonl"), "name": "rows", "kind": "chat", "split": None, "weight": 1.0}
     spec = {"files": [file], "source": source, "seq_len": plan.recipe.shard.seq_len, "bins_per_shard": 8, "pack": False, "pad": 3}
     report = shard_documents(spec | {"images": plan.recipe.shard.image_pixels, "held_out": 0.2}, folder)
-    digest = tokenizer_digest(load_tokenizer(*source))
+    tokenizer = load_tokenizer(*source)
+    digest = tokenizer_digest(tokenizer)
     for split in ("train", "validation"):
         write_index(folder / split, seq_len=plan.recipe.shard.seq_len, pad_id=3, tokenizer=digest, shards=report[split])
     (folder / "rejected.jsonl").unlink()
     (folder / "images").mkdir()
-    for line in (prepared / "corpora" / "rows.jsonl").read_text().splitlines():
-        for name in files_of(json.loads(line)["messages"]):
-            (folder / "images" / name).write_bytes((prepared / "images" / name).read_bytes())
+    chats = [json.loads(line)["messages"] for line in (prepared / "corpora" / "rows.jsonl").read_text().splitlines()]
+    for name in (name for messages in chats for name in files_of(messages)):
+        (folder / "images" / name).write_bytes((prepared / "images" / name).read_bytes())
+    probes = probes_of(tokenizer, [*chats[:2], *chats[-2:]], ImageProcessor(source[0], None, plan.recipe.shard.image_pixels))
+    (folder / "probes.json").write_text(json.dumps(probes, ensure_ascii=False))
+
+
+def as_trained(plan: Plan, folder: Path) -> Path:
+    """Write a random adapter of the tower and of the recipe's targets, and what training leaves beside it."""
+    base, revision = plan.base_model("sft")
+    lora = plan.recipe.train_stage("sft").lora
+    model = build(base, revision, "fp32", Train(lora=lora, train_vision=True), 0, torch.device("cpu"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, _, b in adapters(model.lm):
+            b.normal_(std=0.3)
+    folder.mkdir()
+    save_adapter(model.lm, lora, folder, base)
+    tokenizer = load_tokenizer(base, revision)
+    save_tokenizer(tokenizer, folder)
+    copy_config(base, revision, folder)
+    record(plan.resolve("sft"), model, tokenizer, folder)
+    return folder

@@ -96,11 +96,6 @@ def _joined(parts: list[Any]) -> str:
     return "".join(AN_IMAGE if part["type"] == "image" else part["text"] for part in parts)
 
 
-def files_of(messages: list[Any]) -> list[str]:
-    """The files of the images that a conversation shows, in order."""
-    return [part["file"] for m in messages if isinstance(m["content"], list) for part in m["content"] if part["type"] == "image"]
-
-
 def is_unicode(text: str) -> bool:
     """False for a lone surrogate, which JSON can write and UTF-8 cannot: it stands for bytes that were none."""
     try:

@@ -1,6 +1,6 @@
 """Adapters as servers find them: `<root>/<name>/<version>/`, immutable, where the version is the first 12 digits of its content's SHA-256.
 
-    <root>/<name>/<version>/        safetensors and JSON alone, listed with their SHA-256 in version.json; files 0444, folders 0755
+    <root>/<name>/<version>/        safetensors, JSON and the images of canaries alone, listed with their SHA-256 in version.json; files 0444, folders 0755
     <root>/<name>/<version>.json    notes, which may change: evaluation, override, withdrawn
     <root>/<name>/alias             the `name@version` that the plain name stands for, replaced atomically
 
@@ -25,11 +25,14 @@ from graft.core.errors import ArtifactError, ConfigError
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[0-9a-f]{12}")
 WEIGHTS = "adapter_model.safetensors"
+IMAGE = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp)")  # named by its SHA-256
 FILES = re.compile(
     r"adapter_model\.safetensors|adapter_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|chat_template\.jinja|probes\.json|parity\.json"
+    rf"|preprocessor_config\.json|{IMAGE.pattern}"
 )
 LIST, ALIAS = "version.json", "alias"
 MAX_BYTES, MAX_TENSORS, MAX_HEADER = 8 << 30, 20_000, 16 << 20
+MAX_IMAGES, MAX_IMAGE_BYTES = 16, 128 << 20  # of all images of a version
 
 
 class UnknownAdapter(ConfigError):
@@ -87,6 +90,7 @@ class AdapterStore:
             for file in files:
                 shutil.copyfile(file, draft / file.name)
             listed = {f.name: {"sha256": sha256_file(draft / f.name), "bytes": f.stat().st_size} for f in files}
+            _check_images(source, listed)
             version = digest_of(listed)[:12]
             about = {"format": 1, "files": listed, "lineage": lineage, "published_unix_s": round(time.time(), 3)}
             (draft / LIST).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -171,7 +175,7 @@ class AdapterStore:
             raise ArtifactError(f"{found.folder / LIST} lists other files than those that {found.id} was published with")
         for file in sorted(found.folder.iterdir()):
             if file.name not in (*listed, LIST):
-                raise ArtifactError(f"{file} is no part of {found.id}: an adapter is safetensors and JSON alone")
+                raise ArtifactError(f"{file} is no part of {found.id}: an adapter is safetensors, JSON and the images that it was published with")
         for name, entry in listed.items():
             file = self._plain(found.folder / name)
             if not FILES.fullmatch(name) or not file.is_file():
@@ -180,6 +184,7 @@ class AdapterStore:
                 raise ArtifactError(f"{file} has {size} bytes, {found.id} was published with {entry['bytes']}")
             if sha256_file(file) != entry["sha256"]:
                 raise ArtifactError(f"{file} was altered: its SHA-256 is not that of {found.id}")
+        _check_images(found.folder, listed)
         _check_header(found.folder / WEIGHTS)
         return found
 
@@ -196,6 +201,17 @@ class AdapterStore:
 def _require(pattern: re.Pattern[str], text: str, what: str) -> None:
     if not pattern.fullmatch(text):
         raise UnknownAdapter(f"{text[:80]!r} is no {what} of an adapter: they are of the form {pattern.pattern}")
+
+
+def _check_images(folder: Path, listed: dict[str, Any]) -> None:
+    """ArtifactError where an image's name is not its SHA-256, or there are more than are taken."""
+    images = {name: entry for name, entry in listed.items() if IMAGE.fullmatch(name)}
+    for name, entry in images.items():
+        if not name.startswith(entry["sha256"]):
+            raise ArtifactError(f"{folder / name} was altered: its SHA-256 is not its name")
+    size = sum(entry["bytes"] for entry in images.values())
+    if len(images) > MAX_IMAGES or size > MAX_IMAGE_BYTES:
+        raise ArtifactError(f"{folder} holds {len(images)} images in {size} bytes: at most {MAX_IMAGES} in {MAX_IMAGE_BYTES} are taken")
 
 
 def _check_header(file: Path) -> None:

@@ -23,7 +23,7 @@ from rich import get_console
 
 from graft.core.errors import DataError
 from graft.core.recipe import Recipe
-from graft.core.rows import LABELS, Row, files_of, read_jsonl, write_jsonl
+from graft.core.rows import LABELS, Row, read_jsonl, write_jsonl
 from graft.core.stages import DATA, Job
 from graft.data import parts
 from graft.data.cluster import ray_cluster
@@ -34,6 +34,7 @@ from graft.data.pictures import FOLDER
 from graft.data.reading import COLUMNS, DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
 from graft.data.seed_rows import OF_IMAGES, families_held_out, of_images, select, told_by
 from graft.data.sources import Source, evaluation_sets, sources
+from graft.model.chat import files_of
 
 CLUSTERS = "clusters.parquet"
 REASONS = {EXACT: "duplicate", NEAR: "near duplicate"}

@@ -18,7 +18,7 @@ from rich import get_console
 from graft.core.errors import ConfigError, DataError
 from graft.core.json_schema import Schema, loads, wrong
 from graft.core.recipe import HELD_OUT
-from graft.core.rows import Row, files_of, read_jsonl, write_jsonl
+from graft.core.rows import Row, read_jsonl, write_jsonl
 from graft.core.sections import EvalTask
 from graft.core.stages import Job, Plan
 from graft.data.corpora import made
@@ -29,6 +29,7 @@ from graft.data.readers.files import pieces, records, sample
 from graft.data.readers.layouts import layout_of, to_messages, to_text
 from graft.data.readers.mcq import Refused
 from graft.data.sources import as_corpus
+from graft.model.chat import files_of
 
 
 def run(job: Job) -> None:

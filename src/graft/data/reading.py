@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from graft.core.rows import files_of, in_texts, is_unicode, write_jsonl
+from graft.core.rows import in_texts, is_unicode, write_jsonl
 from graft.core.sections import Clean, Corpus, Decontaminate, Dedup
 from graft.data.cleaning.document import clean_document
 from graft.data.corpora import made
@@ -29,6 +29,7 @@ from graft.data.parts import Spec
 from graft.data.pictures import FOLDER, Pictures
 from graft.data.readers.files import Piece, Record, records
 from graft.data.readers.layouts import excerpt, to_messages, to_text
+from graft.model.chat import files_of
 from graft.model.pixels import Unusable, normalise
 
 VERSION = 2

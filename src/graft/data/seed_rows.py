@@ -17,10 +17,11 @@ from PIL import Image
 from graft.core.calls import parse_answer
 from graft.core.errors import DataError
 from graft.core.recipe import Recipe
-from graft.core.rows import LABELS, Row, files_of, in_texts, is_unicode, wrong_roles
+from graft.core.rows import LABELS, Row, in_texts, is_unicode, wrong_roles
 from graft.core.sections import Prepare, Task
 from graft.data.cleaning.document import STEPS
 from graft.data.decontaminate import Gate
+from graft.model.chat import files_of
 from graft.model.pixels import wrong_size
 
 OF_IMAGES = "image"  # the label of rows that augment made of images

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from rich import get_console
 
 from graft.core.errors import DataError
-from graft.core.rows import Row, files_of, read_jsonl, write_jsonl
+from graft.core.rows import Row, read_jsonl, write_jsonl
 from graft.core.shards import Columns, Image, write_index, write_shard
 from graft.core.stages import DATA, Job
 from graft.data import parts
@@ -34,13 +34,14 @@ from graft.data.parts import Part, Spec
 from graft.data.pictures import FOLDER
 from graft.data.prepare import concatenate, documents, link, link_images
 from graft.data.tokens import Tokens, tokenize_chats, tokenize_texts
-from graft.model.chat import Messages, load_tokenizer, render, tokenizer_digest
+from graft.model.chat import Messages, image_parts, load_tokenizer, render, tokenizer_digest
 from graft.model.images import ImageProcessor
 
 VERSION = 1
 VALIDATION = 0.02  # share of the documents of a text corpus that is held out
 FEW = 20  # documents; a part of fewer holds out none unless the draw says so
-PROBES = 3
+PROBES = 3  # of a source, and as many again that show images
+LOOKED_AT = 1000  # conversations of a source
 SPLITS = ("train", "validation")
 LARGE = 8 << 20  # bytes of a documents file that is a part of its own
 ROWS = "rows"  # the source of augmented rows, which prepare has split
@@ -54,7 +55,10 @@ def run(job: Job) -> None:
     base, revision = (str(job.parents["init"].path), None) if "init" in job.parents else job.plan.external_base()
     source = (base, revision, job.plan.chat_template)
     tokenizer = load_tokenizer(*source)
-    probes = _probes(tokenizer, job)  # renders here first, so that a template that cannot work is told in one line
+    processor = (
+        ImageProcessor(base, revision, recipe.shard.image_pixels) if recipe.stage_shows_images(job.stage.name.removeprefix("shard-")) else None
+    )
+    probes = _probes(tokenizer, job, processor)  # renders here first, so that a template that cannot work is told in one line
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     store = job.plan.home(DATA) / "parts" / job.stage.name
     digest = tokenizer_digest(tokenizer)
@@ -131,24 +135,32 @@ def _texts(path: Path) -> list[str]:
     return pq.read_table(path, columns=["text"])["text"].to_pylist()
 
 
-def _probes(tokenizer: Any, job: Job) -> list[Row]:
-    """Conversations of the training rows with the ids and mask they render to: the first of each label, then the next."""
+def _probes(tokenizer: Any, job: Job, processor: ImageProcessor | None) -> list[Row]:
+    """Conversations of the training rows with the ids and mask they render to: of augment's the first of each label, then the next."""
     if job.stage.name != "shard-sft":
         return []
     prepared, found = job.parents["prepare"], []
     if job.recipe.augment:
         rows = list(read_jsonl(prepared.path / "rows" / "train.jsonl"))
         firsts = list({row["label"]: row for row in reversed(rows)}.values())[::-1]
-        found = [row["messages"] for row in [*firsts, *(r for r in rows if r not in firsts)] if not files_of(row["messages"])][:PROBES]
+        found = _few(row["messages"] for row in [*firsts, *(r for r in rows if r not in firsts)])
     for name in job.recipe.train_stage("sft").corpora:
         if prepared.counts["corpora"][name]["layout"] != "text":
-            texts = (messages for messages in map(json.loads, documents(prepared.path, name)) if not files_of(messages))
-            found += islice(texts, PROBES)
-    rendered = []
-    for messages in found:
-        done = render(tokenizer, messages)
-        rendered.append({"messages": messages, "ids": done.ids, "loss_mask": done.loss_mask})
-    return rendered
+            found += _few(map(json.loads, documents(prepared.path, name)))
+    return probes_of(tokenizer, found, processor)
+
+
+def probes_of(tokenizer: Any, chats: list[Messages], processor: ImageProcessor | None) -> list[Row]:
+    """What probes.json holds of these conversations; processor: None where none shows an image."""
+    tokens = _images_of(chats, processor)[1] if processor else [[]] * len(chats)
+    done = [render(tokenizer, messages, own) for messages, own in zip(chats, tokens, strict=True)]
+    return [{"messages": messages, "ids": r.ids, "loss_mask": r.loss_mask} for messages, r in zip(chats, done, strict=True)]
+
+
+def _few(chats: Iterable[Messages]) -> list[Messages]:
+    """The first PROBES of text alone, and the first that show images."""
+    some = list(islice(chats, LOOKED_AT))
+    return [m for m in some if not image_parts(m)][:PROBES] + [m for m in some if image_parts(m)][:PROBES]
 
 
 # ---- the part ---------------------------------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ def shard_documents(spec: Spec, folder: Path) -> dict[str, Any]:
             tokens = tokenize_texts(source, texts)
         else:
             chats = [json.loads(t) for t in texts]
-            images, tokens_each = _images_of(chats, spec) if "images" in spec else (None, None)
+            images, tokens_each = _images_of(chats, ImageProcessor(source[0], source[1], spec["images"])) if "images" in spec else (None, None)
             tokens = tokenize_chats(source, chats, spec["seq_len"], tokens_each)
         bad = [n for n, reason in enumerate(tokens.reasons) if reason]
         rejected += [{"source": file["name"], "number": n, "reason": tokens.reasons[n], "text": texts[n][:200]} for n in bad]
@@ -188,20 +200,9 @@ def shard_documents(spec: Spec, folder: Path) -> dict[str, Any]:
     return report | {split: _write(chosen[split], names, folder / split, spec) for split in SPLITS}
 
 
-def _images_of(chats: list[Messages], spec: Spec) -> tuple[Images, list[list[int]]]:
+def _images_of(chats: list[Messages], processor: ImageProcessor) -> tuple[Images, list[list[int]]]:
     """(the images of each conversation, how many tokens stand for each)."""
-    base, revision, _ = spec["source"]
-    processor = ImageProcessor(base, revision, spec["images"])
-    found = [
-        tuple(
-            Image(part["file"], processor.grid(part["width"], part["height"]))
-            for m in chat
-            if isinstance(m["content"], list)
-            for part in m["content"]
-            if part["type"] == "image"
-        )
-        for chat in chats
-    ]
+    found = [tuple(Image(part["file"], processor.grid(part["width"], part["height"])) for part in image_parts(chat)) for chat in chats]
     return found, [[processor.tokens(image.grid) for image in row] for row in found]
 
 

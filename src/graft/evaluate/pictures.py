@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.core.errors import ArtifactError
-from graft.core.rows import files_of
-from graft.model.chat import Messages
+from graft.model.chat import Messages, files_of
 from graft.model.pixels import Unusable, shown
 
 FOLDER = "images"

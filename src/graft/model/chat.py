@@ -163,6 +163,16 @@ def render(tokenizer: Any, messages: Messages, image_tokens: Sequence[int] = ())
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------------
+def image_parts(messages: Messages) -> list[dict[str, Any]]:
+    """The parts {"type": "image", …} of a conversation, in order."""
+    return [part for m in messages if isinstance(m["content"], list) for part in m["content"] if part["type"] == "image"]
+
+
+def files_of(messages: Messages) -> list[str]:
+    """The files of the images that a conversation shows, in order."""
+    return [part["file"] for part in image_parts(messages)]
+
+
 def _flat(tokenizer: Any, messages: Messages) -> Messages:
     """Messages whose contents are texts, an image as the template writes it."""
     found = []

@@ -16,6 +16,18 @@ from graft.core.errors import ConfigError
 from graft.core.hub import model_folder
 
 CONFIG = "preprocessor_config.json"
+DECIDES = (
+    "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+    "do_resize",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
 _KNOWN = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor")
 
 
@@ -46,6 +58,12 @@ class ImageProcessor:
         self.most = min(size["longest_edge"], most_pixels or size["longest_edge"])  # transformers' names; both are numbers of pixels
         self.least = min(size["shortest_edge"], self.most)
         self.factor = self.processor.patch_size * self.processor.merge_size  # pixels of a token's side
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides an image's patches, as JSON holds it; two processors of the same settings see alike."""
+        named = ((name, getattr(self.processor, name)) for name in DECIDES)
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in named}
+        return {"most_pixels": self.most, "least_pixels": self.least} | own
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """(1, rows, columns) of patches of an image of that size, which must not be 200 times as long as wide, or as wide as long."""

@@ -155,6 +155,7 @@ def decoded(file: BinaryIO, max_side: int, max_pixels: int = MAX_PIXELS) -> Imag
         opened.load()
         turn = _TURN.get(orientation(opened))
         image = _rgb(opened)
+    image.info.clear()  # comments and profiles, which an encoder would write again
     image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return image.transpose(turn) if turn is not None else image
 

@@ -42,7 +42,7 @@ def load_fused(base: str, revision: str | None, precision: str, lora: Lora | Non
     wanted = {name for name, p in lm.named_parameters() if p.is_meta} - tied
     wanted |= {f"{name}.weight" for name in places} | {f"{name}.bias" for name, (frozen, _) in places.items() if frozen.bias is not None}
     for stored, tensor in weights(base, revision, device):
-        name = _named(stored) if sees_images(config) else stored
+        name = named(stored, config)
         module, _, leaf = name.rpartition(".")
         if name not in wanted:
             if name in tied or "rotary_emb" in name:
@@ -75,11 +75,18 @@ def weights(base: str, revision: str | None, device: torch.device | str) -> Iter
             raise ConfigError(f"model.base = {base!r}: {name} cannot be read ({e}); only safetensors are") from None
 
 
-def _named(stored: str) -> str:
-    """What transformers calls a tensor of a Qwen2.5-VL, whose files name it as its first versions did, or as it is."""
+def named(stored: str, config: Any) -> str:
+    """What transformers calls a stored tensor; a Qwen2.5-VL's files name it as its first versions did, or as it is."""
+    if not sees_images(config):
+        return stored
     if stored.startswith(f"{TOWER}."):
         return f"model.{stored}"
     return re.sub(rf"^model\.(?!{TOWER}\.|language_model\.)", "model.language_model.", stored)
+
+
+def stored_as(name: str, config: Any) -> str:
+    """The other way: the name in a file that every program reads."""
+    return re.sub(rf"^model\.({TOWER}\.)|^(model\.)language_model\.", r"\1\2", name) if sees_images(config) else name
 
 
 def _make_rotary(lm: nn.Module, device: torch.device) -> None:

@@ -25,6 +25,10 @@ class ImageBatch(NamedTuple):
     def targets(self) -> Tensor:
         return self.text.targets
 
+    @property
+    def target_at(self) -> Tensor:
+        return self.text.target_at
+
     def to(self, device: torch.device | str) -> ImageBatch:
         return self._replace(text=self.text.to(device), pixels=self.pixels.to(device, non_blocking=True))
 

@@ -1,21 +1,30 @@
-"""What became of the data: rows by class and source, what was dropped and why, tokens by source, lengths of the documents."""
+"""What became of the data: rows by class and source, what was dropped and why, images, tokens by source, lengths of the documents."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter, deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from graft.core.artifact import Artifact
 from graft.core.errors import ArtifactError
+from graft.core.rows import read_jsonl
 from graft.core.shards import INDEX, ShardSet
 from graft.report.flat import number
-from graft.report.tree import Histogram, Table
+from graft.report.pictures import FOLDER, Album, images_of, in_marks, question
+from graft.report.scrub import cut
+from graft.report.tree import Histogram, Sample, Table
 
 SPLITS = ("train", "validation")
 BUCKETS = 32  # of a histogram
 MOST = 30_000_000  # documents whose lengths are read: 0.1 GB
+SAMPLES, LOOKED = 12, 500  # training images that are shown, rows of a source among which they are looked for
+TEXT = 160  # code points of a sample's question or answer
 
 
 def data_tables(found: dict[str, Artifact]) -> Iterator[Table]:
@@ -27,6 +36,11 @@ def data_tables(found: dict[str, Artifact]) -> Iterator[Table]:
     shards = {name: a.counts for name, a in found.items() if name.startswith("shard-")}
     if shards:
         yield from _sharded(shards)
+    if images := list(_images(found)):
+        note = "different: one that several rows show counts once; shown: as often as rows show it"
+        yield Table(
+            "Images", ("stage", "what became of them", "count"), tuple((stage, what, number(n)) for stage, what, n in images), (2,), note=note
+        )
 
 
 def _augmented(c: dict[str, Any]) -> Iterator[Table]:
@@ -35,7 +49,8 @@ def _augmented(c: dict[str, Any]) -> Iterator[Table]:
         yield _counted("Rows made, by class", "class", rows, "rows", {label: str(why) for label, why in (stopped or {}).items()}, "ended by")
     if reasons := c.get("reasons"):
         note = ", ".join(f"{number(c[k])} {k}" for k in ("rewrites", "accepted", "rejected") if k in c)
-        yield _counted("Rewrites rejected, by reason", "reason", reasons, "rewrites", note=note)
+        what = "answers" if "images" in c else "rewrites"
+        yield _counted(f"{what.capitalize()} rejected, by reason", "reason", reasons, what, note=note)
 
 
 def _prepared(c: dict[str, Any]) -> Iterator[Table]:
@@ -94,6 +109,77 @@ def _counted(
     columns = (what, unit, "share", *((also_column,) if also else ()))
     rows = tuple((name, number(counts[name]), f"{n / total:.1%}", *((also.get(name, ""),) if also else ())) for name, n in numbers.items())
     return Table(title, columns, rows, (1, 2), tuple(n / total for n in numbers.values()), note)
+
+
+# ---- images -----------------------------------------------------------------------------------------------------------
+def kept_images(artifact: Artifact) -> int:
+    """The different images that an artifact holds."""
+    return sum(name.startswith(f"{FOLDER}/") for name in artifact.manifest["files"])
+
+
+def _images(found: dict[str, Artifact]) -> Iterator[tuple[str, str, int]]:
+    """(stage, what became of them, how many)."""
+    if "augment" in found and isinstance(c := found["augment"].counts.get("images"), dict):
+        yield from (("augment", what, c[key]) for key, what in (("in", "listed"), ("kept", "kept")) if key in c)
+        yield from (("augment", f"rejected: {reason}", n) for reason, n in (c.get("rejected") or {}).items())
+    if "prepare" in found and (kept := kept_images(found["prepare"])):
+        c = found["prepare"].counts
+        sources = [c.get("rows") or {}, *(c.get("corpora") or {}).values()]
+        changed, rejected = Counter[str](), Counter[str]()
+        for source in sources:
+            for what, n in (source.get("changed") or {}).items():
+                changed[what] += n if " " in what else 0  # a step that cleans texts has a name of one word
+            for reason, n in (source.get("rejected") or {}).items():
+                if reason.startswith("image "):
+                    rejected[reason.removeprefix("image ").partition(":")[0]] += n
+        yield "prepare", "kept, different ones", kept
+        yield from (("prepare", f"changed: {what}", n) for what, n in changed.items() if n)
+        yield from (("prepare", f"rows rejected: {reason}", n) for reason, n in rejected.items())
+    if "questions" in found and (kept := kept_images(found["questions"])):
+        yield "questions", "kept, different ones", kept
+        tasks = ((task, c) for task, c in found["questions"].counts.items() if isinstance(c, dict))
+        yield from (("questions", f"{task}, changed: {what}", n) for task, c in tasks for what, n in (c.get("changed") or {}).items())
+    for name, artifact in found.items():
+        if name.startswith("shard-"):
+            shown = ((split, artifact.counts.get(split, {}).get("images")) for split in SPLITS)
+            yield from ((name, f"shown in {split}", n) for split, n in shown if n)
+
+
+def samples(found: dict[str, Artifact]) -> Iterator[Sample]:
+    """The first training rows of each source that show an image, sources in turn, no image twice; none of a source that cannot be read."""
+    if "prepare" not in found or not kept_images(found["prepare"]):
+        return
+    album, seen = Album(found["prepare"].path), set[str]()
+    sources = deque(_conversations(found["prepare"], name) for name in ("", *(found["prepare"].counts.get("corpora") or {})))
+    while sources and len(seen) < SAMPLES:
+        source = sources.popleft()
+        for name, messages in islice(source, 1):
+            sources.append(source)
+            if (first := str(images_of(messages)[0].get("file"))) not in seen:
+                seen.add(first)
+                said = (cut(text, TEXT) for text in (question(messages), in_marks(messages)[-1][1]))
+                yield Sample(album.pictures(messages)[0], name or "augmented rows", *said)
+
+
+def _conversations(prepared: Artifact, corpus: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Those of the first LOOKED rows of a corpus, of the augmented rows where it is "", that show an image; with the corpus."""
+    try:
+        for messages in _first(prepared, corpus):
+            if isinstance(messages, list) and images_of(found := [m for m in messages if isinstance(m, dict)]):
+                yield corpus, found
+    except (OSError, ValueError):  # the stage that reads it says so
+        return
+
+
+def _first(prepared: Artifact, corpus: str) -> Iterator[Any]:
+    if not corpus:
+        path = prepared.path / "rows" / "train.jsonl"
+        yield from (row.get("messages") for row in islice(read_jsonl(path), LOOKED)) if path.is_file() else ()
+    elif prepared.counts["corpora"][corpus].get("layout") != "text":
+        for path in sorted((prepared.path / "corpora" / corpus).glob("*.parquet"))[:1]:
+            with pq.ParquetFile(path) as file:
+                for batch in islice(file.iter_batches(LOOKED, columns=["text"]), 1):
+                    yield from map(json.loads, batch["text"].to_pylist())
 
 
 # ---- lengths ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A recipe's artifacts as one tree: which stages are complete, what each made of what, and what the page tells of them.
 
-Reads manifests, metrics.jsonl, predictions.jsonl and the shards' document lengths (4 bytes each), never their tokens or any weight:
+Reads manifests, metrics.jsonl, predictions.jsonl, the images that it shows and the shards' document lengths (4 bytes each), never their tokens or any weight:
 100,000 steps of training take 1.6 s, and as much to draw.
 """
 
@@ -17,7 +17,7 @@ from graft.core.artifact import commit as source_commit
 from graft.core.errors import ArtifactError
 from graft.core.stages import CHECKPOINTS, DATA, Plan
 from graft.report.curves import training
-from graft.report.data import data_tables, lengths
+from graft.report.data import data_tables, kept_images, lengths, samples
 from graft.report.flat import dollars, duration, flat, number
 from graft.report.scores import evaluation
 from graft.report.scrub import scrubbed, secrets_of
@@ -54,6 +54,7 @@ def gather(plan: Plan) -> Report:
         ledger=tuple(_ledger(found.get("augment"))),
         stages=tuple(stages),
         data=tuple(data_tables(found)),
+        samples=tuple(samples(found)),
         lengths=tuple(lengths(found)),
         trainings=tuple(trainings),
         cost=_cost(found, trainings),
@@ -90,7 +91,7 @@ def _stage(plan: Plan, name: str, found: dict[str, Artifact], runs: dict[str, Tr
     return Stage(
         name,
         "complete",
-        _made(name, artifact.counts, spec.room == TRAINED),
+        _made(name, artifact, spec.room == TRAINED),
         _relative(plan, artifact.path),
         m["fingerprint"],
         m["digest"],
@@ -116,9 +117,9 @@ def _earlier(plan: Plan, name: str) -> str:
     return f"; an earlier one, of other keys or inputs, is {current.resolve().name}" if current.exists() else ""
 
 
-def _made(name: str, counts: dict[str, Any], trained: bool) -> str:
+def _made(name: str, artifact: Artifact, trained: bool) -> str:
     """One line of a stage's counts: those that matter most, by what is there."""
-    c = counts
+    c = artifact.counts
     if trained:
         loss = "".join(f", {text} {c[key]:.3f}" for key, text in (("loss", "loss"), ("validation_loss", "held-out loss")) if key in c)
         return f"{number(c.get('steps', '?'))} steps{loss}"
@@ -133,9 +134,12 @@ def _made(name: str, counts: dict[str, Any], trained: bool) -> str:
         rows = c.get("rows") or {}
         splits = [f"{sum(rows[s].values()):,} {s}" for s in ("train", "validation", "test") if isinstance(rows.get(s), dict)]
         texts = sum(corpus.get("documents", 0) for corpus in c.get("corpora", {}).values())
-        return ", ".join([f"{', '.join(splits)} rows"] * bool(splits) + [f"{texts:,} documents"] * bool(texts))
+        images = kept_images(artifact)
+        return ", ".join(
+            [f"{', '.join(splits)} rows"] * bool(splits) + [f"{texts:,} documents"] * bool(texts) + [f"{images:,} images"] * bool(images)
+        )
     if name.startswith("shard-") and "train" in c:
-        return f"{c['train']['bins']:,} bins, {c['train']['tokens']:,} tokens, {c['train']['utilisation']:.1%} used"
+        return f"{c['train']['bins']:,} bins, {c['train']['tokens']:,} tokens, {c['train']['utilisation']:.1%} used" + _images(c)
     if name == "evaluate" and ("strict_f1" in c or "tasks" in c):
         return "; ".join(([f"F1 {c['strict_f1']:.3f} on {number(c['rows'])} rows"] if "strict_f1" in c else []) + _tasks(c))
     if name == "questions":
@@ -147,6 +151,11 @@ def _made(name: str, counts: dict[str, Any], trained: bool) -> str:
     if name == "serve" and c.get("first_token_s"):
         return f"first token after {c['first_token_s']:.3f} s"
     return ", ".join(f"{k} {v}" for k, v in list(flat(c))[:3])
+
+
+def _images(counts: dict[str, Any]) -> str:
+    images = counts.get("train", {}).get("images")
+    return f", {number(images)} images" if images else ""
 
 
 def _tasks(counts: dict[str, Any]) -> list[str]:
@@ -167,7 +176,8 @@ def _verdict(stages: list[Stage], found: dict[str, Artifact], trainings: list[Tr
     if left:
         return f"Not complete: {left[0].name} is {left[0].state} ({left[0].note})", None
     if "evaluate" in found and (tasks := _tasks(found["evaluate"].counts)):
-        return "; ".join(tasks), None
+        seen = _images(found["shard-sft"].counts) if "shard-sft" in found else ""
+        return "; ".join([*tasks, *([f"trained on{seen[1:]}"] if seen else [])]), None
     losses = [(t.stage, dict(t.facts).get("validation loss") or dict(t.facts).get("loss")) for t in trainings]
     return "Complete" + "".join(f", {stage} at loss {loss}" for stage, loss in losses[-1:] if loss), None
 

@@ -20,7 +20,7 @@ from graft.core.stages import CHECKPOINTS, Plan
 from graft.report.charts import confusion_chart, histogram_chart, line_chart, share_bar
 from graft.report.flat import dollars, duration
 from graft.report.gather import gather
-from graft.report.tree import Answer, Evaluation, Pair, Prediction, Report, Stage, Table, Task, Training
+from graft.report.tree import Answer, Evaluation, Pair, Picture, Prediction, Report, Sample, Stage, Table, Task, Training
 
 SECTIONS = {"lineage": "Lineage", "data": "Data", "training": "Training", "cost": "Cost", "evaluation": "Evaluation"}
 STAGE_COLUMNS = ("stage", "state", "made", "artifact", "made of", "time", "API")
@@ -141,10 +141,18 @@ def _data(report: Report) -> Iterator[str]:
     yield '<div class="tables">'
     for table in report.data:
         yield f"<section>{_table(table)}</section>"
-    yield '</div><div class="charts">'
+    yield "</div>"
+    if report.samples:
+        yield f'<h4>Images of the training data</h4><div class="samples">{"".join(map(_sample, report.samples))}</div>'
+    yield '<div class="charts">'
     for h in report.lengths:
         yield _figure(h.title, "", histogram_chart(h), below=h.note)
     yield "</div>"
+
+
+def _sample(s: Sample) -> str:
+    said = f'<p class="dim">{escape(s.source)}</p><p class="text" dir="auto">{escape(s.question)}</p><p class="text" dir="auto"><b>{escape(s.answer)}</b></p>'
+    return f"<div>{_picture(s.picture)}{said}</div>"
 
 
 def _trainings(report: Report) -> Iterator[str]:
@@ -218,25 +226,39 @@ def _prediction(p: Prediction) -> str:
 
 
 def _task(t: Task) -> Iterator[str]:
-    yield f'<h3>Task {escape(t.name)}</h3><p class="note">{escape(t.note)}</p>{_table(t.means)}'
+    yield f'<h3>Task {escape(t.name)}</h3><p class="note">{escape(t.note)}</p>'
+    tables = [_table(table) for table in (t.means, t.by_question) if table]
+    yield f'<div class="tables">{"".join(f"<section>{table}</section>" for table in tables)}</div>' if len(tables) > 1 else tables[0]
     for title, shown in (("worst", t.worst), ("best", t.best)):
         if shown:
             yield f"<details><summary>The {len(shown)} {title}</summary><div>{''.join(map(_answer, shown))}</div></details>"
 
 
 def _answer(a: Answer) -> str:
-    return _card(a.id, a.right, [escape(a.judged)], a.sides)
+    return _card(a.id, a.right, [escape(a.judged)], a.sides, a.code, a.pictures)
 
 
-def _card(name: str, right: bool | None, facts: list[str], sides: Sequence[Pair]) -> str:
-    """One prediction. facts: HTML; sides: a title and a text each."""
+def _card(name: str, right: bool | None, facts: list[str], sides: Sequence[Pair], code: bool = False, pictures: Sequence[Picture] = ()) -> str:
+    """One prediction. facts: HTML; sides: a title and a text each; code, pictures: as of an Answer."""
     shown = ""
-    for title, text in sides:
+    for n, (title, text) in enumerate(sides):
         said = f'<div class="text" dir="auto">{escape(text)}</div>' if text else '<div class="empty">empty</div>'
-        shown += f'<div class="{"long" if len(text) > LONG else "short"}"><h5>{escape(title)}</h5>{said}</div>'
+        side = f"<h5>{escape(title)}</h5>{said}"
+        if n == 0 and pictures:
+            shown += f'<div class="long asked"><div>{side}</div><div class="pictures">{"".join(map(_picture, pictures))}</div></div>'
+        else:
+            shown += f'<div class="{"code" if code and n else "long" if len(text) > LONG else "short"}">{side}</div>'
     kind, mark = {True: (" right", "✓ "), False: ("", "✗ "), None: (" graded", "")}[right]
     told = " · ".join([*facts, f"<code>{escape(name)}</code>"])
     return f'<article class="prediction{kind}"><p class="dim">{mark}{told}</p><div class="sides">{shown}</div></article>'
+
+
+def _picture(p: Picture) -> str:
+    """The thumbnail with its name and size, or the line of why there is none."""
+    if not p.data:
+        return f'<p class="empty">{escape(p.name)}: {escape(p.wrong)}</p>'
+    image = f'<img src="{escape(p.data)}" alt="{escape(p.alt)}" width="{p.width}" height="{p.height}">'
+    return f"<figure>{image}<figcaption>{escape(p.name)}, {escape(p.size)}</figcaption></figure>"
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from graft.report.tree import Series
+from graft.report.tree import Picture, Series
 
 HIDDEN = "[hidden]"
 LEAST = 6  # characters of a secret: a shorter value would be found in innocent words
@@ -42,13 +42,15 @@ def clean(text: str, secrets: list[str]) -> str:
 
 
 def scrubbed(tree: T, secrets: list[str]) -> T:
-    """The same tree with every string clean(); curves are numbers and pass as they are but for their names."""
+    """The same tree with every string clean(); curves and thumbnails pass as they are but for their names and texts."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, str):
             return clean(value, secrets)
         if isinstance(value, Series):
             return dataclasses.replace(value, name=clean(value.name, secrets))
+        if isinstance(value, Picture):  # base64 holds a short secret by chance, and is no image without it
+            return dataclasses.replace(value, alt=clean(value.alt, secrets), wrong=clean(value.wrong, secrets))
         if isinstance(value, tuple):
             return tuple(map(walk, value))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

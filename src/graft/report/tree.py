@@ -127,13 +127,40 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image of a row. data: a thumbnail of width x height pixels as a data URI, "" where it is not shown; wrong: why not. size: of the image itself."""
+
+    name: str = ""
+    alt: str = ""
+    data: str = ""
+    size: str = ""
+    width: int = 0
+    height: int = 0
+    wrong: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training row that shows an image."""
+
+    picture: Picture
+    source: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Answer:
-    """One answer to a task. right: None where there is more than right and wrong. judged: the systems' scores. sides: titles and texts, side by side."""
+    """One answer to a task. right: None where there is more than right and wrong. judged: the systems' scores. sides: titles and texts, side by side,
+    the question first. code: the other sides are read line against line, however long they are. pictures: what the question shows.
+    """
 
     id: str
     right: bool | None
     judged: str
     sides: tuple[Pair, ...]
+    code: bool = False
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +170,7 @@ class Task:
     note: str
     best: tuple[Answer, ...] = ()
     worst: tuple[Answer, ...] = ()
+    by_question: Table | None = None  # where questions repeat
 
 
 @dataclass(frozen=True)
@@ -178,6 +206,7 @@ class Report:
     ledger: tuple[Pair, ...]  # what the augment artifact says of the API's ledger
     stages: tuple[Stage, ...]
     data: tuple[Table, ...]
+    samples: tuple[Sample, ...]
     lengths: tuple[Histogram, ...]
     trainings: tuple[Training, ...]
     cost: Cost

@@ -20,6 +20,8 @@ from graft.core.errors import ArtifactError, GraftError, ServeError
 from graft.core.store import AdapterStore, Version
 from graft.engine.protocol import SlotsBusy
 from graft.model.chat import end_of_turn_ids
+from graft.model.images import Seen
+from graft.serve.canaries import seen
 from graft.serve.gate import Candidate, Refused, Verdict, examined, judged, unexamined
 from graft.serve.runner import Runner
 
@@ -159,10 +161,10 @@ class Catalog:
             return entry
 
     async def _examine(self, identity: str, override: str | None) -> Candidate:
-        self.runner.ready_engine()
+        processor = self.runner.ready_engine().processor
         assert self.store
         try:
-            return await asyncio.to_thread(examined, self.store, identity, self.spec, self.runner.tokenizer)
+            return await asyncio.to_thread(examined, self.store, identity, self.spec, self.runner.tokenizer, processor)
         except Refused as e:
             if not override:
                 raise
@@ -181,7 +183,8 @@ class Catalog:
             return known
         scores = []
         for canary in candidate.parity.get("canaries", []) if not candidate.fault else []:
-            scores.append((await ask(partial(_score, canary, name)), await ask(partial(_score, canary, None))))
+            images = await asyncio.to_thread(seen, candidate.version, canary, self.runner.ready_engine().processor)
+            scores.append((await ask(partial(_score, canary, images, name)), await ask(partial(_score, canary, images, None))))
         verdict = judged(candidate, self.spec.precision, scores)
         if not verdict.passed and not override:
             await self.unload(name)
@@ -232,8 +235,8 @@ def _base_of(version: Version) -> str | None:
         return None  # the gate will say what is wrong with it
 
 
-def _score(canary: dict[str, Any], adapter: str | None, engine: Any) -> list[float]:
-    found: list[float] = engine.score(canary["ids"], min(canary["at"]), adapter)
+def _score(canary: dict[str, Any], images: tuple[Seen, ...], adapter: str | None, engine: Any) -> list[float]:
+    found: list[float] = engine.score(canary["ids"], min(canary["at"]), adapter, images)
     return found
 
 

@@ -2,13 +2,14 @@
 
 Before it is loaded: every file is as published; it was trained on this base, with this tokenizer; its conversations render to the token ids
 that it was trained on. Once it is loaded: on its canaries, its effect, the logprobs of the targets with it less those of the base in the same
-engine, is the recorded one, and is not nothing, so that an adapter which was never applied fails.
+engine, is the recorded one, and is not nothing, so that an adapter which was never applied fails. Canaries with images (canaries.py) are judged
+apart from those of text, which would hide a tower that is not as in training.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -16,6 +17,8 @@ from graft.core.artifact import digest_of
 from graft.core.errors import GraftError, ServeError
 from graft.core.store import AdapterStore, Version
 from graft.model.chat import end_of_turn_ids, load_tokenizer, render, render_prompt, tokenizer_digest
+from graft.model.images import ImageProcessor
+from graft.serve import canaries
 from graft.serve.spec import ServeSpec
 
 # root mean square over the canaries' targets, in nats, of what the two arithmetics may differ by: (trained in, served in)
@@ -41,7 +44,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """effect: of the adapter here, difference: to the recorded one; root mean squares over the canaries' targets, nats."""
+    """effect: of the adapter here, difference: to the recorded one; root mean squares over the canaries' targets, nats: of text, or of rows with
+    images, whichever are the further apart."""
 
     effect_nats: float
     difference_nats: float
@@ -50,8 +54,8 @@ class Verdict:
     reason: str | None = None
 
 
-def examined(store: AdapterStore, model: str, spec: ServeSpec, base_tokenizer: Any) -> Candidate:
-    """The version `model` of the store; Refused says what is not as it was in training. Reads every file of it."""
+def examined(store: AdapterStore, model: str, spec: ServeSpec, base_tokenizer: Any, processor: ImageProcessor | None) -> Candidate:
+    """The version `model` of the store; Refused says what is not as it was in training. Reads every file of it. processor: the engine's."""
     try:
         version = store.verified(model)
         parity = _read(version, "parity.json")
@@ -70,14 +74,19 @@ def examined(store: AdapterStore, model: str, spec: ServeSpec, base_tokenizer: A
         raise Refused(f"{where} was trained with other special tokens: {_differs(parity.get('special_tokens') or {}, special)}")
     if tokenizer_digest(tokenizer) != parity.get("tokenizer"):
         raise Refused(f"{where} was trained with another tokenizer than the one it comes with")
+    if fault := canaries.fault(version, parity, processor):
+        raise Refused(f"{where} {fault}")
     for number, probe in enumerate(_read(version, "probes.json") if "probes.json" in version.about["files"] else []):
-        ids, wanted = render(tokenizer, probe["messages"]).ids, probe["ids"]
+        wanted, tokens = probe["ids"], canaries.tokens(probe["messages"], processor)
+        try:
+            ids, prompt = render(tokenizer, probe["messages"], tokens).ids, render_prompt(tokenizer, probe["messages"][:-1], tokens)
+        except GraftError as e:
+            raise Refused(f"{where}: its conversation {number} cannot be rendered here: {e}") from None
         at = next((i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), min(len(ids), len(wanted)))
         if ids != wanted:
             raise Refused(
                 f"{where}: its conversation {number} renders to other tokens here, from token {at} on: {ids[at : at + 4]}, not {wanted[at : at + 4]}"
             )
-        prompt = render_prompt(tokenizer, probe["messages"][:-1])
         if ids[: len(prompt)] != prompt:
             raise Refused(f"{where}: what it would be asked with is not how its conversation {number} begins")
     return Candidate(version, tokenizer, tuple(end_of_turn_ids(tokenizer)), parity)
@@ -98,31 +107,39 @@ def judged(candidate: Candidate, precision: str, scores: list[tuple[list[float],
     parity, name = candidate.parity, candidate.version.id
     if candidate.fault:
         return Verdict(0.0, 0.0, 0.0, False, candidate.fault)
-    tolerance = TOLERANCE_NATS.get((parity["precision"], precision), OTHER_TOLERANCE_NATS)
-    here: list[float] = []
-    recorded: list[float] = []
-    for canary, (own, base) in zip(parity["canaries"], scores, strict=True):
-        first = min(canary["at"])
-        here += [own[at - first] - base[at - first] for at in canary["at"]]
-        recorded += [a - b for a, b in zip(canary["adapter"], canary["base"], strict=True)]
-    effect, wanted = _rms(here), _rms(recorded)
-    difference = _rms([a - b for a, b in zip(here, recorded, strict=True)])
-    tolerance = max(tolerance, SHARE * wanted)
-    reason = None
-    if not here:
-        reason = f"{name} has no canaries: nothing says what it does"
-    elif not difference <= tolerance:  # nan too
-        said = "as if it were not applied" if effect < 0.1 * wanted else "so it is not applied as it was trained"
+    least = TOLERANCE_NATS.get((parity["precision"], precision), OTHER_TOLERANCE_NATS)
+    arithmetic = f"{parity['precision']} served in {precision}"
+    found: list[Verdict] = []
+    most = 0.0  # of the recorded effects
+    for of in ("text", "images"):
+        here: list[float] = []
+        recorded: list[float] = []
+        for canary, (own, base) in zip(parity["canaries"], scores, strict=True):
+            if ("images" in canary) == (of == "images"):
+                first = min(canary["at"])
+                here += [own[at - first] - base[at - first] for at in canary["at"]]
+                recorded += [a - b for a, b in zip(canary["adapter"], canary["base"], strict=True)]
+        effect, wanted = _rms(here), _rms(recorded)
+        difference = _rms([a - b for a, b in zip(here, recorded, strict=True)])
+        tolerance, reason = max(least, SHARE * wanted), None
+        if not difference <= tolerance:  # nan too
+            said = "as if it were not applied" if effect < 0.1 * wanted else "so it is not applied as it was trained"
+            reason = (
+                f"{name} changes the log-probabilities of its {len(here)} canary tokens of {of} by {effect:.4f} nats here and by {wanted:.4f} in "
+                f"training ({difference:.4f} apart, {tolerance:.4f} allowed for {arithmetic}): {said}"
+            )
+        most = max(most, wanted)
+        found += [Verdict(effect, difference, tolerance, reason is None, reason)] if here else []
+    if not found:
+        return Verdict(0.0, 0.0, least, False, f"{name} has no canaries: nothing says what it does")
+    worst = max(found, key=lambda verdict: (not verdict.passed, verdict.difference_nats / verdict.tolerance_nats))
+    if worst.passed and most <= 2 * least:
         reason = (
-            f"{name} changes the log-probabilities of its {len(here)} canary tokens by {effect:.4f} nats here and by {wanted:.4f} in training "
-            f"({difference:.4f} apart, {tolerance:.4f} allowed for {parity['precision']} served in {precision}): {said}"
+            f"{name} changed its canary tokens by {most:.4f} nats in training, which cannot be told from nothing ({least:.4f} are allowed for "
+            f"{arithmetic}): it learned next to nothing"
         )
-    elif wanted <= 2 * tolerance:
-        reason = (
-            f"{name} changed its canary tokens by {wanted:.4f} nats in training, which cannot be told from nothing ({tolerance:.4f} are allowed for "
-            f"{parity['precision']} served in {precision}): it learned next to nothing"
-        )
-    return Verdict(effect, difference, tolerance, reason is None, reason)
+        return replace(worst, passed=False, reason=reason)
+    return worst
 
 
 def _rms(values: list[float]) -> float:

@@ -24,6 +24,7 @@ from graft.core.stages import Job
 from graft.model.chat import load_tokenizer, save_tokenizer
 from graft.model.frozen import fp8_works
 from graft.model.lora import WEIGHTS
+from graft.model.stream import stored_as
 from graft.train.merge_compare import Difference, difference, logits_of, tokens_of
 from graft.train.merge_weights import Adapter, MergeBase
 from graft.train.parity import FILE as PARITY
@@ -94,10 +95,10 @@ def merge(adapter_folder: Path, base: str, revision: str | None, precision: str,
         shards = found.write(adapter, folder)
         save_tokenizer(tokenizer, folder)
         files = TensorFiles(folder)
-        got = logits_of(found, lambda name: files.get(found.tied.get(name, name)).to(device), None, texts)
+        got = logits_of(found, lambda name: files.get(stored_as(found.tied.get(name, name), found.config)).to(device), None, texts)
         off = difference(wanted, got)
         _refuse(off, precision)
-        counts = {"layers": len(adapter.pairs), "shards": shards, "tokens": sum(map(len, texts)), **off._asdict()}
+        counts = {"layers": len(adapter.pairs), "shards": shards, "tokens": sum(map(len, wanted)), **off._asdict()}
         if found.left_out:
             counts["left_out"] = found.left_out
         if found.quantised:

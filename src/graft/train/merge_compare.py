@@ -1,4 +1,4 @@
-"""How far apart two models are whose weights stay on disk: KL divergence and greatest logit difference on a few texts.
+"""How far apart two models are whose weights stay on disk: KL divergence and greatest logit difference on a few texts, and a picture where they see.
 
 A forward pass brings in one weight at a time, in slices, so it takes the memory of a weight and of the logits. It computes in fp32:
 what is measured is the weights' difference, not the rounding of bf16 activations, which no two engines share.
@@ -11,12 +11,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
+from graft.model.base import sees_images
 from graft.model.frozen import quantize_rows
+from graft.model.images import ImageProcessor
 from graft.train.merge_weights import Adapter, MergeBase
 
 TEXTS = (  # the first article of the Universal Declaration of Human Rights in four scripts and languages, and the recipes' own words
@@ -50,7 +54,7 @@ def tokens_of(tokenizer: Any, base: MergeBase) -> list[Tensor]:
 def logits_of(
     base: MergeBase, weight: Callable[[str], Tensor], adapter: Adapter | None, texts: list[Tensor], rounds_inputs: bool = False
 ) -> list[Tensor]:
-    """Logits [length, vocabulary] fp32 on the CPU of each text, of the model whose tensors weight(name) gives and an adapter beside them.
+    """Logits [length, vocabulary] fp32 on the CPU of each text, and of a picture where the model sees, its tensors weight(name)'s and an adapter beside them.
 
     rounds_inputs: what goes into a quantised layer is FP8 too, as where fp8 trains.
     """
@@ -58,7 +62,22 @@ def logits_of(
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(base.device)  # causal: what stands behind a text changes nothing in it
     with _weights_from(base, weight, adapter, rounds_inputs):
         logits = lm(input_ids=ids, use_cache=False).logits
-    return [own[: len(text)].float().cpu() for own, text in zip(logits, texts, strict=True)]
+        found = [own[: len(text)].float().cpu() for own, text in zip(logits, texts, strict=True)]
+        if sees_images(base.config):
+            shown = {name: tensor.to(base.device) for name, tensor in _picture(base, texts[0]).items()}
+            found.append(lm(**shown, use_cache=False).logits[0].float().cpu())
+    return found
+
+
+def _picture(base: MergeBase, text: Tensor) -> dict[str, Tensor]:
+    """What a model that sees takes of a picture of four colours, and a text behind it."""
+    processor, config = ImageProcessor(base.name, base.revision), base.config
+    corners = Image.fromarray(np.array([[[200, 40, 40], [40, 160, 60]], [[40, 80, 200], [240, 240, 240]]], np.uint8))
+    seen = processor.seen(corners.resize((4 * processor.factor, 3 * processor.factor)))
+    ids = torch.tensor([config.vision_start_token_id, *[config.image_token_id] * processor.tokens(seen.grid), config.vision_end_token_id])
+    ids = torch.cat([ids, text])[None]
+    kinds = (ids == config.image_token_id).int()
+    return {"input_ids": ids, "mm_token_type_ids": kinds, "pixel_values": torch.from_numpy(seen.patches), "image_grid_thw": torch.tensor([seen.grid])}
 
 
 def difference(p: list[Tensor], q: list[Tensor]) -> Difference:

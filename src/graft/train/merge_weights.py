@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.hub import model_folder
-from graft.model.base import DTYPES, read_config
+from graft.model.base import DTYPES, auto_class, read_config
 from graft.model.frozen import NF4_BLOCK, quantize_rows
-from graft.model.lora import merged, read_adapter
+from graft.model.images import copy_config
+from graft.model.lora import in_tower, merged, read_adapter
+from graft.model.stream import named, stored_as
 from graft.train.tensor_files import SHARD_BYTES, Spec, TensorFiles, write_tensors
 
 Pair = tuple[Tensor, Tensor]
@@ -43,7 +45,7 @@ class MergeBase:
     def __init__(self, base: str, revision: str | None, precision: str, device: torch.device):
         """ConfigError where `base` is no model of safetensors that are not quantised, or its tensors are not those of its config."""
         folder = model_folder(base, revision, weights=True)
-        self.name, self.precision, self.dtype, self.device = base, precision, DTYPES[precision], device
+        self.name, self.revision, self.precision, self.dtype, self.device = base, revision, precision, DTYPES[precision], device
         self.config = read_config(base, revision)
         if getattr(self.config, "quantization_config", None):
             raise ConfigError(f"model.base = {base!r} is quantised already: name the model that it was made from")
@@ -54,7 +56,7 @@ class MergeBase:
         head = self.lm.get_output_embeddings()
         self.linears = {name: module for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)}
         quantised = precision in ("fp8", "nf4")  # the layers that load_fused() and load_base() quantise
-        self.quantised = {f"{name}.weight" for name, module in self.linears.items() if quantised and module is not head}
+        self.quantised = {f"{name}.weight" for name, module in self.linears.items() if quantised and module is not head and not in_tower(name)}
         self.parameters = {name for name, _ in self.lm.named_parameters(remove_duplicate=False)}  # the others of its tensors are buffers
         self.specs = {  # of the merged model
             name: Spec(self.dtype if name in self.parameters else self.files.specs[source].dtype, self.files.specs[source].shape)
@@ -63,14 +65,15 @@ class MergeBase:
 
     def _found(self) -> dict[str, str]:
         """The stored tensor of each of the model's own, a tied one left out."""
-        stored, wanted = self.files.specs, self.lm.state_dict()
+        own = {named(stored, self.config): stored for stored in self.files.specs}
+        stored, wanted = {name: self.files.specs[source] for name, source in own.items()}, self.lm.state_dict()
         sources = {name: name for name in wanted if name not in self.tied}
         for name, other in self.tied.items():
             if name not in stored:
                 continue
             if other not in stored:
                 sources[other] = name
-            elif not torch.equal(self.files.get(name), self.files.get(other)):
+            elif not torch.equal(self.files.get(own[name]), self.files.get(own[other])):
                 raise ConfigError(
                     f"model.base = {self.name!r} holds {name} and {other}, which differ, and its config ties them: set tie_word_embeddings to false there"
                 )
@@ -83,7 +86,7 @@ class MergeBase:
                 raise ConfigError(
                     f"model.base = {self.name!r}: {source} is {list(stored[source].shape)}, its config asks for {list(wanted[name].shape)}"
                 )
-        return sources
+        return {name: own[source] for name, source in sources.items()}
 
     @property
     def left_out(self) -> list[str]:
@@ -122,23 +125,26 @@ class MergeBase:
 
     def write(self, adapter: Adapter, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
         """The merged model's weights in shards, and its config; returns the number of shards. At any time a few tensors are in memory."""
-        shards = write_tensors(folder, self.specs, lambda name: self.merged(name, adapter), shard_bytes)
+        of = {stored_as(name, self.config): name for name in self.specs}
+        shards = write_tensors(
+            folder, {file: self.specs[name] for file, name in of.items()}, lambda file: self.merged(of[file], adapter), shard_bytes
+        )
         self.lm.config.dtype = self.dtype
         self.lm.config.architectures = [type(self.lm).__name__]
         self.lm.config.save_pretrained(folder)
         if (generation := self.folder / "generation_config.json").is_file():
             (folder / generation.name).write_bytes(generation.read_bytes())
+        copy_config(self.name, self.revision, folder)
         return shards
 
 
 def _empty(config: Any, base: str) -> Any:
     """The model of a config in fp32 and eval mode; parameters on the meta device, buffers, which its classes compute, on the CPU."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights(include_buffers=False):
-            lm: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            lm: Any = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except ValueError as e:
         raise ConfigError(f"model.base = {base!r} is no causal language model: {str(e).strip().splitlines()[0][:200]}") from None
     return lm.eval()

@@ -80,9 +80,11 @@ def test_every_image_comes_upright(orientation):
     stored = upright.transpose(Image.Transpose[back[orientation]]) if orientation in back else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    shown, found = normal(encoded(stored, exif=exif, quality=95))
+    shown, found = normal(encoded(stored, exif=exif, quality=95, comment=b"a secret", icc_profile=b"a profile"))
     assert shown.size == (60, 40) and shown.getpixel((10, 10))[1] < 60 and min(shown.getpixel((50, 10))) > 200 and min(shown.getpixel((10, 30))) > 200
-    assert not Image.open(io.BytesIO(found.jpeg)).getexif(), "no metadata is sent"
+    assert not Image.open(io.BytesIO(found.jpeg)).getexif() and b"a secret" not in found.jpeg and b"a profile" not in found.jpeg, (
+        "no metadata is sent"
+    )
 
 
 def sixteen_bits():
