@@ -43,7 +43,7 @@ def run(job: Job) -> None:
                 pictures = Pictures(draft.path / FOLDER, plan.beside(task.images) if task.images else None, changed) if task.shows_images else None
                 found = questions(plan, name, task, refused, pictures)
             else:
-                found = _held_out(job.parents["prepare"].path, draft.path)
+                found = _held_out(job, task, draft.path, refused)
             count = write_jsonl(draft.path / f"{name}.jsonl", _noting(islice(found, task.rows), shown))
             if not count:
                 source = task.path or "its drawings" if name in recipe.evaluate.tasks else "the test split"
@@ -65,10 +65,16 @@ def _noting(rows: Iterator[Row], shown: set[str]) -> Iterator[Row]:
         yield row
 
 
-def _held_out(prepared: Path, folder: Path) -> Iterator[Row]:
+def _held_out(job: Job, task: EvalTask, folder: Path, refused: Counter[str]) -> Iterator[Row]:
     """The test split's rows of images."""
+    prepared, schema = job.parents["prepare"].path, job.plan.answer_schema(HELD_OUT)
     for row in read_jsonl(prepared / "rows" / f"{HELD_OUT}.jsonl"):
         *context, last = row["messages"]
+        try:
+            _check(last["content"], task, schema)
+        except Refused as e:
+            refused[str(e)] += 1
+            continue
         link_images((prepared / FOLDER / file for file in files_of(context)), folder)
         yield {"id": row["id"], "messages": context, "wanted": last["content"]}
 
@@ -115,14 +121,16 @@ def asked(value: dict[str, Any], layout: str, task: EvalTask, pictures: Pictures
     if messages is None:
         raise Refused(reason)
     *context, last = messages
-    if task.kind == "exact" and not re.search(task.final, last["content"]):
-        raise Refused("no final answer")
-    if task.kind == "json":
-        _check_json(last["content"], schema)
+    _check(last["content"], task, schema)
     return {"messages": context, **(options or {"wanted": last["content"]})}
 
 
-def _check_json(wanted: str, schema: Schema | None) -> None:
+def _check(wanted: str, task: EvalTask, schema: Schema | None) -> None:
+    """Refused where a wanted answer is none of the task's kind."""
+    if task.kind == "exact" and not re.search(task.final, wanted):
+        raise Refused("no final answer")
+    if task.kind != "json":
+        return
     try:
         value = loads(wanted)
     except (ValueError, RecursionError):

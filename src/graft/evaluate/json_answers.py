@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable
+from contextlib import suppress
 from typing import Any
 
 from graft.core.json_schema import Schema, loads, wrong
@@ -42,9 +43,11 @@ def judged(answer: str, wanted: str, schema: Schema | None = None) -> dict[str, 
     texts = {"rougeL": rouge(answer, wanted)["rougeL"]}
     try:
         value = read(answer)
-        valid = schema is None or wrong(value, schema) is None
     except (ValueError, RecursionError):
         return dict.fromkeys(("valid", "key_f1", "item_f1", "equal"), 0.0) | texts | {"unreadable": 1.0}
+    valid = False
+    with suppress(RecursionError):  # what is too deep to be looked at is not by a schema
+        valid = schema is None or wrong(value, schema) is None
     said, due = items(value), items(loads(wanted))
     return {
         "valid": float(valid),

@@ -21,7 +21,8 @@ _MARK, _OF_PARTS = re.compile(f"<image>|{AN_IMAGE}"), re.compile(AN_IMAGE)
 def to_messages_and_images(value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = True) -> tuple[Messages | None, list[Any], str]:
     """(messages whose contents hold AN_IMAGE for each image, the images in that order, "") or (None, [], reason).
 
-    answered: as for `to_messages`. An image is as the record names it: a path, or {"path", "bytes"}. The reasons are those of `to_messages`, and what is wrong with the images.
+    answered: as for `to_messages`. An image is as the record names it: a path, or {"path", "bytes"}. The reasons are those of `to_messages`, and what
+    is wrong with the images.
     """
     column = value.get("images") or value.get("image") or []
     column = column if isinstance(column, list) else [column]
