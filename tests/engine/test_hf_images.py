@@ -13,16 +13,14 @@ from PIL import Image
 from graft.core.errors import ConfigError, DataError
 from graft.core.recipe import Lora
 from graft.data import drawings
-from graft.data.tokenizer import VISION, train_tokenizer
 from graft.engine.hf import HFEngine
 from graft.engine.prompt import prompt
 from graft.engine.protocol import Request, Scored
 from graft.engine.start import start
 from graft.model.base import load_base
 from graft.model.chat import load_tokenizer
-from graft.model.lora import LoraLinear, inject, save_adapter
 
-from ..model.tiny_vision import write
+from ..model.tiny_vision import write_adapter, write_speaking
 
 MOST = 40_000  # pixels
 LORAS = {"words": (Lora(r=4, alpha=8, targets=("q_proj", "v_proj", "down_proj")), False), "sight": (Lora(r=8, alpha=8, targets=("o_proj",)), True)}
@@ -30,32 +28,12 @@ LORAS = {"words": (Lora(r=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("seeing") / "base"
-    tokenizer = train_tokenizer([m["content"] for row in drawings.rows(9, 0) for m in row["messages"]], 300, images=True)
-    write(folder, vocab_size=len(tokenizer), images={t: tokenizer.convert_tokens_to_ids(t) for t in VISION})
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
-    model = load_base(str(folder), None, "fp32", "cpu")
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() >= 2:
-                p.mul_(3.0)  # larger than a fresh model's, so that what is seen decides what comes next
-    model.save_pretrained(folder)
-    return folder
+    return write_speaking(tmp_path_factory.mktemp("seeing") / "base")
 
 
 @pytest.fixture(scope="module")
 def adapters(base):
-    found = {}
-    for seed, (name, (lora, vision)) in enumerate(LORAS.items()):
-        model, found[name] = load_base(str(base), None, "fp32", "cpu"), base.parent / name
-        inject(model, lora, torch.float32, seed, vision)
-        torch.manual_seed(seed)
-        for module in model.modules():
-            if isinstance(module, LoraLinear):
-                torch.nn.init.normal_(module.B, std=0.3)
-        found[name].mkdir()
-        save_adapter(model, lora, found[name], str(base))
-    return found
+    return {name: write_adapter(base, base.parent / name, lora, seed, vision) for seed, (name, (lora, vision)) in enumerate(LORAS.items())}
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,14 @@ from tiny_model import random_adapter, recorded
 from graft.core.recipe import Lora
 from graft.core.stages import Plan
 from graft.core.store import AdapterStore
+from graft.model.chat import load_tokenizer
 from graft.serve.api import build
 from graft.serve.app import wait_until_ready
 from graft.serve.runner import Runner
 from graft.serve.spec import ServeSpec
 from graft.train.launch import free_port
+
+from ..model.tiny_vision import write_adapter, write_speaking
 
 RECIPE = """
 name = "tiny"
@@ -65,6 +68,18 @@ def spec(tiny, tmp_path_factory):
     for name, folder in adapters.items():
         store.add(name, folder, {"recipe": name})
     return ServeSpec(str(base), None, "fp32", IDENTITY, str(adapters["one"]), str(store.root), ("one", "two"), max_batch=4)
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory):
+    """Of a base that sees images, and its adapter "words", which is served without a verdict."""
+    root = tmp_path_factory.mktemp("seeing")
+    base = write_speaking(root / "base")
+    words = write_adapter(base, root / "words", Lora(r=4, alpha=8, targets=("q_proj", "v_proj", "down_proj")), seed=1)
+    load_tokenizer(str(base)).save_pretrained(words, save_jinja_files=False)
+    store = AdapterStore(root / "store")
+    store.note(store.add("words", words, {}).id, override="it was never trained")
+    return ServeSpec(str(base), None, "fp32", "hub:tiny/seeing@0", str(base), str(store.root), ("words",), max_batch=8, image_pixels=40_000)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,12 @@ from graft.serve.runner import Runner
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 ASK = {"model": "one", "messages": [{"role": "user", "content": "畫 sea"}], "temperature": 0, "max_tokens": 12}
+URL = "data:image/png;base64,iVBORw0KGgo="
+
+
+def showing(image, role="user", **other):
+    """A request whose one message is a word and an image."""
+    return {"messages": [{"role": role, "content": [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": image, **other}]}]}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +138,21 @@ def test_without_a_limit_the_answer_may_fill_the_model(client):
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content.str", "invalid_value"),
+        (showing({"url": URL}), "messages.0.content.1", "invalid_value"),  # the base is of text alone
+        (showing({"url": URL}, role="system"), "messages.0.content.1", "invalid_value"),
+        (showing({"url": URL}, role="assistant"), "messages.0.content.1", "invalid_value"),
+        (showing({"url": URL, "detail": "high"}), "messages.0.content.1.image_url.detail", "invalid_value"),
+        (showing({"url": URL, "size": 3}), "messages.0.content.1.image_url.size", "unsupported_parameter"),
+        (showing({"url": URL}, cache=True), "messages.0.content.1.cache", "unsupported_parameter"),
+        (showing({}), "messages.0.content.1.image_url.url", "missing_required_parameter"),
+        (showing(URL), "messages.0.content.1.image_url", "invalid_value"),
+        (showing({"url": URL}, type="input_audio"), "messages.0.content.1", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 1025}]}, "messages.0.content", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "bold": 1}]}]},
+            "messages.0.content.0.bold",
+            "unsupported_parameter",
+        ),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages.0.name", "unsupported_parameter"),
         ({"max_tokens": MAX_LENGTH}, "messages", "context_length_exceeded"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import shutil
 import socket
@@ -15,6 +16,8 @@ import pytest
 import uvicorn
 
 from graft.core.store import AdapterStore
+from graft.data import drawings
+from graft.serve import images
 from graft.serve.api import build
 from graft.serve.runner import Runner
 
@@ -70,11 +73,23 @@ class Page:
         self.compare = lambda model: Select(self.one("#other")).select_by_value(model)
         self.say = lambda text: self.one("#input").send_keys(text, Keys.ENTER)
         driver.get(url)
-        until(lambda: len(self.all("#model option")) >= 3)
+        until(lambda: len(self.all("#model option")) >= 2)
         self.fill(seed=3, max_tokens=24)
 
     def fill(self, **fields):
         self.js("for (const [k, v] of Object.entries(arguments[0])) document.getElementById(k)[k === 'stream' ? 'checked' : 'value'] = v", fields)
+
+    def give(self, way, *files):
+        """Files of (name, type, bytes), as a user chooses, pastes or drops them."""
+        self.js(
+            """const [way, files] = arguments, data = new DataTransfer(), input = document.getElementById("file");
+            for (const [name, type, text] of files) data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name, { type }));
+            if (way === "choose") { input.files = data.files; input.dispatchEvent(new Event("change")) }
+            else if (way === "paste") document.activeElement.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+            else for (const type of ["dragover", "drop"]) document.body.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));""",
+            way,
+            [(name, kind, base64.b64encode(data).decode()) for name, kind, data in files],
+        )
 
     def texts(self, kind, column=0):
         return [p.get_property("textContent") for p in self.all(f"section:nth-of-type({column + 1}) .{kind}")]
@@ -247,3 +262,113 @@ def test_on_a_phone_nothing_overflows_and_a_finger_hits(page, server, other):
             assert height >= 40 and (swiped or 0 <= left < right <= 360), control.get_attribute("outerHTML")
     first, second = map(page.place, page.all("section"))
     assert (300 < first[1] <= second[0] < 360) if other else first[:2] == [0, 360], "of two the second shows at the edge"
+
+
+# ---- images -----------------------------------------------------------------------------------------------------------------
+PICTURES = [(f"{n}.png", "image/png", row["images"][0]["bytes"]) for n, row in enumerate(drawings.rows(3, seed=4))]
+NOTE = ("note.txt", "text/plain", b"words")
+
+
+@pytest.fixture(scope="module")
+def seeing_server(seeing):
+    server = Server(dataclasses.replace(seeing, max_images=3))
+    yield server
+    server.server.should_exit = True
+    server.thread.join(30)
+
+
+@pytest.fixture
+def seer(seeing_server, browser):
+    yield Page(browser, str(seeing_server.http.base_url))
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    until(lambda: not seeing_server.runner.under_way)
+
+
+def showing(text, *pictures):
+    """A content of the API."""
+    urls = [f"data:{kind};base64,{base64.b64encode(data).decode()}" for _, kind, data in pictures]
+    return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), *([{"type": "text", "text": text}] if text else [])]
+
+
+def thumbnails(page, wanted):
+    """The buttons that remove an image, once there are as many as are wanted, each shown."""
+    until(lambda: len(page.all("#images button")) == wanted)
+    until(lambda: page.js("return [...document.querySelectorAll('#images img')].every(i => i.complete && i.naturalWidth)"))
+    return page.all("#images button")
+
+
+@pytest.mark.parametrize("way", ["choose", "paste", "drop"])
+def test_images_are_sent_and_stay_in_the_conversation(seer, seeing_server, way):
+    seer.give(way, *PICTURES[:2])
+    thumbnails(seer, 2)
+    assert seer.focused() == seer.one("#input")
+    seer.say("what?")
+    first, usage = seeing_server.reply(showing("what?", *PICTURES[:2]), model="words")
+    assert seer.answers() == [first] and f"prompt {usage['prompt_tokens']} · " in seer.texts("meta")[0]
+    assert seer.all("#images button") == [] and seer.texts("user") == ["what?"]
+    assert seer.js("return [...document.querySelectorAll('.user img')].map(i => [i.alt, i.naturalWidth])") == [["0.png", 112], ["1.png", 112]]
+    seer.say("and then?")
+    assert seer.answers()[1] == seeing_server.reply(showing("what?", *PICTURES[:2]), first, "and then?", model="words")[0]
+
+
+def test_an_image_alone_is_a_message_in_both_columns(seer, seeing_server):
+    seer.compare("base")
+    seer.give("paste", PICTURES[2])
+    thumbnails(seer, 1)
+    seer.one("#input").send_keys(Keys.ENTER)
+    for column, model in enumerate(("words", "base")):
+        assert seer.answers(column) == [seeing_server.reply(showing("", PICTURES[2]), model=model)[0]]
+        assert len(seer.all(f"section:nth-of-type({column + 1}) .user img")) == 1
+    assert seer.answers(0) != seer.answers(1)
+
+
+def test_an_image_is_removed_by_the_keyboard_and_what_is_refused_is_said(seer, seeing_server):
+    seer.give("drop", NOTE, *PICTURES)
+    first, *_ = thumbnails(seer, 3)
+    assert seer.one("#status").text == "note.txt: 不是圖片 not an image" and first.accessible_name == "移除 Remove 0.png"
+    seer.give("paste", PICTURES[0])
+    until(lambda: seer.one("#status").text == "0.png: 上限 at most 3 張 images")
+    first.send_keys(Keys.ENTER)
+    assert [b.accessible_name[-5:] for b in thumbnails(seer, 2)] == ["1.png", "2.png"] and seer.focused() == seer.one("#input")
+    seer.give("choose", ("large.png", "image/png", bytes(images.MAX_BYTES + 1)))
+    until(lambda: seer.one("#status").text == "large.png: 16.0 MiB，上限 at most 16 MiB")
+    seer.give("choose", ("broken.png", "image/png", PICTURES[0][2][:-300]))
+    until(lambda: len(seer.all("#images button")) == 3)
+    seer.say("look")
+    assert seer.answers() == [] and "messages.0.content.2: truncated" in seer.texts("error")[0]
+    assert len(seer.all("#images button")) == 3 and seer.one("#input").get_property("value") == "look", "it can be mended"
+    seer.all("#images button")[2].click()
+    seer.say("look")
+    assert seer.answers() == [seeing_server.reply(showing("look", *PICTURES[1:]), model="words")[0]]
+
+
+def test_images_fit_a_phone_and_the_keyboard(seer):
+    seer.cdp("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 640, "deviceScaleFactor": 2, "mobile": True})
+    seer.give("choose", *PICTURES)
+    thumbnails(seer, 3)
+    for box in seer.all("html, form, .log"):
+        assert seer.js("return arguments[0].scrollWidth <= arguments[0].clientWidth", box), box.get_attribute("outerHTML")[:99]
+    for control in (c for c in seer.all(f"form :is({TARGETS})") if c.is_displayed()):
+        left, right, height = seer.place(control)
+        assert height >= 40 and 0 <= left < right <= 360 and control.accessible_name
+    assert seer.place(seer.one("#input"))[1] - seer.place(seer.one("#input"))[0] > 150
+    wanted, found = [*seer.all("#images button"), seer.one("#add"), seer.one("#input")], []
+    wanted[0].send_keys(Keys.NULL)
+    for _ in wanted:
+        found.append(seer.focused())
+        found[-1].send_keys(Keys.TAB)
+    assert found == wanted
+    seer.js("document.getElementById('file').onclick = event => { event.preventDefault(); document.title = 'choose' }")
+    seer.one("#add").send_keys(Keys.ENTER)
+    assert seer.driver.title == "choose"
+    seer.say("what?")
+    assert seer.answers() and len(seer.all(".user img")) == 3
+    assert seer.js("return document.querySelector('.log').scrollWidth <= document.querySelector('.log').clientWidth")
+
+
+def test_a_model_of_text_alone_is_offered_no_images(page):
+    assert not page.one("#add").is_displayed()
+    for way in ("paste", "drop", "choose"):
+        page.give(way, PICTURES[0])
+    page.say("sea")
+    assert page.answers() and page.all("#images img, .user img") == [], "nor does the page give way to the file"

@@ -168,6 +168,8 @@ class Serve(Section):
     max_adapters: Count = 8  # in memory at once; others of the store are loaded when they are asked for
     max_rank: Annotated[int, Field(ge=1, le=512)] = 64
     kv_tokens: Count | None = None  # of all rows' keys and values, an engine; absent: what the memory allows
+    max_images: Count = 16  # of a request, where the base sees images
+    fetch_images: bool = False  # from http(s) URLs too, at public addresses; else requests carry them as data URLs
     max_concurrent: Count = 128  # requests of one key
     deadline_s: Annotated[float, Field(gt=0, le=86400)] = 600.0  # for a request
 

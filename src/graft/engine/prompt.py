@@ -11,7 +11,7 @@ from graft.model.images import ImageProcessor, Seen
 
 
 def prompt(tokenizer: Any, messages: Messages, processor: ImageProcessor | None, images: Sequence[Any] = ()) -> tuple[list[int], tuple[Seen, ...]]:
-    """(prompt_ids, images) of a Request. images: RGB images of PIL, one for each part {"type": "image"} of the messages, in order.
+    """(prompt_ids, images) of a Request. images: RGB images of PIL, or Seen, one for each part {"type": "image"} of the messages, in order.
 
     DataError where a base of text alone is shown one, or more or fewer are given than are shown. An image of 1 MP takes 60 ms of a core.
     """
@@ -23,7 +23,7 @@ def sight(processor: ImageProcessor | None, images: Sequence[Any]) -> tuple[Seen
     """The images as the tower takes them; DataError where there is none."""
     if images and processor is None:
         raise DataError("the conversation shows images, and the model sees none")
-    return tuple(processor.seen(image) for image in images) if processor else ()
+    return tuple(i if isinstance(i, Seen) else processor.seen(i) for i in images) if processor else ()
 
 
 def tokens_of(processor: ImageProcessor | None, seen: Sequence[Seen]) -> list[int]:

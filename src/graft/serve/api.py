@@ -11,13 +11,13 @@ import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from html import escape
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from starlette.applications import Starlette
@@ -28,20 +28,26 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from graft.core.errors import ArtifactError, DataError, ServeError
+from graft.core.errors import ArtifactError, ConfigError, DataError, ServeError
+from graft.engine.prompt import prompt
 from graft.engine.protocol import Request
-from graft.model.chat import render_prompt
+from graft.model.chat import IMAGE
+from graft.model.images import Seen
 from graft.serve import admin
 from graft.serve.catalog import Catalog, Entry, Model, UnknownModel, patient
 from graft.serve.gate import Refused
 from graft.serve.guard import Guard, Keys, answer
+from graft.serve.images import MAX_BYTES, Images
 from graft.serve.metrics import Metrics
 from graft.serve.openapi import document
 from graft.serve.replies import Reply
 from graft.serve.requests import ApiError, ChatRequest, CompletionRequest, Sampled, parse
 from graft.serve.runner import Overloaded, Runner, Ticket
 
-PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"}
+T = TypeVar("T")
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+}
 
 
 def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
@@ -64,6 +70,7 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
 
     async def told(http: HTTPRequest) -> Response:
         metrics.under_way.set(runner.under_way)
+        metrics.image_bytes.set(service.images.held)
         for state in ("ready", "cold", "refused"):
             metrics.adapters.labels(state).set(sum(catalog.state(e) == state for e in catalog.entries.values()))
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
@@ -81,7 +88,7 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
         return JSONResponse(card(name, entry, catalog, created))
 
     async def chat(http: HTTPRequest) -> Response:
-        return await service.answer(http, parse(await http.body(), ChatRequest))
+        return await service.answer(http, parse(b"".join([piece async for piece in http.stream()]), ChatRequest))  # body() would keep it
 
     async def completions(http: HTTPRequest) -> Response:
         return await service.answer(http, parse(await http.body(), CompletionRequest))
@@ -91,6 +98,7 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
         following = asyncio.create_task(catalog.run())
         yield
         following.cancel()
+        service.images.close()
         runner.stop()
 
     routes = [
@@ -106,7 +114,11 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
         *admin.routes(catalog),
     ]
     handlers: dict[Any, Any] = {ServeError: on_serve_error, HTTPException: on_http_error, 500: on_bug}
-    middleware = [Middleware(Guard, keys=keys or Keys(), max_concurrent=runner.spec.max_concurrent)]
+    middleware = [
+        Middleware(
+            Guard, keys=keys or Keys(), max_concurrent=runner.spec.max_concurrent, sees_images=lambda: not runner.engine or bool(runner.processor)
+        )
+    ]
     return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware, lifespan=lifespan)
 
 
@@ -114,6 +126,9 @@ def card(name: str, entry: Entry | None, catalog: Catalog, created: int) -> dict
     """A model of /v1/models; OpenAI's fields and, of an adapter, what is known of it."""
     spec = catalog.spec
     found: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "graft", "root": spec.base_name, "parent": None}
+    found["input_modalities"] = ["text"]
+    if catalog.runner.processor:
+        found |= {"input_modalities": ["text", "image"], "max_images": spec.max_images, "max_image_bytes": MAX_BYTES}
     if entry is None:
         return found | {"version": None, "fingerprint": _fingerprint(spec.identity), "state": "ready", "verified": True}
     version, verdict = entry.version, entry.verdict
@@ -141,11 +156,19 @@ class Service:
 
     def __init__(self, catalog: Catalog, metrics: Metrics):
         self.catalog, self.metrics, self.runner = catalog, metrics, catalog.runner
+        self.images = Images(catalog.spec.max_images, catalog.spec.fetch_images)
 
     async def answer(self, http: HTTPRequest, asked: ChatRequest | CompletionRequest) -> Response:
         known = asked.model if asked.model in self.catalog.listed() else "unknown"
         try:
-            model, tickets = await self._submitted(asked)
+            submitting = self._submitted(asked)
+            if isinstance(asked, ChatRequest) and asked.images:  # which take a while to read
+                submitted = await unless_left(http, submitting)
+            else:
+                submitted = await submitting
+            if submitted is None:
+                return Response(status_code=499)
+            model, tickets = submitted
         except ServeError as e:
             self.metrics.requests.labels(known, status_of(e)).inc()
             raise
@@ -161,7 +184,8 @@ class Service:
     async def _submitted(self, asked: ChatRequest | CompletionRequest) -> tuple[Model, list[Ticket]]:
         """The model and the choices' tickets; ServeError where the request cannot be taken."""
         model = await self.catalog.ready(asked.model)
-        request = to_request(asked, model, self.runner)
+        shown = asked.images if isinstance(asked, ChatRequest) else []
+        request = to_request(asked, model, self.runner, await self.images.seen(shown, self.runner.ready_engine().processor))
         tickets: list[Ticket] = []
         try:
             for choice in range(asked.n or 1):
@@ -180,20 +204,16 @@ class Service:
 
     async def _whole(self, http: HTTPRequest, reply: Reply, known: str) -> Response:
         """The reply, whole; a client that closes frees its rows."""
-        answering, leaving = asyncio.create_task(reply.whole()), asyncio.create_task(_left(http))
         try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
+            body = await unless_left(http, reply.whole())
+            if body is None:
                 return Response(status_code=499)
-            body = await answering
             self._count(known, "200", reply.tickets)
             return JSONResponse(body)
         except ServeError:
             self._count(known, "503", reply.tickets)
             raise
         finally:
-            answering.cancel()
-            leaving.cancel()
             _drop(reply.tickets)
 
     async def _counted(self, events: AsyncIterator[str], known: str, tickets: list[Ticket]) -> AsyncIterator[str]:
@@ -218,32 +238,47 @@ def _drop(tickets: Any) -> None:
         ticket.dropped = True
 
 
+async def unless_left(http: HTTPRequest, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` gives; None, and the work given up, where the client closes before."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(http))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
 async def _left(http: HTTPRequest) -> None:
     """Until the client closes."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-def to_request(asked: Sampled, model: Model, runner: Runner) -> Request:
-    """The engine's request; ServeError before the model is ready, ApiError 400 where what is asked does not fit it."""
+def to_request(asked: Sampled, model: Model, runner: Runner, images: tuple[Seen, ...] = ()) -> Request:
+    """The engine's request; ServeError before the model is ready, ApiError 400 where what is asked does not fit it. images: those of `asked`."""
     engine = runner.ready_engine()
     assert isinstance(asked, ChatRequest | CompletionRequest)
     field = "messages" if isinstance(asked, ChatRequest) else "prompt"
     if isinstance(asked, CompletionRequest):
-        prompt = model.tokenizer(asked.prompt)["input_ids"] if isinstance(asked.prompt, str) else asked.prompt
-        if max(prompt, default=0) >= len(model.tokenizer):
-            raise ApiError(400, f"token {max(prompt)} is none of the {len(model.tokenizer)} that the model knows", "prompt", "invalid_value")
+        ids = model.tokenizer(asked.prompt)["input_ids"] if isinstance(asked.prompt, str) else asked.prompt
+        if max(ids, default=0) >= len(model.tokenizer):
+            raise ApiError(400, f"token {max(ids)} is none of the {len(model.tokenizer)} that the model knows", "prompt", "invalid_value")
     else:
         try:
-            prompt = render_prompt(model.tokenizer, [{"role": m.role, "content": m.text} for m in asked.messages])
+            ids, _ = prompt(model.tokenizer, [m.rendered for m in asked.messages], engine.processor, images)
         except TemplateError as e:
             raise ApiError(400, f"the model's chat template refuses the messages: {e}", "messages", "invalid_value") from None
-    most, room = asked.most, engine.max_length - len(prompt)
-    if not prompt or (most or 1) > room:
-        message = f"the {field} take {len(prompt)} tokens and {most or 1} more are asked for: the model holds {engine.max_length}"
+        except (DataError, ConfigError) as e:
+            raise ApiError(400, str(e), "messages", "invalid_value") from None
+    if engine.processor and ids.count(model.tokenizer.convert_tokens_to_ids(IMAGE)) != sum(engine.processor.tokens(i.grid) for i in images):
+        raise ApiError(400, f"the {field} hold the text {IMAGE}, which stands for an image", field, "invalid_value")
+    most, room = asked.most, engine.max_length - len(ids)
+    if not ids or (most or 1) > room:
+        message = f"the {field} take {len(ids)} tokens and {most or 1} more are asked for: the model holds {engine.max_length}"
         raise ApiError(400, message, field, "context_length_exceeded")
     return Request(
-        prompt_ids=prompt,
+        prompt_ids=ids,
         max_new_tokens=most or room,
         temperature=1.0 if asked.temperature is None else asked.temperature,
         top_p=1.0 if asked.top_p is None else asked.top_p,
@@ -254,6 +289,7 @@ def to_request(asked: Sampled, model: Model, runner: Runner) -> Request:
         ends=model.ends,
         whole=not asked.stream,
         logprobs=asked.likeliest,
+        images=images,
     )
 
 

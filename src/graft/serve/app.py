@@ -37,6 +37,8 @@ SHARED = (
     "max_adapters",
     "max_rank",
     "kv_tokens",
+    "max_images",
+    "fetch_images",
     "max_concurrent",
     "deadline_s",
 )  # recipe.serve's and the spec's

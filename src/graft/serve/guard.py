@@ -2,17 +2,19 @@
 
 Keys are compared as SHA-256, in constant time; a key of inference does not open /admin. They are sent as `Authorization: Bearer KEY`, or, by
 a browser, as the password of basic authentication, so that the chat page works too. Without keys only this machine is answered, and only under its own
-names: a page elsewhere whose name is made to point here is not. Bodies are JSON and say so, which a form of another page cannot.
+names: a page elsewhere whose name is made to point here is not. Bodies are JSON and say so, which a form of another page cannot; they may be
+long only where a model sees images, and of all long ones BODIES bytes are held at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -20,9 +22,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graft.core.errors import ConfigError
-from graft.serve.requests import ApiError
+from graft.serve.requests import MAX_BODY, ApiError
 
-MAX_BODY = 2 << 20  # bytes; a prompt of 128k tokens is about a quarter of it
+MAX_WITH_IMAGES = 24 << 20  # bytes of a conversation, where the base sees images
+BODIES = 512 << 20  # bytes of all bodies that are longer than MAX_BODY
+BODY_S = 120.0  # in which a body must be whole
+DRAINED = 64 << 20  # bytes that are read of a body that is refused
+CHAT = "/v1/chat/completions"  # the one route that takes images
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -68,24 +74,30 @@ def given_key(headers: Headers) -> str | None:
 
 
 class Guard:
-    """max_concurrent: requests of one key that ask a model."""
+    """max_concurrent: requests of one key that ask a model; sees_images: whether that may take images, as any may before it is loaded."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_concurrent: int):
-        self.app, self.keys, self.max_concurrent = app, keys, max_concurrent
+    def __init__(self, app: ASGIApp, keys: Keys, max_concurrent: int, sees_images: Callable[[], bool]):
+        self.app, self.keys, self.max_concurrent, self.sees_images = app, keys, max_concurrent, sees_images
         self.under_way: Counter[str] = Counter()
+        self.long: dict[int, int] = {}  # bytes of the bodies that are longer than MAX_BODY, by id of the scope
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         try:
-            holder = self._admitted(scope)
-            if scope["method"] == "POST":
-                body = await _body(scope, receive)
-                receive = _replayed(body, receive)
-        except ApiError as e:
-            await answer(e)(scope, receive, send)
-            return
+            try:
+                holder = self._admitted(scope)
+                if scope["method"] == "POST":
+                    receive = _replayed(await self._body(scope, receive), receive)
+            except ApiError as e:
+                await answer(e)(scope, receive, send)
+                return
+            await self._asked(holder, scope, receive, send)
+        finally:
+            self.long.pop(id(scope), None)
+
+    async def _asked(self, holder: str, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
             await self.app(scope, receive, send)
             return
@@ -117,35 +129,60 @@ class Guard:
             raise ApiError(403, f"this route is for administrators: {how}", code="admin_key_required")
         return holder
 
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        if Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "send JSON, and say so: Content-Type: application/json", None, "unsupported_media_type")
+        shown = scope["path"] == CHAT and self.sees_images()
+        most, body = MAX_WITH_IMAGES if shown else MAX_BODY, bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client left before its request was whole")
+                    body += message.get("body", b"")
+                    if error := self._too_long(scope, len(body), most):
+                        body.clear()
+                        self.long.pop(id(scope), None)
+                        if message.get("more_body"):
+                            await _drained(receive)
+                        raise error
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(408, f"the body was not whole after {BODY_S:g} s") from None
+
+    def _too_long(self, scope: Scope, size: int, most: int) -> ApiError | None:
+        if size > most:
+            return ApiError(413, f"the body is larger than {most} bytes")
+        if size > MAX_BODY:
+            self.long[id(scope)] = size
+            if (held := sum(self.long.values())) > BODIES:
+                return ApiError(429, f"bodies of {held >> 20} MiB are under way already, try again soon", None, "overloaded")
+        return None
+
 
 def answer(error: ApiError) -> Response:
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {"WWW-Authenticate": 'Basic realm="graft: the key is the password"'}
     return JSONResponse(error.body, error.status, headers=headers if error.status in (401, 429, 503) else None)
 
 
-async def _body(scope: Scope, receive: Receive) -> bytes:
-    if Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "send JSON, and say so: Content-Type: application/json", None, "unsupported_media_type")
-    body = bytearray()
-    while True:
+async def _drained(receive: Receive) -> None:
+    """Once the client has sent all, or much more: while it writes it does not read why it is refused."""
+    left = DRAINED
+    while left > 0:
         message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client left before its request was whole")
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
-        if not message.get("more_body"):
-            return bytes(body)
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            return
+        left -= len(message.get("body", b""))
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    given = False
-
+def _replayed(left: bytes | None, receive: Receive) -> Receive:
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal left
+        if left is None:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        given, left = left, None  # not kept while the answer is under way
+        return {"type": "http.request", "body": given, "more_body": False}
 
     return replay

@@ -22,6 +22,7 @@ class Metrics:
             "graft_request_seconds", "From the request to the end of its answer", ["model"], buckets=SECONDS, registry=registry
         )
         self.under_way = Gauge("graft_requests_under_way", "Requests that run or wait", registry=registry)
+        self.image_bytes = Gauge("graft_image_bytes", "Bytes of the images whose answers are under way", registry=registry)
         self.adapters = Gauge("graft_adapters", "Adapters by state", ["state"], registry=registry)
 
     def text(self) -> bytes:

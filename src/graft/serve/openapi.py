@@ -29,7 +29,13 @@ GETS = {
     "/admin/adapters": "Every adapter, its state and verdict",
 }
 ERRORS = {"400": "what is wrong, by field", "401": "no key", "403": "not with this key", "404": "no such model", "409": "the adapter is refused"}
-ERRORS |= {"413": "too large", "415": "not JSON", "429": "too much at once: Retry-After", "503": "not ready: Retry-After"}
+ERRORS |= {
+    "408": "a body that took too long",
+    "413": "too large",
+    "415": "not JSON",
+    "429": "too much at once: Retry-After",
+    "503": "not ready: Retry-After",
+}
 
 
 @cache

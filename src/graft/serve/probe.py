@@ -1,23 +1,32 @@
-"""The last stage of a recipe: start the server, ask it one sentence as any client would, keep the reply, stop it."""
+"""The last stage of a recipe: start the server, ask it one sentence as any client would, keep the reply, stop it.
+
+An adapter that was trained on images is asked about the smallest of those that were published with it.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from graft.core.errors import ServeError
 from graft.core.stages import Job, Plan
+from graft.core.store import IMAGE
+from graft.model.pixels import Unusable, shown
 from graft.serve.app import Server, own_key, spec_of, start
+from graft.serve.images import MAX_BYTES, MAX_PIXELS
 
 
 def run(job: Job) -> None:
-    """Write reply.json: {model, prompt, reply, path, seconds, first_token_s}. About 20 s on two cores."""
-    recipe = job.recipe
+    """Write reply.json: {model, prompt, image, reply, path, seconds, first_token_s}. About 20 s on two cores."""
+    recipe, image = job.recipe, published_image(job.plan.artifact("sft").path)
     with job.writing() as draft, start(spec_of(job.plan)) as server:
-        reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens, recipe.serve.system)
+        reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens, recipe.serve.system, image)
         (draft.path / "reply.json").write_text(json.dumps(reply, ensure_ascii=False, indent=1), encoding="utf-8")
         draft.counts |= {
             "model": reply["model"],
@@ -27,12 +36,25 @@ def run(job: Job) -> None:
         }
 
 
-def ask(url: str, model: str, prompt: str, max_tokens: int, system: str | None = None) -> dict[str, Any]:
-    """One greedy question through the openai client, streamed and whole; ServeError where the two replies differ."""
+def published_image(adapter: Path) -> Path | None:
+    """The smallest of an adapter's images; None where it has none, or a server would not take it."""
+    for file in sorted((f for f in adapter.iterdir() if IMAGE.fullmatch(f.name)), key=lambda f: f.stat().st_size):
+        with suppress(Unusable):
+            shown(file.read_bytes(), MAX_PIXELS)
+            return file if file.stat().st_size <= MAX_BYTES else None
+    return None
+
+
+def ask(url: str, model: str, prompt: str, max_tokens: int, system: str | None = None, image: Path | None = None) -> dict[str, Any]:
+    """One greedy question through the openai client, streamed and whole; ServeError where the two replies differ. image: shown before it."""
     import openai
 
     key = own_key() or "none"
-    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+    content: Any = prompt
+    if image:
+        data = f"data:image/{image.suffix[1:]};base64,{base64.b64encode(image.read_bytes()).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": prompt}]
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": content}]
     question: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
     with openai.DefaultHttpxClient(trust_env=False) as direct, openai.OpenAI(base_url=f"{url}/v1", api_key=key, http_client=direct) as client:
         try:
@@ -51,6 +73,7 @@ def ask(url: str, model: str, prompt: str, max_tokens: int, system: str | None =
     return {
         "model": model,
         "prompt": prompt,
+        "image": image and image.name,
         "reply": whole,
         "path": "/v1/chat/completions",
         "seconds": round(seconds, 4),

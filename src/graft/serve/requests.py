@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from graft.core.errors import ServeError
 
-MOST_CHOICES, MOST_STOPS, MOST_MESSAGES, MOST_LOGPROBS = 8, 4, 1024, 20
+MOST_CHOICES, MOST_STOPS, MOST_MESSAGES, MOST_PARTS, MOST_LOGPROBS = 8, 4, 1024, 1024, 20
+MAX_BODY = 2 << 20  # bytes, without images; a prompt of 128k tokens is about a quarter of it
 
 
 class ApiError(ServeError):
@@ -32,13 +33,47 @@ class TextPart(Strict):
     text: str
 
 
+class ImageURL(Strict):
+    """detail: only what leaves the size to the server, as the others would be ignored."""
+
+    url: Annotated[str, Field(description="data:image/png;base64,… (or jpeg, webp, gif); http(s) where the server fetches")]
+    detail: Literal["auto"] | None = None
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+def _kind_of_content(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<parts>"
+
+
+def _kind_of_part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return {"text": "<text>", "image_url": "<image>"}.get(kind) if isinstance(kind, str) else None
+
+
+# Tags choose what an error speaks of; the brackets tell them from fields in its place
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
+    Discriminator(_kind_of_part, custom_error_type="part", custom_error_message='a part is {{"type": "text", …}} or {{"type": "image_url", …}}'),
+]
+Parts = Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
+
+
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<parts>")], Discriminator(_kind_of_content)]
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def rendered(self) -> dict[str, Any]:
+        """As model/chat.py takes it: a content is a text, or, where it shows images, a list of parts."""
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content}
+        parts = [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in self.content]
+        shows = any(p["type"] == "image" for p in parts)
+        return {"role": self.role, "content": parts if shows else "".join(p["text"] for p in parts)}
 
 
 class StreamOptions(Strict):
@@ -77,6 +112,14 @@ class ChatRequest(Sampled):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def images(self) -> list[tuple[str, str]]:
+        """(place, URL) of each, in order."""
+        parts = (
+            (f"messages.{i}.content.{j}", p) for i, m in enumerate(self.messages) if not isinstance(m.content, str) for j, p in enumerate(m.content)
+        )
+        return [(place, p.image_url.url) for place, p in parts if isinstance(p, ImagePart)]
 
     @property
     def most(self) -> int | None:
@@ -119,17 +162,21 @@ class AliasRequest(Strict):
 
 
 Asked = TypeVar("Asked", bound=Strict)
+_TAGS = ("<text>", "<parts>", "<image>")
+_BELOW: dict[Any, type[Strict]] = {"stream_options": StreamOptions, "<text>": TextPart, "<image>": ImagePart, "image_url": ImageURL}
 
 
 def parse(body: bytes, kind: type[Asked]) -> Asked:
-    """The validated request; ApiError 400 names the first field that is wrong or not served."""
+    """The validated request; ApiError 400 names the first field that is wrong or not served, 413 what is too long."""
+    if body.count(b",") > MAX_BODY:  # no images: millions of values, which take many times their text to read
+        raise ApiError(413, f"more than {MAX_BODY} bytes beside the images")
     try:
         asked = kind.model_validate_json(body)
     except ValidationError as e:
         error = e.errors(include_url=False)[0]
-        param = ".".join(map(str, error["loc"])) or None
+        param = ".".join(str(at) for at in error["loc"] if at not in _TAGS) or None
         if error["type"] == "extra_forbidden":
-            at: Any = {"messages": Message, "stream_options": StreamOptions}.get(str(error["loc"][0]), kind) if len(error["loc"]) > 1 else kind
+            at: Any = _BELOW.get(error["loc"][-2], Message) if len(error["loc"]) > 1 else kind
             raise ApiError(
                 400, f"unsupported field {param!r}: this server takes {', '.join(at.model_fields)}", param, "unsupported_parameter"
             ) from None
@@ -139,6 +186,11 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
     if isinstance(asked, Sampled) and asked.stream_options and not asked.stream:
         raise ApiError(400, "stream_options goes with stream = true only", "stream_options", "invalid_value")
     if isinstance(asked, ChatRequest):
+        if len(body) - sum(len(url) for _, url in asked.images) > MAX_BODY:
+            raise ApiError(413, f"the messages take more than {MAX_BODY} bytes beside their images", "messages")
+        for place, _ in asked.images:
+            if (role := asked.messages[int(place.split(".")[1])].role) != "user":
+                raise ApiError(400, f"{place}: an image of the {role}'s: only user messages show images", place, "invalid_value")
         if asked.max_tokens and asked.max_completion_tokens:
             raise ApiError(400, "max_tokens and max_completion_tokens mean the same: give one", "max_tokens", "invalid_value")
         if asked.top_logprobs is not None and not asked.logprobs:

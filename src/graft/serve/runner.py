@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from graft.core.errors import GraftError, ServeError
 from graft.engine.protocol import Chunk, Engine, Request
+from graft.model.images import ImageProcessor
 from graft.serve.spec import ServeSpec
 
 T = TypeVar("T")
@@ -102,6 +103,11 @@ class Runner:
             raise ServeError(f"the model is {self.state}: {self.error or 'try again soon'}")
         return self.engine
 
+    @property
+    def processor(self) -> ImageProcessor | None:
+        """Of the images that the engine can be shown; None where it sees none, or is not there yet."""
+        return self.engine.processor if self.engine else None
+
     async def submit(self, request: Request, folder: Path | None = None) -> Ticket:
         """The request under way; folder: of its adapter, which is loaded if it is not in memory. Overloaded, SlotsBusy or ServeError where it cannot
         be taken now, the engine's DataError where it cannot be run."""
@@ -156,18 +162,7 @@ class Runner:
             stopping = False
             while not stopping or self._tickets:
                 stopping = self._answer_calls(engine, wait=not self._tickets) or stopping
-                now = time.monotonic()
-                for row, ticket in list(self._tickets.items()):
-                    if ticket.dropped or now > ticket.deadline:
-                        ticket.why = f"the request took longer than {self.spec.deadline_s:g} s (serve.deadline_s)"
-                        hand_out([(ticket, None)])
-                        engine.drop(row)
-                        self._done(row)
-                given = [(self._tickets[chunk.row], chunk) for chunk in engine.step() if chunk.row in self._tickets]
-                hand_out([*given])
-                for _, chunk in given:
-                    if chunk.finish_reason:
-                        self._done(chunk.row)
+                self._step(engine)
         except GraftError as e:
             self.error = str(e)
         finally:  # whatever ended the thread, nobody waits for ever
@@ -179,6 +174,21 @@ class Runner:
                         call[1].set_exception(ServeError(self.error))
             if engine:
                 engine.close()
+
+    def _step(self, engine: Engine) -> None:
+        """Of the engine, its tokens handed out. Nothing of a request, such as its images, lives on here when the thread waits for the next."""
+        now = time.monotonic()
+        for row, ticket in list(self._tickets.items()):
+            if ticket.dropped or now > ticket.deadline:
+                ticket.why = f"the request took longer than {self.spec.deadline_s:g} s (serve.deadline_s)"
+                hand_out([(ticket, None)])
+                engine.drop(row)
+                self._done(row)
+        given = [(self._tickets[chunk.row], chunk) for chunk in engine.step() if chunk.row in self._tickets]
+        hand_out([*given])
+        for _, chunk in given:
+            if chunk.finish_reason:
+                self._done(chunk.row)
 
     def _done(self, row: int) -> None:
         del self._tickets[row]

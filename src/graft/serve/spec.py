@@ -29,6 +29,8 @@ class ServeSpec:
     max_rank: int = 64
     kv_tokens: int | None = None  # None: what the memory allows
     image_pixels: int | None = None  # of an image that the base is shown; None: the base's own limit
+    max_images: int = 16  # of a request
+    fetch_images: bool = False  # from http(s) URLs too
     max_concurrent: int = 128  # requests of one key
     system: str | None = None  # what the chat page begins with
     deadline_s: float = 600.0  # for a request
