@@ -122,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--server", metavar="URL", help="ask a running server the same, and compare; exit code 1 where an answer differs")
     predict = with_recipe(verb("predict", _predict, "have the recipe's adapter answer sentences, or a file of questions"))
     predict.add_argument("texts", nargs="*", metavar="TEXT", help="what is asked, each by itself; - reads lines from stdin")
+    predict.add_argument("--image", action="append", default=[], metavar="FILE", help="what each TEXT is about (repeatable)")
     predict.add_argument("--file", metavar="FILE", help="questions in any layout that [evaluate.tasks] reads, with or without their answers")
+    predict.add_argument("--images", metavar="DIR", help="the folder of the images that the rows of --file show")
     predict.add_argument("--out", metavar="FILE", help="of the answers to --file: .csv for ID,Answer, .jsonl for all that is known")
     predict.add_argument("--like", metavar="NAME", help="read --file as this task or corpus of the recipe says (default: the only one that can)")
     predict.add_argument(
@@ -313,32 +315,44 @@ def _predict(args: argparse.Namespace) -> int:
         raise ConfigError("`graft predict` takes a recipe and TEXT (or -), or --file FILE and --out FILE.csv or FILE.jsonl")
     if not args.file and (args.like or args.by != "generated"):
         raise ConfigError("--like and --by are of --file: sentences have no options")
-    return _predict_file(args) if args.file else _predict_texts(args)
+    if args.image if args.file else args.images:
+        raise ConfigError("--image FILE is what a TEXT is about, --images DIR the folder of the images that the rows of --file show")
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="graft-images-") as kept:  # by content, as an evaluation's
+        return _predict_file(args, Path(kept)) if args.file else _predict_texts(args, Path(kept))
 
 
-def _predict_file(args: argparse.Namespace) -> int:
+def _predict_file(args: argparse.Namespace, kept: Path) -> int:
+    from graft.data.pictures import below
     from graft.data.prompts import source
 
     plan, file, out = _plan(args, "recorded"), Path(args.file), Path(args.out)
-    found = source(plan.recipe, file, args.like)
+    found = source(plan.recipe, file, args.like, below(args.images, kept) if args.images else None)
     print(f"{file}: layout {found.layout}" + (f", read as {found.name} says" if found.name else ""))
     from graft.evaluate.predict import Predictor, check_out, write
 
     check_out(out, file)
-    with closing(Predictor.of(plan, found.task, args.base, args.by == "likelihood", args.system)) as predictor:
+    images = kept if args.images else None
+    with closing(Predictor.of(plan, found.task, args.base, args.by == "likelihood", args.system, images)) as predictor:
         print(write(predictor, found.rows(), out))
     return 0
 
 
-def _predict_texts(args: argparse.Namespace) -> int:
+def _predict_texts(args: argparse.Namespace, kept: Path) -> int:
     import json
 
     from graft.evaluate.predict import Predictor, sentences, shown
 
     texts = (line for text in args.texts for line in (filter(None, map(str.strip, sys.stdin)) if text == "-" else [text]))
-    refused = 0
-    with closing(Predictor.of(_plan(args, "recorded"), base=args.base, system=args.system)) as predictor:
-        for line in predictor.answers(sentences(texts), at_once=1 if "-" in args.texts and sys.stdin.isatty() else None):
+    refused, about = 0, []
+    if args.image:
+        from graft.data.pictures import below
+        from graft.data.prompts import images
+
+        about = images(args.image, below("/", kept))
+    with closing(Predictor.of(_plan(args, "recorded"), base=args.base, system=args.system, images=kept if about else None)) as predictor:
+        for line in predictor.answers(sentences(texts, about), at_once=1 if "-" in args.texts and sys.stdin.isatty() else None):
             refused += "refused" in line
             if args.json:
                 print(json.dumps(line, ensure_ascii=False), flush=True)

@@ -170,6 +170,19 @@ def test_check_is_fast_and_light():
         assert done.returncode == 0, done.stderr
 
 
+def test_recipes_of_images_are_evaluated_and_served():
+    full, twin = (load(RECIPES / f"ui-vqa-{size}.toml") for size in ("7b", "tiny"))
+    assert [s.name for s in stages(full)] == ["augment", "prepare", "questions", "shard-sft", "sft", "evaluate", "serve"]
+    assert [s.name for s in stages(twin)] == ["prepare", "questions", "init", "shard-base", "shard-sft", "base", "sft", "evaluate", "serve"]
+    by_name = {s.name: s for s in stages(full)}
+    assert by_name["questions"].parents == {"prepare": "rows/test.jsonl"} and "prepare" not in by_name["evaluate"].parents
+    assert {n: (t.kind, t.answer_schema) for n, t in full.tasks.items()} == {"test": ("json", full.augment.images.answer_schema)}
+    assert not full.learns_calls and load(TINY).learns_calls and load(TINY).tasks == {}
+    text_alone = ["sft.corpora=['self']", "base.train.corpora=['other-self']"]
+    with pytest.raises(ConfigError, match=r"add a \[base.vision\] section"):
+        load(RECIPES / "ui-vqa-tiny.toml", [*text_alone, "base={hidden_size=8, heads=2, kv_heads=2, train={corpora=['other-self'], lora=false}}"])
+
+
 def test_images_need_a_base_that_sees_and_no_merge():
     drawn = ["corpora.drawn={kind='drawings', documents=9}", "sft.corpora=['drawn']"]
     with pytest.raises(ConfigError, match=r"\[cpt\] and images in one recipe"):

@@ -10,15 +10,16 @@ import pytest
 from PIL import Image
 
 from graft.core.artifact import sha256_file
+from graft.core.errors import ConfigError
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import Mcq
 from graft.core.shards import ShardSet
 from graft.core.stages import Plan
-from graft.data import init, prepare, shard
+from graft.data import init, prepare, questions, shard
 from graft.data.export import export
 from graft.data.pictures import Pictures
 from graft.data.readers.layouts import detect
-from graft.model.chat import IMAGE, image_parts, load_tokenizer, render
+from graft.model.chat import IMAGE, files_of, image_parts, load_tokenizer, render
 from graft.model.images import ImageProcessor
 
 RECIPE = """
@@ -182,6 +183,19 @@ def test_augmented_rows_are_split_by_image(plan):
     assert all(row["messages"][0]["content"][0]["width"] == 120 for some in rows.values() for row in some)
     trained = {i.file for _, source, b in bins(plan, "shard-sft") if source.startswith("rows") for i in b.images}
     assert trained == {f"{family}.jpg" for split in ("train", "validation") for family in families[split]}
+
+
+def test_the_rows_that_are_held_out_are_asked_as_a_task(plan):
+    assert plan.recipe.tasks["test"].kind == "generation" and plan.stages["questions"].parents == {"prepare": "rows/test.jsonl"}
+    questions.run(plan.resolve("questions"))
+    folder, rows = plan.artifact("questions").path, list(read_jsonl(plan.artifact("prepare").path / "rows" / "test.jsonl"))
+    found = list(read_jsonl(folder / "test.jsonl"))
+    assert [(q["id"], q["messages"], q["wanted"]) for q in found] == [
+        (row["id"], row["messages"][:-1], row["messages"][-1]["content"]) for row in rows
+    ]
+    assert {path.name for path in (folder / "images").iterdir()} == {file for row in rows for file in files_of(row["messages"])}
+    with pytest.raises(ConfigError, match=r"evaluate.tasks.test: so the held-out rows of \[augment.images\] are called"):
+        Plan(plan.path, ("evaluate.tasks.test={kind='generation', path='x'}",), plan.root)
 
 
 def test_an_edited_image_makes_the_stages_anew(plan, tmp_path):

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from graft.core.sections import Mcq
-from graft.data.pictures import Pictures, files_of
+from graft.data.pictures import Pictures
+from graft.model.chat import files_of
 
 
 def encoded(image, format, **options):

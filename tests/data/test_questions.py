@@ -8,7 +8,7 @@ from graft.core.errors import ConfigError, DataError
 from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
 from graft.data import questions
-from graft.data.sources import evaluation_pieces
+from graft.data.sources import evaluation_sets
 
 RECIPE = """
 name = "asked"
@@ -72,8 +72,8 @@ def test_a_cloze_is_asked_without_a_conversation(plan):
 
 
 def test_questions_are_evaluation_sets_by_themselves(plan):
-    found = evaluation_pieces(plan())
-    assert [layout for layout, *_ in found] == ["qa", "mcq", "messages", "text"]
+    found = evaluation_sets(plan())
+    assert [own["layout"] for own in found] == ["qa", "mcq", "messages", "text"]
     before = plan().external_input("evaluation")
     (plan().path.parent / "texts.txt").write_text("another\n")
     assert plan().external_input("evaluation") != before

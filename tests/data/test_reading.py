@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graft.core.rows import read_jsonl, write_jsonl
-from graft.core.sections import Clean, Corpus, Decontaminate, Dedup, Mcq
+from graft.core.sections import Clean, Corpus, Decontaminate, Dedup
 from graft.data.dedup import KEYS, SIGNATURES
 from graft.data.readers.files import pieces
 from graft.data.reading import read_pieces, write_evaluation_texts
@@ -75,11 +75,8 @@ def test_evaluation_texts_are_questions_and_texts_once_each(tmp_path):
     chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "an answer"}]} for q in ("one", "two", "one")]
     write_jsonl(tmp_path / "chats.jsonl", chats)
     (tmp_path / "texts.jsonl").write_text('{"text": "three"}\n{"text": null}\n{oops')
-    keys = {"text": "text", "mcq": Mcq().model_dump()}
-    found = [
-        [layout, list(p), "", keys] for layout in ("messages", "texts") for p in pieces(tmp_path / f"{layout.replace('messages', 'chats')}.jsonl")
-    ]
-    found[1][0] = "text"
+    files = {"messages": tmp_path / "chats.jsonl", "text": tmp_path / "texts.jsonl"}
+    sets = [{"corpus": {"path": "x"}, "layout": layout, "pieces": [list(p) for p in pieces(path)]} for layout, path in files.items()]
     (tmp_path / "out").mkdir()
-    assert write_evaluation_texts({"texts": ["zero", "two"], "pieces": found}, tmp_path / "out") == {"texts": 4}
+    assert write_evaluation_texts({"texts": ["zero", "two"], "sets": sets, "sent": None}, tmp_path / "out") == {"texts": 4}
     assert [r["text"] for r in read_jsonl(tmp_path / "out/texts.jsonl")] == ["zero", "two", "one", "three"]

@@ -9,7 +9,7 @@ from graft.core.errors import DataError
 from graft.core.recipe import Recipe, load
 from graft.core.sections import Decontaminate
 from graft.data.decontaminate import Gate
-from graft.data.seed_rows import families_held_out, hold_out_rows, select, sentences, tidy
+from graft.data.seed_rows import families_held_out, hold_out_rows, select, tidy, told_by
 
 RECIPE = Recipe.model_validate({"name": "r", "augment": {"seeds": "s"}, "sft": {}, "corpora": {}, "model": {"base": "x"}})
 
@@ -65,7 +65,7 @@ def test_rows_are_kept_or_rejected_with_a_reason():
         chat("surrogate", "abc \ud800 def"),
         {**chat("roles", "還有問題"), "messages": [{"role": "user", "content": "還有問題"}]},
     ]
-    gate = Gate.of(sentences(test, RECIPE.prepare, RECIPE.task), Decontaminate())
+    gate = Gate.of(told_by(test, RECIPE.prepare, RECIPE.task), Decontaminate())
     kept, rejected = select(rows, {"text-01"}, gate, RECIPE)
     assert [r["id"] for r in kept["test"]] == ["test"] and [r["id"] for r in kept["train"] + kept["validation"]] == ["first"]
     assert {r["id"]: r["reason"] for r in rejected} == {

@@ -19,7 +19,7 @@ from graft.train.launch import free_port
 from ..train.small import run_program
 from .tree import Tree
 
-TWINS = {"interviewer-tiny": "sft", "finetome-tiny": "sft", "taigi-tiny": "cpt"}  # and the stage that is asked to leave
+TWINS = {"interviewer-tiny": "sft", "finetome-tiny": "sft", "taigi-tiny": "cpt", "ui-vqa-tiny": "sft"}  # and the stage that is asked to leave
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,11 @@ def tree():
 
 def cut(name: str) -> tuple[str, ...]:
     """Overrides: a few steps of the base, 4 of what the recipe is about."""
-    made = "prose" if name == "finetome-tiny" else "zh-base"
+    made = {"finetome-tiny": "prose", "ui-vqa-tiny": "drawn-base"}.get(name, "zh-base")
     trained = ("cpt", "sft") if TWINS[name] == "cpt" else ("sft",)
     sizes = [f"corpora.{made}.documents=100", "base.train.epochs=1", "evaluate.max_new_tokens=8", f"serve.port={free_port()}"]
+    if name == "ui-vqa-tiny":
+        sizes += ["base.train.max_steps=6", "corpora.drawn.documents=48", "evaluate.tasks.drawn.drawings=12", "evaluate.tasks.described.drawings=12"]
     return (*sizes, *(f"{stage}.max_steps=4" for stage in trained))
 
 

@@ -12,10 +12,10 @@ from graft.core.sections import Corpus, Mcq
 from graft.core.shards import write_index
 from graft.core.stages import Plan
 from graft.data.corpora import made
-from graft.data.pictures import Pictures, files_of
+from graft.data.pictures import Pictures
 from graft.data.shard import probes_of, shard_documents
 from graft.data.tokenizer import VISION, train_tokenizer
-from graft.model.chat import load_tokenizer, save_tokenizer, tokenizer_digest
+from graft.model.chat import files_of, load_tokenizer, save_tokenizer, tokenizer_digest
 from graft.model.images import ImageProcessor, copy_config
 from graft.model.lora import adapters, save_adapter
 from graft.train.build import build

@@ -22,6 +22,7 @@ from graft.core.sections import (
     Count,
     Decontaminate,
     Dedup,
+    EvalTask,
     Evaluate,
     Name,
     Prepare,
@@ -32,6 +33,9 @@ from graft.core.sections import (
 )
 
 M = TypeVar("M", bound=BaseModel)
+
+
+HELD_OUT = "test"  # the task of the rows of images that prepare held out
 
 
 class Lora(Section):
@@ -226,8 +230,16 @@ class Recipe(Section):
                 )
         if self.shows_images and self.cpt:
             raise ValueError("[cpt] and images in one recipe: what is merged has no vision tower yet; leave [cpt] out, or the images")
-        if self.shows_images and self.base and not self.base.vision:
+        if self.asks_of_images and self.base and not self.base.vision:
             raise ValueError("images, but the embedded base sees none: add a [base.vision] section")
+        if self.augment and self.augment.images and HELD_OUT in self.evaluate.tasks:
+            raise ValueError(
+                f"evaluate.tasks.{HELD_OUT}: so the held-out rows of [augment.images] are called, which are asked in any case; rename it"
+            )
+        if self.evaluate.semantic and "generation" not in {task.kind for task in self.tasks.values()}:
+            raise ValueError(
+                f"evaluate.semantic = {self.evaluate.semantic!r} scores tasks of kind 'generation', and there is none: add one, or leave it out"
+            )
         for name, heads, width in (("base", self.base, 1), ("base.vision", self.base.vision if self.base else None, 4)):
             if heads and heads.hidden_size % (width * heads.heads):  # a tower's heads turn by row and by column, in pairs
                 raise ValueError(
@@ -253,6 +265,25 @@ class Recipe(Section):
         """Whether training stage `stage` may see images: of its corpora, or of the rows that augment makes of them."""
         rows = stage == "sft" and self.augment is not None and self.augment.images is not None
         return rows or any(name in self.corpora and self.corpora[name].shows_images for name in self.train_stage(stage).corpora)
+
+    @property
+    def asks_of_images(self) -> bool:
+        """Whether a training stage or a task may show images."""
+        return self.shows_images or any(task.shows_images for task in self.tasks.values())
+
+    @property
+    def learns_calls(self) -> bool:
+        """Whether its own rows, made from seeds, are of calls and texts; else they are of images, or there are none."""
+        return self.augment is not None and self.augment.seeds is not None
+
+    @property
+    def tasks(self) -> dict[str, EvalTask]:
+        """Those of [evaluate.tasks] and, of a recipe that makes rows of images, HELD_OUT: its rows come from prepare, its path is empty."""
+        if self.augment is None or self.augment.images is None:
+            return self.evaluate.tasks
+        schema = self.augment.images.answer_schema
+        own = EvalTask(path="", images="", kind="json" if schema else "generation", answer_schema=schema)
+        return {HELD_OUT: own, **self.evaluate.tasks}
 
     def train_stage(self, stage: str) -> Train:
         """The training section of stage `base`, `cpt` or `sft`; ConfigError where the recipe has none."""

@@ -216,17 +216,38 @@ class Shard(Section):
     image_pixels: Annotated[int, Field(ge=3136)] = 1_003_520  # of an image, at most: larger ones are scaled down; 784 are a token of Qwen2.5-VL's
 
 
-class EvalTask(Section):
-    """Questions that no training text may hold an n-gram of: a file in any layout of [corpora], asked of the adapter and of its base."""
+HELD_OUT_SEED = 1_000_003  # of an evaluation's drawings: no corpus's by default
 
-    path: str  # a file, relative to the recipe
-    kind: Literal["generation", "choice", "cloze", "exact", "perplexity"]  # ROUGE and BLEU; options; what follows a text; a final answer; texts
+
+class EvalTask(Section):
+    """Questions that no training text may hold an n-gram of, or no training row show an image of: a file in any layout of [corpora], or drawings
+    (of kind "drawings" in [corpora]), asked of the adapter and of its base."""
+
+    path: str | None = None  # a file, relative to the recipe
+    images: str | None = None  # the folder that its rows' images are in, relative to the recipe; absent: rows with images are refused
+    drawings: Count | None = None  # in the place of a file: so many drawings, each with a question, made on the machine
+    seed: int = HELD_OUT_SEED  # of the drawings
+    # ROUGE and BLEU; options; what follows a text; a final answer; texts; JSON, item by item
+    kind: Literal["generation", "choice", "cloze", "exact", "perplexity", "json"]
     layout: Literal[LAYOUTS] = "auto"  # type: ignore[valid-type]
     text: str = "text"  # the key of a text record
     mcq: Mcq = Mcq()
     rows: Count | None = None  # the first so many
     final: Text = r"####\s*(.+)"  # exact: where the final answer stands in a reply; its last match counts
+    answer_schema: str | None = None  # json: the JSON Schema that answers must satisfy, a file relative to the recipe
     max_new_tokens: Count | None = None  # absent: evaluate.max_new_tokens
+
+    @model_validator(mode="after")
+    def _a_source_that_suits_the_kind(self) -> EvalTask:
+        if (self.path is None) == (self.drawings is None):
+            raise ValueError('a task of [evaluate.tasks] needs either path = "…" or drawings = N')
+        if self.images is not None and (self.path is None or self.kind in ("cloze", "perplexity")):
+            raise ValueError(f"images = {self.images!r} are shown in the conversations of a file: kind = {self.kind!r}, path = {self.path!r}")
+        if self.drawings is not None and self.kind in ("choice", "cloze", "perplexity"):
+            raise ValueError(f"drawings = {self.drawings} and kind = {self.kind!r}: drawings have answers, for kind 'generation', 'exact' or 'json'")
+        if self.answer_schema is not None and self.kind != "json":
+            raise ValueError(f"answer_schema = {self.answer_schema!r} is of kind 'json', and kind = {self.kind!r}")
+        return self
 
     @model_validator(mode="after")
     def _final_is_a_pattern(self) -> EvalTask:
@@ -236,6 +257,11 @@ class EvalTask(Section):
             raise ValueError(f"final = {self.final!r} is no regular expression: {e}") from None
         return self
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether its questions may have images."""
+        return self.images is not None or self.drawings is not None
+
 
 class Evaluate(Section):
     max_new_tokens: Count = 64
@@ -244,9 +270,3 @@ class Evaluate(Section):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0  # of the tasks' answers
     repeats: Count = 1  # of each answer, by other seeds: the tasks' mean and standard deviation
     semantic: str | None = None  # a folder or hub id (owner/name, owner/name@revision) of an encoder: how near generated answers are in meaning
-
-    @model_validator(mode="after")
-    def _semantic_has_something_to_compare(self) -> Evaluate:
-        if self.semantic and "generation" not in {task.kind for task in self.tasks.values()}:
-            raise ValueError(f"evaluate.semantic = {self.semantic!r} scores tasks of kind 'generation', and there is none: add one, or leave it out")
-        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from graft.core.recipe import Recipe, Train
+from graft.core.recipe import HELD_OUT, Recipe, Train
 
 DATA, CHECKPOINTS = "data_shards", "checkpoints"
 
@@ -16,7 +16,7 @@ class Stage:
     version: int  # raised when the same keys would give another result
     keys: tuple[str, ...]
     parents: dict[str, str] = field(default_factory=dict)  # stage name -> pattern of the files that it reads
-    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, machine, model, template, semantic, endpoint, deepspeed
+    inputs: tuple[str, ...] = ()  # external: seeds, images, review, corpora, tasks, schemas, machine, model, template, semantic, endpoint, deepspeed
     place: str = DATA
 
 
@@ -45,8 +45,12 @@ def stages(recipe: Recipe) -> list[Stage]:
     )
     if recipe.sft is None:
         return out
-    if recipe.evaluate.tasks:
-        out.append(Stage("questions", "graft.data.questions", 1, ("evaluate.tasks",), inputs=("tasks",)))
+    tasks, schemas = recipe.tasks, tuple({"schemas" for task in recipe.tasks.values() if task.answer_schema})
+    if tasks:
+        held_out = (
+            {"prepare": f"rows/{HELD_OUT}.jsonl"} if recipe.augment and recipe.augment.images else {}
+        )  # whose images are named by their content
+        out.append(Stage("questions", "graft.data.questions", 1, ("evaluate.tasks",), held_out, ("tasks", *schemas)))
     tokenizer = {}
     if recipe.base:
         shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads" + (" vision" if recipe.base.vision else ""))
@@ -97,14 +101,13 @@ def stages(recipe: Recipe) -> list[Stage]:
         if stage == "cpt":
             out.append(Stage("merge", "graft.train.merge", 2, model, {**source, "cpt": "*"}, model_input if not source else (), CHECKPOINTS))
             source = {"merge": "*"}
-    if recipe.shows_images:
-        return out  # nothing evaluates or serves a model of images yet
     served = {**source, "sft": "*"}
     external = model_input if not source else ()
-    asked = {**({"prepare": "rows/*"} if recipe.augment else {}), **({"questions": "*"} if recipe.evaluate.tasks else {})}
+    asked = {**({"prepare": "rows/*"} if recipe.learns_calls else {}), **({"questions": "*"} if tasks else {})}
     if asked:
-        inputs = (*external, *(("semantic",) if recipe.evaluate.semantic else ()))
-        out.append(Stage("evaluate", "graft.evaluate.stage", 1, ("seed", "task", *model, "evaluate"), {**served, **asked}, inputs, CHECKPOINTS))
+        keys = ("seed", "task", *model, "evaluate", *(("shard.image_pixels",) if recipe.asks_of_images else ()))
+        inputs = (*external, *(("semantic",) if recipe.evaluate.semantic else ()), *schemas)
+        out.append(Stage("evaluate", "graft.evaluate.stage", 1, keys, {**served, **asked}, inputs, CHECKPOINTS))
     out.append(
         Stage(
             "serve",

@@ -23,7 +23,9 @@ from urllib.parse import urlsplit
 from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.hub import HUB, UNREACHABLE, Kind, OutOfReach, commit_of, dataset_of
+from graft.core.json_schema import Schema, read_schema
 from graft.core.recipe import Recipe, load, pick
+from graft.core.sections import EvalTask
 from graft.core.stage_list import CHECKPOINTS, DATA, Stage, stages
 
 GRAMMAR = Path(__file__).parents[1] / "data" / "grammar.toml"
@@ -154,8 +156,6 @@ class Plan:
 
     def trained(self) -> tuple[str, str | None, dict[str, Path]]:
         """(folder or hub id, revision, adapters by name) that evaluate and serve load; a fully trained model has no adapter."""
-        if self.recipe.shows_images:
-            raise ConfigError(f"recipe {self.recipe.name!r} trains on images: what it trained cannot be evaluated or served by graft yet")
         sft = self.artifact("sft").path
         if self.recipe.train_stage("sft").lora is None:
             return str(sft), None, {}
@@ -240,14 +240,16 @@ class Plan:
                 c: f"{HUB}{dataset_of(s.path).name}@{self.dataset_commit(s.path)}" if s.path.startswith(HUB) else self._content(self._corpus_files(c))
                 for c, s in self.recipe.corpora.items()
                 if s.path
-            } | {f"{c}.images": self.images_digest(c) for c, s in self.recipe.corpora.items() if s.images}
+            } | {f"{c}.images": self.images_digest(f"corpora.{c}", s.images) for c, s in self.recipe.corpora.items() if s.images}
         if name == "evaluation":
             tasks = self.external_input("tasks").values()
             return [*(self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets), *tasks]
         if name == "template":
             return self._digest(self.beside(self.recipe.model.template_file or ""), "model.chat_template")
         if name == "tasks":
-            return {name: self._digest(self.beside(task.path), f"evaluate.tasks.{name}.path") for name, task in self.recipe.evaluate.tasks.items()}
+            return {k: v for name, task in self.recipe.evaluate.tasks.items() for k, v in self._asked(name, task).items()}
+        if name == "schemas":
+            return {name: digest_of(self.answer_schema(name)) for name, task in self.recipe.tasks.items() if task.answer_schema}
         if name == "machine":  # corpora that are made, not read: by this interpreter's library, by this graft's grammar
             kinds = {c.kind for c in self.recipe.corpora.values()}
             return {
@@ -281,11 +283,24 @@ class Plan:
             raise ConfigError(f"corpora.{corpus}.path names {path}, where no file is: mend the path (it is relative to {self.path.parent})")
         return files
 
-    def images_digest(self, corpus: str) -> str:
-        """Of every file in a corpus's folder of images, hidden ones left out; ConfigError where there is no folder."""
-        folder = self.beside(self.recipe.corpora[corpus].images or "")
+    def _asked(self, name: str, task: EvalTask) -> dict[str, Any]:
+        """What a task's questions are made of: a file, with its folder of images, or drawings by this Pillow."""
+        if task.path is None:
+            return {name: {"drawings": task.drawings, "seed": task.seed, "pillow": version("pillow")}}
+        key = f"evaluate.tasks.{name}"
+        shown = {f"{name}.images": self.images_digest(key, task.images)} if task.images else {}
+        return {name: self._digest(self.beside(task.path), f"{key}.path"), **shown}
+
+    def answer_schema(self, task: str) -> Schema | None:
+        """The JSON Schema that a task's answers must satisfy, None where the recipe names none; ConfigError where its file holds none."""
+        file, own = self.recipe.tasks[task].answer_schema, task in self.recipe.evaluate.tasks
+        return read_schema(self.beside(file), f"evaluate.tasks.{task}.answer_schema" if own else "augment.images.answer_schema") if file else None
+
+    def images_digest(self, key: str, images: str) -> str:
+        """Of every file in the folder that `key`.images names, hidden ones left out; ConfigError where there is no folder."""
+        folder = self.beside(images)
         if not folder.is_dir():
-            raise ConfigError(f"corpora.{corpus}.images names {folder}, which is no folder: mend the path (it is relative to {self.path.parent})")
+            raise ConfigError(f"{key}.images names {folder}, which is no folder: mend the path (it is relative to {self.path.parent})")
         return digest_of({str(p.relative_to(folder)): d for p, d in self.digests(_visible(folder)).items()})
 
     def _content(self, paths: list[Path]) -> dict[str, str]:

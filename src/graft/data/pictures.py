@@ -15,10 +15,11 @@ from typing import Any
 
 from PIL import Image
 
+from graft.core.errors import ConfigError
 from graft.core.sections import Mcq
 from graft.data.readers.image_rows import to_messages_and_images, with_parts
 from graft.data.readers.mcq import Refused
-from graft.model.chat import Messages, image_parts
+from graft.model.chat import Messages
 from graft.model.pixels import FORMATS, MAX_SIDE, Unusable, decoded, explained, orientation, wrong_size
 
 FOLDER = "images"
@@ -35,9 +36,9 @@ class Pictures:
         self.folder.mkdir(exist_ok=True)
         self._known: dict[str, dict[str, Any]] = {}  # by path
 
-    def messages(self, value: dict[str, Any], layout: str, mcq: Mcq) -> tuple[Messages | None, str]:
+    def messages(self, value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = True) -> tuple[Messages | None, str]:
         """As `to_messages` gives them, with parts where the record has images: {"type": "image", "file", "width", "height"}."""
-        messages, images, reason = to_messages_and_images(value, layout, mcq)
+        messages, images, reason = to_messages_and_images(value, layout, mcq, answered)
         if messages is None:
             return None, reason
         try:
@@ -108,6 +109,8 @@ def _looked_at(file: io.BytesIO) -> tuple[str, tuple[int, int], list[str]]:
         return _SUFFIX.get(image.format or "", "png"), image.size, [name for name, so in why.items() if so]
 
 
-def files_of(messages: Messages) -> list[str]:
-    """The files of the images that a conversation shows, in order."""
-    return [part["file"] for part in image_parts(messages)]
+def below(root: str, folder: Path) -> Pictures:
+    """Those of files below `root`, filled into `folder`; ConfigError where it is no folder."""
+    if not Path(root).is_dir():
+        raise ConfigError(f"--images {root} is no folder: mend it")
+    return Pictures(folder, Path(root), Counter())

@@ -30,10 +30,11 @@ from graft.data.cluster import ray_cluster
 from graft.data.decontaminate import Gate
 from graft.data.dedup import EXACT, KEPT, NEAR, Result, deduplicate, mask_of
 from graft.data.parts import Part, Spec
-from graft.data.pictures import FOLDER, files_of
+from graft.data.pictures import FOLDER
 from graft.data.reading import COLUMNS, DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
-from graft.data.seed_rows import OF_IMAGES, families_held_out, of_images, select, sentences
-from graft.data.sources import Source, evaluation_pieces, sources
+from graft.data.seed_rows import OF_IMAGES, families_held_out, of_images, select, told_by
+from graft.data.sources import Source, evaluation_sets, sources
+from graft.model.chat import files_of
 
 CLUSTERS = "clusters.parquet"
 REASONS = {EXACT: "duplicate", NEAR: "near duplicate"}
@@ -50,9 +51,9 @@ def run(job: Job) -> None:
     found = sources(job.plan)
     with job.writing() as draft, ray_cluster():
         console.print(f"prepare: {len(rows)} rows; corpora: {', '.join(map(str, found)) or 'none'}", soft_wrap=True)
-        # images part families; what is asked of them is often the same
-        held_out = [s for row in rows if row["family"] in test and row["label"] in LABELS for s in sentences(row, recipe.prepare, recipe.task)]
-        gate = parts.make(write_evaluation_texts, VERSION, [{"texts": held_out, "pieces": evaluation_pieces(job.plan)}], store)
+        held_out = [text for row in rows if row["family"] in test for text in told_by(row, recipe.prepare, recipe.task)]
+        sent = recipe.augment.images.model_dump(include={"max_side", "max_bytes"}) if recipe.augment and recipe.augment.images else None
+        gate = parts.make(write_evaluation_texts, VERSION, [{"texts": held_out, "sets": evaluation_sets(job.plan), "sent": sent}], store)
         read = parts.make(read_pieces, VERSION, _specs(found, gate[0].path / TEXTS, recipe), store)
         kept, apart = _keep(found, read, recipe, store)
         draft.counts["corpora"] = _place(found, read, kept, draft.path)

@@ -6,9 +6,9 @@ asked comes with its reason. Nothing is kept in memory but the records that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from graft.core.errors import ConfigError
 from graft.core.recipe import Recipe
 from graft.core.rows import is_unicode
 from graft.core.sections import EvalTask
+from graft.data.pictures import Pictures
 from graft.data.readers import mcq as reading_comprehension
 from graft.data.readers.files import Piece, pieces, records, sample
 from graft.data.readers.layouts import layout_of, to_messages
 from graft.data.readers.mcq import Refused
 from graft.data.sources import as_corpus
+from graft.model.pixels import Unusable
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Source:
     layout: str
     task: EvalTask
     name: str = ""  # where nothing in the recipe says how
+    pictures: Pictures | None = None  # keeps the images that records show; absent: those are refused
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """id, messages, and where there are such: options, the reply that each would be, and the reference, which is an option's number from 1 or
@@ -42,12 +45,12 @@ class Source:
             try:
                 if record.value is None:
                     raise Refused(record.reason)
-                yield {"id": name, **_asked(record.value, self.layout, self.task)}
+                yield {"id": name, **_asked(record.value, self.layout, self.task, self.pictures)}
             except Refused as e:
                 yield {"id": name, "refused": str(e)}
 
 
-def source(recipe: Recipe, path: Path, like: str | None = None) -> Source:
+def source(recipe: Recipe, path: Path, like: str | None = None, pictures: Pictures | None = None) -> Source:
     """like: the task, or the corpus of options, that says how to read the file; by default the only one of the recipe that can.
 
     ConfigError where the file has no layout that can be asked, where several ways of reading it disagree, or there is no such name.
@@ -56,7 +59,7 @@ def source(recipe: Recipe, path: Path, like: str | None = None) -> Source:
         raise ConfigError(f"{path} is no file: mend --file")
     cut = pieces(path)
     values = sample(cut)
-    tasks = {name: task for name, task in recipe.evaluate.tasks.items() if task.kind != "perplexity"}
+    tasks = {name: task for name, task in recipe.tasks.items() if task.kind != "perplexity"}
     keys = ("layout", "text", "mcq")
     exams = {name: EvalTask(path="", kind="choice", **{k: getattr(c, k) for k in keys}) for name, c in recipe.corpora.items() if c.path}
     if like is not None:
@@ -64,7 +67,7 @@ def source(recipe: Recipe, path: Path, like: str | None = None) -> Source:
             raise ConfigError(
                 f"--like {like!r} is no task or corpus of {recipe.name!r}: it has {', '.join(known) or 'none that is read from a file'}"
             )
-        return _source(cut, values, known[like], like)
+        return replace(_source(cut, values, known[like], like), pictures=pictures)
     for some in (tasks, exams):
         found: list[Source] = []
         for name, task in some.items():
@@ -73,11 +76,11 @@ def source(recipe: Recipe, path: Path, like: str | None = None) -> Source:
         if any(_way(s) != _way(found[0]) for s in found):
             raise ConfigError(f"{path} can be read as {' or as '.join(s.name for s in found)} says, which differ: choose by --like NAME")
         if found:
-            return found[0]
+            return replace(found[0], pictures=pictures)
     plain = EvalTask(path="", kind="generation")
     if layout_of(as_corpus(plain), values, answered=False) == "mcq":
         plain = EvalTask(path="", kind="choice")
-    return _source(cut, values, plain)
+    return replace(_source(cut, values, plain), pictures=pictures)
 
 
 def _way(s: Source) -> tuple[Any, ...]:
@@ -94,19 +97,32 @@ def _source(cut: list[Piece], values: list[dict[str, Any]], task: EvalTask, name
     return Source(cut, layout, task, name)
 
 
-def _asked(value: dict[str, Any], layout: str, task: EvalTask) -> dict[str, Any]:
+def _asked(value: dict[str, Any], layout: str, task: EvalTask, pictures: Pictures | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
     if layout == "mcq":
-        prompt, replies, options = reading_comprehension.asked(value, task.mcq)
-        row = {"messages": [{"role": "user", "content": prompt}], "options": options, "replies": replies}
+        prompt, replies, texts = reading_comprehension.asked(value, task.mcq)
+        options = {"options": texts, "replies": replies}
         with suppress(Refused):
-            row["reference"] = reading_comprehension.answer_index(value, task.mcq.answer, options) + 1
-        return row
-    messages, reason = to_messages(value, layout, task.mcq, answered=False)
+            options["reference"] = reading_comprehension.answer_index(value, task.mcq.answer, texts) + 1
+        shown: dict[str, Any] = {key: value[key] for key in ("images", "image") if pictures and key in value}
+        value, layout = shown | {"messages": [{"role": "user", "content": prompt}]}, "messages"
+    messages, reason = (pictures.messages if pictures else to_messages)(value, layout, task.mcq, answered=False)
     if messages is None:
         raise Refused(reason)
     if messages[-1]["role"] == "user":
-        return {"messages": messages}
+        return {"messages": messages, **options}
     return {"messages": messages[:-1], "reference": messages[-1]["content"]}
+
+
+def images(files: Sequence[str], pictures: Pictures) -> list[dict[str, Any]]:
+    """Files as parts of a message; ConfigError for one that shows nothing. pictures: of the root folder."""
+    found = []
+    for name in files:
+        try:
+            found.append({"type": "image", **pictures.keep(str(Path(name).resolve()))})
+        except (Unusable, Refused) as e:
+            raise ConfigError(f"--image {name} cannot be shown: {e}") from None
+    return found
 
 
 def _id(value: dict[str, Any], number: int) -> str:

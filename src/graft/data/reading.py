@@ -7,8 +7,10 @@ The work of a part (see parts.py). `documents.parquet` has a row a document, wit
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from graft.core.rows import in_texts, is_unicode, write_jsonl
-from graft.core.sections import Clean, Corpus, Decontaminate, Dedup, Mcq
+from graft.core.sections import Clean, Corpus, Decontaminate, Dedup
 from graft.data.cleaning.document import clean_document
 from graft.data.corpora import made
 from graft.data.decontaminate import Gate
 from graft.data.dedup import FingerprintWriter
 from graft.data.minhash import exact_key
 from graft.data.parts import Spec
-from graft.data.pictures import FOLDER, Pictures, files_of
+from graft.data.pictures import FOLDER, Pictures
 from graft.data.readers.files import Piece, Record, records
 from graft.data.readers.layouts import excerpt, to_messages, to_text
+from graft.model.chat import files_of
+from graft.model.pixels import Unusable, normalise
 
 VERSION = 2
 DOCUMENTS, REJECTED, TEXTS = "documents.parquet", "rejected.jsonl", "texts.jsonl"
@@ -159,15 +163,31 @@ class _Writer:
 
 
 def write_evaluation_texts(spec: Spec, folder: Path) -> dict[str, Any]:
-    """The part of the evaluation sets: TEXTS, which every gate is built from. spec: texts; pieces, each with its layout, digest and keys."""
+    """The part of the evaluation sets: TEXTS, which every gate is built from; of a question that shows images these by their SHA-256, not its words.
+
+    spec: texts; sets, each as a reading part's (corpus, layout, pieces, digest, images); sent: max_side and max_bytes of the images that augment
+    makes rows of, whose files are others than those it is given, or None.
+    """
     found = list(spec["texts"])
-    for layout, piece, _, keys in spec["pieces"]:
-        mcq = Mcq.model_validate(keys["mcq"])
-        for _, record in _records([piece], Corpus(path="")):
+    for own in spec["sets"]:
+        corpus, layout = Corpus.model_validate(own["corpus"]), own["layout"]
+        pictures = Pictures(folder / FOLDER, Path(own["images"]["path"]) if "images" in own else None, Counter()) if corpus.shows_images else None
+        for _, record in _records(own["pieces"], corpus):
             if record.value is None:
                 continue
             if layout == "text":
-                found += filter(None, to_text(record.value, keys["text"])[:1])
-            else:
-                found += [m["content"] for m in to_messages(record.value, layout, mcq)[0] or () if m["role"] == "user"]
+                found += filter(None, to_text(record.value, corpus.text)[:1])
+                continue
+            messages = (pictures.messages if pictures else to_messages)(record.value, layout, corpus.mcq)[0] or []
+            shown = [name for file in files_of(messages) for name in _known_by(folder / FOLDER / file, spec["sent"])]
+            found += shown or [m["content"] for m in messages if m["role"] == "user"]
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
     return {"texts": write_jsonl(folder / TEXTS, ({"text": text} for text in dict.fromkeys(found)))}
+
+
+def _known_by(image: Path, sent: dict[str, int] | None) -> Iterator[str]:
+    """The SHA-256 that a training row's file of this image has: its own, or that of the JPEG that augment makes of it."""
+    yield image.stem
+    if sent:
+        with suppress(Unusable), image.open("rb") as file:
+            yield normalise(file, sent["max_side"], sent["max_bytes"]).sha256

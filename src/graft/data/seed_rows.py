@@ -21,7 +21,8 @@ from graft.core.rows import LABELS, Row, in_texts, is_unicode, wrong_roles
 from graft.core.sections import Prepare, Task
 from graft.data.cleaning.document import STEPS
 from graft.data.decontaminate import Gate
-from graft.data.pictures import files_of, wrong_size
+from graft.model.chat import files_of
+from graft.model.pixels import wrong_size
 
 OF_IMAGES = "image"  # the label of rows that augment made of images
 
@@ -107,10 +108,12 @@ def tidy(text: str) -> str:
     return text
 
 
-def sentences(row: Row, limits: Prepare, task: Task) -> list[str]:
-    """What the user says in a row, cleaned; nothing where the row cannot be used."""
+def told_by(row: Row, limits: Prepare, task: Task) -> list[str]:
+    """What no other row may hold of one that is held out: what the user says, cleaned; or the SHA-256 of the images, as what is asked of them is often
+    the same. Nothing where the row cannot be used."""
     row, reason = clean_row(row, limits, task)
-    return [] if reason else [m["content"] for m in row["messages"] if m["role"] == "user"]
+    shown = [file.partition(".")[0] for file in files_of(row["messages"])]
+    return [] if reason else shown or [m["content"] for m in row["messages"] if m["role"] == "user"]
 
 
 def select(rows: list[Row], test: set[str], gate: Gate, recipe: Recipe) -> tuple[dict[str, list[Row]], list[Row]]:
@@ -126,7 +129,7 @@ def select(rows: list[Row], test: set[str], gate: Gate, recipe: Recipe) -> tuple
         row, reason = clean_row(given, recipe.prepare, recipe.task)
         contents = [m["content"] for m in in_texts(row["messages"])]
         in_test = row["family"] in test
-        if not reason and not in_test and gate.hits(contents).any():
+        if not reason and not in_test and gate.hits([*contents, *files_of(row["messages"])]).any():
             reason = "contaminated"
         if not reason:
             asked = [c for c, m in zip(contents, row["messages"], strict=True) if m["role"] == "user"] + files_of(row["messages"])

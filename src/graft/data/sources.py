@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from graft.core.errors import ConfigError
 from graft.core.hub import HUB
@@ -42,30 +42,34 @@ def sources(plan: Plan) -> list[Source]:
     return [_source(plan, name, corpus) for name, corpus in plan.recipe.corpora.items()]
 
 
-def evaluation_pieces(plan: Plan) -> list[list[Any]]:
-    """[layout, piece, digest, corpus] of every evaluation set, and of every task's questions; corpus: the keys that it is read by."""
-    named = [(name, Corpus(path=name)) for name in plan.recipe.decontaminate.sets]
-    named += [(task.path, as_corpus(task)) for task in plan.recipe.evaluate.tasks.values()]
+def evaluation_sets(plan: Plan) -> list[Spec]:
+    """Every evaluation set, and every task's questions, as a reading part would read it; none is cut."""
+    named = [Corpus(path=name) for name in plan.recipe.decontaminate.sets]
+    named += map(as_corpus, plan.recipe.evaluate.tasks.values())
     found = []
-    for name, corpus in named:
-        path = plan.beside(name)
+    for corpus in named:
+        if corpus.path is None:
+            found.append(_made_here(plan, corpus))
+            continue
+        path = plan.beside(corpus.path)
         cut = pieces(path, piece_bytes=1 << 62)
-        layout = layout_of(corpus, sample(cut))
-        keys = corpus.model_dump(mode="json", include={"text", "mcq"})
-        found += [[layout, list(piece), plan.digests([path])[path], keys] for piece in cut]
+        read = {"layout": layout_of(corpus, sample(cut)), "pieces": [list(piece) for piece in cut], "digest": plan.digests([path])[path]}
+        found.append({"corpus": corpus.model_dump(mode="json", include={"path", "images", "text", "mcq"}), **read, **_shown(plan, corpus)})
     return found
 
 
 def as_corpus(task: EvalTask) -> Corpus:
-    """How a task's file is read."""
-    return Corpus(path=task.path, layout=task.layout, text=task.text, mcq=task.mcq)
+    """How a task's file is read, or its drawings are made."""
+    if task.path is None:
+        return Corpus(kind="drawings", documents=task.drawings, seed=task.seed)
+    return Corpus(path=task.path, images=task.images, layout=task.layout, text=task.text, mcq=task.mcq)
 
 
 def _source(plan: Plan, name: str, corpus: Corpus) -> Source:
-    keys = corpus.model_dump(mode="json", exclude={"format", "layout"})
     if corpus.kind != "files":
-        layout = "messages" if corpus.kind in CHATS else "text"
-        return Source(name, layout, [{"corpus": keys, "layout": layout, "pieces": [], "digest": plan.external_input("machine")}], 0)
+        spec = _made_here(plan, corpus)
+        return Source(name, spec["layout"], [spec], 0)
+    keys = corpus.model_dump(mode="json", exclude={"format", "layout"})
     path = corpus.path or ""
     files = hub_files(path, plan.dataset_commit(path)) if path.startswith(HUB) else find(corpus, plan.beside)
     digests = plan.digests(files)
@@ -77,12 +81,22 @@ def _source(plan: Plan, name: str, corpus: Corpus) -> Source:
     keys["documents"] = None  # the limit counts what is left of all parts
     if corpus.images and layout == "text":
         raise ConfigError(f"corpora.{name}: images = {corpus.images!r}, and its records are texts: chats show images")
-    shown = {"images": {"path": str(plan.beside(corpus.images)), "digest": plan.images_digest(name)}} if corpus.images else {}
+    shown = _shown(plan, corpus)
     specs = [
         shown | {"corpus": keys, "layout": layout, "pieces": [list(p) for p in some], "digest": [digests[Path(p.path)] for p in some]}
         for some in _together(cut)
     ]
     return Source(name, layout, specs, len(files))
+
+
+def _made_here(plan: Plan, corpus: Corpus) -> Spec:
+    keys, layout = corpus.model_dump(mode="json", exclude={"format", "layout"}), "messages" if corpus.kind in CHATS else "text"
+    return {"corpus": keys, "layout": layout, "pieces": [], "digest": plan.external_input("machine")}
+
+
+def _shown(plan: Plan, corpus: Corpus) -> Spec:
+    """A corpus's folder of images."""
+    return {"images": {"path": str(plan.beside(corpus.images)), "digest": plan.images_digest("corpora", corpus.images)}} if corpus.images else {}
 
 
 def _together(cut: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -15,7 +15,17 @@ def prompt(tokenizer: Any, messages: Messages, processor: ImageProcessor | None,
 
     DataError where a base of text alone is shown one, or more or fewer are given than are shown. An image of 1 MP takes 60 ms of a core.
     """
+    seen = sight(processor, images)
+    return render_prompt(tokenizer, messages, tokens_of(processor, seen)), seen
+
+
+def sight(processor: ImageProcessor | None, images: Sequence[Any]) -> tuple[Seen, ...]:
+    """The images as the tower takes them; DataError where there is none."""
     if images and processor is None:
         raise DataError("the conversation shows images, and the model sees none")
-    seen = tuple(i if isinstance(i, Seen) else processor.seen(i) for i in images) if processor else ()
-    return render_prompt(tokenizer, messages, [processor.tokens(s.grid) for s in seen] if processor else ()), seen
+    return tuple(i if isinstance(i, Seen) else processor.seen(i) for i in images) if processor else ()
+
+
+def tokens_of(processor: ImageProcessor | None, seen: Sequence[Seen]) -> list[int]:
+    """How many tokens stand for each."""
+    return [processor.tokens(s.grid) for s in seen] if processor else []

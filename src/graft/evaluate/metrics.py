@@ -96,10 +96,14 @@ def final(reply: str, pattern: str) -> str | None:
 
 def equal(answer: str, wanted: str) -> bool:
     """Whether two final answers are the same number, or else the same text but for case, width and spaces."""
-    a, b = _number(answer), _number(wanted)
-    if a is not None and b is not None:
-        return a == b
-    return _folded(answer) == _folded(wanted)
+    return same(answer) == same(wanted)
+
+
+def same(answer: str) -> Decimal | str:
+    """What an answer has in common with all that are equal to it."""
+    folded = _folded(answer)
+    number = _number(folded)
+    return folded if number is None else number
 
 
 def _number(text: str) -> Decimal | None:

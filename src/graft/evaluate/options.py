@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+from graft.engine.prompt import sight, tokens_of
 from graft.engine.protocol import Engine, Scored
 from graft.model.chat import render
+from graft.model.images import ImageProcessor, Seen
 
 
 class Reply(NamedTuple):
@@ -17,15 +19,17 @@ class Reply(NamedTuple):
     first: int  # token that is a target
     mask: list[int]  # from there on, 1 of each that is
     characters: int
+    images: tuple[Seen, ...] = ()  # that all of a row's show
 
 
-def replies(tokenizer: Any, row: dict[str, Any]) -> list[Reply]:
-    """Of a row's `messages` with each of its `replies`; DataError where one cannot be rendered surely."""
+def replies(tokenizer: Any, row: dict[str, Any], processor: ImageProcessor | None = None, images: Sequence[Any] = ()) -> list[Reply]:
+    """Of a row's `messages` with each of its `replies`; DataError where one cannot be rendered surely. processor, images: as for engine/prompt.py."""
+    seen = sight(processor, images)
     found = []
     for text in row["replies"]:
-        done = render(tokenizer, [*row["messages"], {"role": "assistant", "content": text}])
+        done = render(tokenizer, [*row["messages"], {"role": "assistant", "content": text}], tokens_of(processor, seen))
         first = done.loss_mask.index(1)
-        found.append(Reply(done.ids, first, done.loss_mask[first:], max(len(text), 1)))
+        found.append(Reply(done.ids, first, done.loss_mask[first:], max(len(text), 1), seen))
     return found
 
 
@@ -45,7 +49,7 @@ def behind(tokenizer: Any, row: dict[str, Any], most: int) -> list[Reply]:
 def likelihoods(engine: Engine, asked: Sequence[Sequence[Reply]], adapter: str | None) -> list[list[tuple[float, float]]]:
     """Of each question's replies: nats, and nats a character. All are scored at once; a reply's do not depend on the others."""
     every = [reply for own in asked for reply in own]
-    scores = engine.scores([Scored(reply.ids, reply.first) for reply in every], adapter)
+    scores = engine.scores([Scored(reply.ids, reply.first, reply.images) for reply in every], adapter)
     nats = [sum(s for s, supervised in zip(own, reply.mask, strict=True) if supervised) for own, reply in zip(scores, every, strict=True)]
     told = iter((own, own / reply.characters) for own, reply in zip(nats, every, strict=True))
     return [list(islice(told, len(own))) for own in asked]

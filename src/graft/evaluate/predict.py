@@ -10,7 +10,8 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,15 +27,18 @@ from graft.core.errors import ConfigError, DataError
 from graft.core.rows import is_unicode, write_jsonl
 from graft.core.sections import EvalTask
 from graft.core.stages import Plan
+from graft.engine.prompt import prompt
 from graft.engine.protocol import Engine, Request
-from graft.evaluate import metrics
+from graft.evaluate import json_answers, metrics
 from graft.evaluate.options import best, likelihoods, replies
+from graft.evaluate.pictures import images_of
 from graft.evaluate.stage import engine_of
-from graft.model.chat import load_tokenizer, render_prompt
+from graft.model.chat import load_tokenizer
 
 Row = dict[str, Any]
-AHEAD = 8  # batches that the engine is given at once: it fills up where rows end
+AHEAD = 8  # batches that the engine is given at once: it fills up where rows end; one where rows show images, which wait decoded
 SENTENCES = EvalTask(path="", kind="generation")
+SOUGHT = {"choice": "an option", "exact": "a final answer", "json": "JSON"}  # in a reply, by the kind of the task
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,25 @@ class Predictor:
     task: EvalTask
     by_likelihood: bool
     system: str | None  # message, for rows that bring none
+    images: Path | None = None  # the folder of those that rows show
 
     @classmethod
-    def of(cls, plan: Plan, task: EvalTask = SENTENCES, base: bool = False, by_likelihood: bool = False, system: str | None = None) -> Predictor:
+    def of(
+        cls,
+        plan: Plan,
+        task: EvalTask = SENTENCES,
+        base: bool = False,
+        by_likelihood: bool = False,
+        system: str | None = None,
+        images: Path | None = None,
+    ) -> Predictor:
         """base: the model under the adapter instead of it. ArtifactError where the recipe is not trained, ConfigError where there are no options."""
         if by_likelihood and task.kind != "choice":
             raise ConfigError("--by likelihood compares options, which these questions do not have: leave it out")
         folder, revision, adapters = (*plan.base_model("sft"), {}) if base else plan.trained()
         tokenizer = load_tokenizer(str(plan.artifact("sft").path))
         engine = engine_of(plan.recipe, folder, revision, adapters, tokenizer)
-        return cls(plan, engine, tokenizer, next(iter(adapters), None), task, by_likelihood, system)
+        return cls(plan, engine, tokenizer, next(iter(adapters), None), task, by_likelihood, system, images)
 
     def close(self) -> None:
         self.engine.close()
@@ -66,12 +79,13 @@ class Predictor:
         """Of each row, in order: id, prompt (its messages), reply, parsed, and the reference where it has one; or id and refused, the reason why
         it could not be asked. at_once: rows that are read before the first is answered.
 
-        parsed: of options the number from 1 of the one that is named, of exact answers the final one, either None where there is none; of a recipe
-        that knows calls, what the reply is. Repeats (evaluate.repeats) are replies by other seeds: reply is the first, parsed what most of
+        parsed: of options the number from 1 of the one that is named, of exact answers the final one, of JSON its value, each None where there is
+        none; of a recipe that knows calls, what the reply is. Repeats (evaluate.repeats) are replies by other seeds: reply is the first, parsed what most of
         them say, the earliest of equally many. By likelihood there are loglikelihoods_nats in the place of a reply.
         """
         numbered = enumerate(map(self._prepared, rows))
-        while some := list(islice(numbered, at_once or AHEAD * self.plan.recipe.evaluate.batch_size)):
+        most = at_once or (1 if self.images else AHEAD) * self.plan.recipe.evaluate.batch_size
+        while some := list(islice(numbered, most)):
             asked = [(n, row) for n, row in some if "refused" not in row]
             found = iter(self._scored([row for _, row in asked]) if self.by_likelihood else self._generated(asked))
             for _, row in some:
@@ -92,10 +106,11 @@ class Predictor:
         if self.system and row["messages"][0]["role"] != "system":
             row = row | {"messages": [{"role": "system", "content": self.system}, *row["messages"]]}
         try:
-            given: Any = replies(self.tokenizer, row) if self.by_likelihood else render_prompt(self.tokenizer, row["messages"])
+            told = self.engine.processor, images_of(row["messages"], self.images) if self.images else ()
+            given: Any = replies(self.tokenizer, row, *told) if self.by_likelihood else prompt(self.tokenizer, row["messages"], *told)
         except (DataError, TemplateError) as e:
             return row | {"refused": " ".join(str(e).split())}
-        tokens = max(len(reply.ids) for reply in given) + 1 if self.by_likelihood else len(given) + self._most
+        tokens = max(len(reply.ids) for reply in given) + 1 if self.by_likelihood else len(given[0]) + self._most
         if tokens > self.engine.max_length:
             return row | {"refused": f"too long with its answer: the model holds {self.engine.max_length:,} tokens"}
         return row | {"given": given}
@@ -103,8 +118,9 @@ class Predictor:
     def _generated(self, rows: list[tuple[int, Row]]) -> Iterator[Row]:
         e, seed = self.plan.recipe.evaluate, self.plan.recipe.seed
         requests = [
-            Request(row["given"], self._most, temperature=e.temperature, seed=seed + n * e.repeats + repeat, adapter=self.adapter, whole=True)
+            Request(ids, self._most, temperature=e.temperature, seed=seed + n * e.repeats + repeat, adapter=self.adapter, whole=True, images=seen)
             for n, row in rows
+            for ids, seen in [row["given"]]
             for repeat in range(e.repeats)
         ]
         completions = iter(self.engine.generate(requests))
@@ -116,7 +132,11 @@ class Predictor:
         if self.task.kind in ("choice", "exact"):
             votes = Counter(found for text in texts if (found := self._named(row, text)) is not None)
             return {"parsed": votes.most_common(1)[0][0] if votes else None}
-        if self.plan.recipe.augment:
+        if self.task.kind == "json":
+            with suppress(ValueError, RecursionError):
+                return {"parsed": json_answers.read(texts[0])}
+            return {"parsed": None}
+        if self.plan.recipe.learns_calls:
             known = self.plan.recipe.task
             return {"parsed": {k: v for k, v in vars(parse_answer(texts[0], known.function, known.argument)).items() if v is not None}}
         return {}
@@ -133,10 +153,11 @@ class Predictor:
             yield {"loglikelihoods_nats": [round(n, 4) for n in nats], "parsed": best(nats) + 1}
 
 
-def sentences(texts: Iterable[str]) -> Iterator[Row]:
-    """As rows; one with bytes that are no UTF-8 cannot be asked."""
+def sentences(texts: Iterable[str], images: Sequence[Row] = ()) -> Iterator[Row]:
+    """As rows, each about all the images, which are parts of a message; one with bytes that are no UTF-8 cannot be asked."""
     for number, text in enumerate(texts, 1):
-        yield {"id": str(number), **({"messages": [{"role": "user", "content": text}]} if is_unicode(text) else {"refused": "no UTF-8"})}
+        content = [*images, {"type": "text", "text": text}] if images else text
+        yield {"id": str(number), **({"messages": [{"role": "user", "content": content}]} if is_unicode(text) else {"refused": "no UTF-8"})}
 
 
 def shown(line: Row) -> str:
@@ -160,7 +181,7 @@ def check_out(out: Path, file: Path) -> None:
 def write(predictor: Predictor, rows: Iterable[Row], out: Path) -> str:
     """The answers as a file that is there once all of it is, in the place of an earlier one; returns what there is to tell.
 
-    `.jsonl` keeps all of `answers`. `.csv` has ID,Answer: the option's number, the final answer, or the reply; empty where there is none.
+    `.jsonl` keeps all of `answers`. `.csv` has ID,Answer: the option's number, the final answer, the JSON alone, or the reply; empty where there is none.
     """
     count, unread, refused = 0, 0, Counter[str]()
 
@@ -192,7 +213,7 @@ def write(predictor: Predictor, rows: Iterable[Row], out: Path) -> str:
     fsync_dir(out.parent)
     told = [f"{out}: {count:,} answers"]
     if unread:
-        told.append(f"{unread:,} without {'an option' if predictor.task.kind == 'choice' else 'a final answer'} that can be read, left empty")
+        told.append(f"{unread:,} without {SOUGHT[predictor.task.kind]} that can be read, left empty")
     if refused:
         reasons = ", ".join(f"{why}: {n:,}" for why, n in sorted(refused.items()))
         told.append(f"{refused.total():,} that could not be asked ({reasons}), left empty")
@@ -201,4 +222,6 @@ def write(predictor: Predictor, rows: Iterable[Row], out: Path) -> str:
 
 def _answer(predictor: Predictor, line: Row) -> str | int | None:
     """None where there is none: csv writes it as the empty string."""
-    return line.get("parsed" if predictor.task.kind in ("choice", "exact") else "reply")
+    if predictor.task.kind == "json":
+        return None if line.get("parsed") is None else json.dumps(line["parsed"], ensure_ascii=False)
+    return line.get("parsed" if predictor.task.kind in SOUGHT else "reply")

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from graft.core.calls import parse_answer
-from graft.core.errors import ServeError
+from graft.core.errors import ConfigError, ServeError
 from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
 from graft.evaluate.classify import score
@@ -17,7 +17,10 @@ AT_ONCE = 16  # requests
 
 def compare(plan: Plan, url: str) -> tuple[list[str], bool]:
     """(lines to print, whether every answer is the offline one). ServeError where the server does not answer."""
-    recipe, made = plan.recipe, plan.artifact("evaluate")
+    recipe = plan.recipe
+    if not recipe.learns_calls:
+        raise ConfigError(f"--server compares calls and texts, and {recipe.name!r} makes no rows of them: leave it out")
+    made = plan.artifact("evaluate")
     offline = list(read_jsonl(made.path / "predictions.jsonl"))
     rows = list(read_jsonl(plan.artifact("prepare").path / "rows" / "test.jsonl"))
     found = asyncio.run(answers(url, recipe.name, [row["messages"][:-1] for row in rows], recipe.evaluate.max_new_tokens))

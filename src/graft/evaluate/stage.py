@@ -1,5 +1,5 @@
 """Stage `evaluate`: what was trained beside its base, by one engine, the one that serves: calls and texts where the recipe makes rows
-(classify.py), and the tasks that it names (tasks.py). Predictions are always kept."""
+from seeds (classify.py), and its tasks (tasks.py), of which held-out rows of images are one. Predictions are always kept."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ def run(job: Job) -> None:
         Encoder(*plan.semantic_encoder(), recipe.evaluate.batch_size) if recipe.evaluate.semantic else None
     )  # before the engine takes what is free
     tokenizer = load_tokenizer(str(job.parents["sft"].path))
+    schemas = {name: plan.answer_schema(name) for name in recipe.tasks}
     systems: dict[str, str | None] = {"adapter": recipe.name, "base": None} if adapters else {"model": None}
     with closing(engine_of(recipe, base, revision, adapters, tokenizer)) as engine, job.writing() as draft:
         metrics: dict[str, Any] = {}
         draft.counts["engine"] = type(engine).__name__  # two engines round differently, and draw other samples
         report = ""
-        if recipe.augment:
+        if recipe.learns_calls:
             metrics, counts = classify.measure(job, draft.path, engine, tokenizer, systems)
             draft.counts.update(counts)
             report = classify.render_report(metrics)
-        if recipe.evaluate.tasks:
-            found = tasks.measure(recipe, job.parents["questions"].path, draft.path, engine, tokenizer, systems, encoder)
+        if recipe.tasks:
+            found = tasks.measure(recipe, job.parents["questions"].path, draft.path, engine, tokenizer, systems, encoder, schemas)
             metrics["tasks"] = found
             draft.counts["tasks"] = tasks.counts(found)
             report += tasks.render_report(found)

@@ -1,4 +1,4 @@
-"""The tasks of [evaluate.tasks]: answers that are compared with the wanted ones, options that are generated and scored, texts that are predicted.
+"""The tasks of a recipe: answers that are compared with the wanted ones, options that are generated and scored, texts that are predicted.
 
 Every system answers the same questions, `evaluate.repeats` times by other seeds; each mean comes with its interval, and the trained model's with the
 paired difference to its base. Log-likelihoods are of the reply that each option would be, as it would be trained: summed, and a character; those
@@ -7,44 +7,64 @@ of a cloze are of plain text behind plain text, without a chat template, which a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from math import exp, log
 from pathlib import Path
 from statistics import mean, stdev
+from types import MappingProxyType
 from typing import Any
 
 from rich.progress import track
 
+from graft.core.json_schema import Schema
 from graft.core.recipe import Recipe
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import EvalTask
+from graft.engine.prompt import prompt
 from graft.engine.protocol import Engine, Request, Scored
-from graft.evaluate import metrics
+from graft.evaluate import by_question, json_answers, metrics
 from graft.evaluate.options import Reply, behind, best, likelihoods, replies
+from graft.evaluate.pictures import FOLDER, images_of
 from graft.evaluate.semantic import Encoder
 from graft.evaluate.statistics import RESAMPLES, Mean, mean_of, paired, ratio_of
-from graft.model.chat import render_prompt
 
-MAIN = {"generation": "rougeL", "exact": "correct", "choice": "correct", "cloze": "correct_loglikelihood", "perplexity": "perplexity"}
+MAIN = {
+    "generation": "rougeL",
+    "exact": "correct",
+    "choice": "correct",
+    "cloze": "correct_loglikelihood",
+    "perplexity": "perplexity",
+    "json": "item_f1",
+}
+RIGHT = {"generation": "equal", "exact": "correct", "json": "equal"}  # of kinds whose wanted answers may be one and the same
 Scores = dict[str, list[list[float]]]  # metric -> [repeats][rows]
 
 
 def measure(
-    recipe: Recipe, questions: Path, folder: Path, engine: Engine, tokenizer: Any, systems: dict[str, str | None], encoder: Encoder | None = None
+    recipe: Recipe,
+    questions: Path,
+    folder: Path,
+    engine: Engine,
+    tokenizer: Any,
+    systems: dict[str, str | None],
+    encoder: Encoder | None = None,
+    schemas: Mapping[str, Schema | None] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}}; writes predictions-<task>.jsonl into `folder`.
+    """{task: kind, rows, systems: {system: {metric: mean, low, high, …}}, paired: {metric: …}, by_question: [{question, rows, majority, system: share}]},
+    the last of tasks whose questions repeat (by_question.py); writes predictions-<task>.jsonl into `folder`.
 
-    questions: the folder of what is asked, <task>.jsonl each. systems: one, or two that are compared; each with its adapter in the engine.
+    questions: the folder of what is asked, <task>.jsonl each, and images/. systems: one, or two that are compared; each with its adapter in the
+    engine. schemas: of tasks of kind json.
     """
     found = {}
-    for name, task in recipe.evaluate.tasks.items():
+    for name, task in recipe.tasks.items():
         rows = list(read_jsonl(questions / f"{name}.jsonl"))
         told: dict[str, Any] = {"kind": task.kind, "rows": len(rows), "systems": {}}
         lines = [{"id": row["id"], **({"wanted": row.get("wanted", row.get("right"))} if task.kind != "perplexity" else {})} for row in rows]
         scores: dict[str, Scores] = {}
         for system, adapter in systems.items():
-            asker = Asker(recipe, name, task, engine, tokenizer, adapter, encoder)
+            asker = Asker(recipe, name, task, engine, tokenizer, adapter, encoder, questions / FOLDER, schemas.get(name))
             scores[system], means, kept = {"perplexity": asker.texts, "cloze": asker.continuations}.get(task.kind, asker.answers)(rows)
             told["systems"][system] = means | {metric: mean_of(table, recipe.seed).told() for metric, table in scores[system].items()}
             for line, own in zip(lines, kept, strict=True):
@@ -53,6 +73,10 @@ def measure(
             first, second = systems
             both = {m: paired(scores[first][m], scores[second][m], recipe.seed).told() for m in scores[first]}
             told["paired"] = {"of": f"{first} less {second}", **both}
+        if right := RIGHT.get(task.kind):
+            shares = {system: own[right] for system, own in scores.items()}
+            if repeated := by_question.by_question(rows, shares, partial(_key, task)):
+                told["by_question"] = repeated
         write_jsonl(folder / f"predictions-{name}.jsonl", lines)
         found[name] = told
     return found
@@ -62,16 +86,25 @@ class Asker:
     """One system's answers to one task."""
 
     def __init__(
-        self, recipe: Recipe, name: str, task: EvalTask, engine: Engine, tokenizer: Any, adapter: str | None, encoder: Encoder | None = None
+        self,
+        recipe: Recipe,
+        name: str,
+        task: EvalTask,
+        engine: Engine,
+        tokenizer: Any,
+        adapter: str | None,
+        encoder: Encoder | None = None,
+        images: Path = Path(FOLDER),
+        schema: Schema | None = None,
     ):
         self.evaluate, self.task, self.engine, self.tokenizer, self.adapter = recipe.evaluate, task, engine, tokenizer, adapter
-        self.encoder = encoder
+        self.encoder, self.images, self.schema = encoder, images, schema
         self.seed, self.title = recipe.seed, f"evaluate {name}, {adapter or 'base'}"
         self.window = min(recipe.shard.seq_len, engine.max_length - 1)
 
     def answers(self, rows: list[dict[str, Any]]) -> tuple[Scores, dict[str, Any], list[Any]]:
         """(scores of each repeat and row, metrics of the whole set, what is kept of each row)."""
-        judge = {"generation": _of_text, "exact": self._of_final, "choice": _of_option}[self.task.kind]
+        judge = {"generation": _of_text, "exact": self._of_final, "choice": _of_option, "json": self._of_json}[self.task.kind]
         texts = [self._generated(rows, repeat) for repeat in range(self.evaluate.repeats)]
         judged = [[judge(row, text) for row, text in zip(rows, own, strict=True)] for own in texts]
         scores: Scores = {metric: [[score[metric] for score in own] for own in judged] for metric in judged[0][0]}
@@ -89,7 +122,7 @@ class Asker:
             std = stdev(each) if len(each) > 1 else None
             whole["bleu"] = Mean(mean(each), mean(each) - half, mean(each) + half, len(rows), std).told()
         if self.task.kind == "choice":
-            by_likelihood, nats = self._likeliest(rows, partial(replies, self.tokenizer))
+            by_likelihood, nats = self._likeliest(rows, self._replies)
             scores |= by_likelihood
             for own, of_options in zip(kept, nats, strict=True):
                 own["loglikelihoods_nats"] = of_options
@@ -130,20 +163,19 @@ class Asker:
         return {"nats_per_token": [[n / max(t, 1) for n, t in zip(nats, tokens, strict=True)]]}, whole, kept
 
     def _generated(self, rows: list[dict[str, Any]], repeat: int) -> list[str]:
-        e = self.evaluate
-        most = self.task.max_new_tokens or e.max_new_tokens
-        requests = [
-            Request(
-                render_prompt(self.tokenizer, row["messages"]),
-                most,
-                temperature=e.temperature,
-                seed=self.seed + repeat * len(rows) + n,
-                adapter=self.adapter,
-            )
-            for n, row in enumerate(rows)
-        ]
+        e, first = self.evaluate, self.seed + repeat * len(rows)
         starts = track(range(0, len(rows), e.batch_size), self.title, transient=True)
-        return [answer.text for at in starts for answer in self.engine.generate(requests[at : at + e.batch_size])]
+        batches = ([self._request(row, first + at + n) for n, row in enumerate(rows[at : at + e.batch_size])] for at in starts)
+        return [answer.text for some in batches for answer in self.engine.generate(some)]
+
+    def _request(self, row: dict[str, Any], seed: int) -> Request:
+        e = self.evaluate
+        ids, seen = prompt(self.tokenizer, row["messages"], self.engine.processor, images_of(row["messages"], self.images))
+        most = self.task.max_new_tokens or e.max_new_tokens
+        return Request(ids, most, temperature=e.temperature, seed=seed, adapter=self.adapter, images=seen)
+
+    def _replies(self, row: dict[str, Any]) -> list[Reply]:
+        return replies(self.tokenizer, row, self.engine.processor, images_of(row["messages"], self.images))
 
     def _likeliest(self, rows: list[dict[str, Any]], replies_of: Callable[[dict[str, Any]], list[Reply]]) -> tuple[Scores, list[list[float]]]:
         """(whether the right reply is the likeliest of a row's, by its nats and by those a character; the nats [rows][replies])."""
@@ -159,6 +191,16 @@ class Asker:
         given, wanted = metrics.final(answer, self.task.final), metrics.final(row["wanted"], self.task.final)
         right = given is not None and wanted is not None and metrics.equal(given, wanted)
         return {"correct": float(right), "unreadable": float(given is None)}
+
+    def _of_json(self, row: dict[str, Any], answer: str) -> dict[str, float]:
+        return json_answers.judged(answer, row["wanted"], self.schema)
+
+
+def _key(task: EvalTask, wanted: str) -> Hashable:
+    """What wanted answers have in common that the same replies are right for."""
+    if task.kind == "json":
+        return frozenset(json_answers.items(json_answers.read(wanted)).items())
+    return metrics.same((metrics.final(wanted, task.final) or "") if task.kind == "exact" else wanted)
 
 
 def _of_text(row: dict[str, Any], answer: str) -> dict[str, float]:
@@ -187,6 +229,8 @@ def render_report(found: dict[str, Any]) -> str:
             if metric in apart:
                 row += f"  difference {apart[metric]['difference']:+.4f} ({apart[metric]['low']:+.4f} to {apart[metric]['high']:+.4f}), p {apart[metric]['p']:.3f}"
             lines.append(f"  {metric:<36}{row}")
+        if "by_question" in told:
+            lines += by_question.lines(told["by_question"])
     return "\n".join(lines).lstrip("\n") + "\n"
 
 

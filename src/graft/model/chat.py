@@ -168,6 +168,11 @@ def image_parts(messages: Messages) -> list[dict[str, Any]]:
     return [part for m in messages if isinstance(m["content"], list) for part in m["content"] if part["type"] == "image"]
 
 
+def files_of(messages: Messages) -> list[str]:
+    """The files of the images that a conversation shows, in order."""
+    return [part["file"] for part in image_parts(messages)]
+
+
 def _flat(tokenizer: Any, messages: Messages) -> Messages:
     """Messages whose contents are texts, an image as the template writes it."""
     found = []

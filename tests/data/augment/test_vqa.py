@@ -8,10 +8,10 @@ import tracemalloc
 import pytest
 
 from graft.core.errors import ConfigError
+from graft.core.json_schema import read_schema
 from graft.core.recipe import Recipe
 from graft.core.rows import read_jsonl
 from graft.data.api.request import Answer
-from graft.data.augment.answer_schema import read_schema
 from graft.data.augment.images import Picture
 from graft.data.augment.vqa import foreseen, make_rows
 
@@ -262,14 +262,14 @@ def test_a_schema_is_checked_when_it_is_read(tmp_path):
     for text, message in cases.items():
         file.write_text(text)
         with pytest.raises(ConfigError, match=message) as e:
-            read_schema(file)
+            read_schema(file, "key")
         assert "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_schema(tmp_path / "none.json")
+        read_schema(tmp_path / "none.json", "key")
     for good in (
         SCHEMA,
         {"$ref": "#/$defs/a", "$defs": {"a": SCHEMA}},
         {"$id": "https://x.test/s", "$ref": "https://x.test/s#/$defs/a", "$defs": {"a": SCHEMA}},
     ):
         file.write_text(json.dumps(good))
-        assert read_schema(file) == good
+        assert read_schema(file, "key") == good

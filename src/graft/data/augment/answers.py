@@ -11,34 +11,27 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
-from jsonschema import exceptions, validators
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-
-from graft.core.errors import DataError
+from graft.core.json_schema import Schema, check, loads, one_line, wrong
 from graft.core.rows import is_unicode
 
 _CLOSING = {'"': '"', "＂": "＂", "“": "”"}  # delimiters of a string, as found; a curly pair may hold another curly pair
-_REASON_CHARS = 200
+_loads = partial(loads, strict=False)
 
 
-def structured(schema: dict[str, Any], name: str) -> dict[str, Any]:
+def structured(schema: Schema, name: str) -> dict[str, Any]:
     """The `response_format` that asks for an answer by `schema`; `name` of at most 64 letters, digits, `_` and `-`.
 
     It is strict where the schema keeps to what strict servers demand: each object closed, with every property required.
     Raises DataError for a schema that is no JSON Schema.
     """
-    try:
-        _class_of(schema).check_schema(schema)
-    except exceptions.SchemaError as e:
-        raise DataError(f"the answer schema {name!r} is no JSON Schema: {_where(e)}: mend the file") from None
+    check(schema, f"the answer schema {name!r}")
     return {"type": "json_schema", "json_schema": {"name": name, "strict": _is_strict(schema), "schema": schema}}
 
 
-def read(response: dict[str, Any], schema: dict[str, Any] | None) -> tuple[Any, str | None]:
+def read(response: dict[str, Any], schema: Schema | None) -> tuple[Any, str | None]:
     """(what the answer says, None), or (None, why it cannot be used) in one line.
 
     response: the server's JSON. schema: what the value must satisfy; None: the value is the text itself, stripped.
@@ -56,16 +49,16 @@ def _text(response: dict[str, Any]) -> tuple[str | None, str | None]:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         error = response.get("error") if isinstance(response, dict) else None
-        return None, _line(f"malformed: the server reports {error}" if error else "malformed: the response holds no message")
+        return None, one_line(f"malformed: the server reports {error}" if error else "malformed: the response holds no message")
     ended = choice.get("finish_reason")
     if ended == "content_filter":
         return None, "filtered"
     if message.get("refusal"):
-        return None, _line(f"refused: {message['refusal']}")
+        return None, one_line(f"refused: {message['refusal']}")
     if ended == "length":
         return None, "truncated"
     if ended not in ("stop", None):
-        return None, _line(f"malformed: the answer ended by {ended!r}")
+        return None, one_line(f"malformed: the answer ended by {ended!r}")
     content = message.get("content")
     if not isinstance(content, str) or not content.strip():
         return None, "malformed: the answer is empty"
@@ -74,7 +67,7 @@ def _text(response: dict[str, Any]) -> tuple[str | None, str | None]:
     return content.strip(), None
 
 
-def _value(text: str, schema: dict[str, Any]) -> tuple[Any, str | None]:
+def _value(text: str, schema: Schema) -> tuple[Any, str | None]:
     """The one JSON value in `text` that satisfies the schema."""
     try:
         try:
@@ -82,13 +75,13 @@ def _value(text: str, schema: dict[str, Any]) -> tuple[Any, str | None]:
         except ValueError:
             found = list(_values(text))
     except (ValueError, RecursionError) as e:
-        return None, _line(f"malformed: {e}")
+        return None, one_line(f"malformed: {e}")
     if not found:
         return None, "malformed: no JSON in the answer"
-    wrong = [_wrong(value, schema) for value in found]
-    fits = [value for value, reason in zip(found, wrong, strict=True) if reason is None]
+    reasons = [wrong(value, schema) for value in found]
+    fits = [value for value, reason in zip(found, reasons, strict=True) if reason is None]
     if not fits:
-        return None, _line(f"wrong schema: {wrong[-1]}")  # text comes first, the answer last
+        return None, one_line(f"wrong schema: {reasons[-1]}")  # text comes first, the answer last
     if any(value != fits[0] for value in fits[1:]):
         return None, f"malformed: {len(fits)} different values fit the schema"
     return fits[0], None
@@ -151,49 +144,6 @@ def _string(text: str, at: int) -> tuple[str, int]:
     raise ValueError("a string of the JSON does not close")
 
 
-def _loads(text: str) -> Any:
-    return json.loads(text, strict=False, object_pairs_hook=_object, parse_constant=_no_constant)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _GivenTwice("an object of the JSON has a key twice")
-    return found
-
-
-class _GivenTwice(ValueError):
-    """Not a matter of syntax: no second reading helps."""
-
-
-def _no_constant(name: str) -> Any:
-    raise json.JSONDecodeError(f"{name} is no JSON number", name, 0)
-
-
-def _wrong(value: Any, schema: dict[str, Any]) -> str | None:
-    if not is_unicode(json.dumps(value, ensure_ascii=False)):
-        return "the answer holds half a character"
-    try:
-        error = exceptions.best_match(_validator(json.dumps(schema)).iter_errors(value))
-    except Unresolvable as e:
-        raise DataError(f"the answer schema refers to {e.ref!r}, which it does not hold: write the definition into the file") from None
-    return _where(error) if error else None
-
-
-@lru_cache(maxsize=16)
-def _validator(schema: str) -> Any:
-    tree = json.loads(schema)
-    return _class_of(tree)(tree, registry=Registry())  # an own registry: a `$ref` never reaches the network
-
-
-def _class_of(schema: dict[str, Any]) -> Any:
-    return validators.validator_for(schema, default=validators.Draft202012Validator)
-
-
-def _where(error: Any) -> str:
-    return _line(f"{error.json_path}: {error.message}")
-
-
 def _is_strict(schema: Any) -> bool:
     if isinstance(schema, list):
         return all(map(_is_strict, schema))
@@ -205,8 +155,3 @@ def _is_strict(schema: Any) -> bool:
         return False
     inner = [*(properties or {}).values(), *(v for k, v in schema.items() if k != "properties")]
     return all(map(_is_strict, inner))
-
-
-def _line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _REASON_CHARS else line[: _REASON_CHARS - 1] + "…"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 
+from graft.core.recipe import HELD_OUT
 from graft.core.rows import read_seeds
 from graft.core.stages import DATA, Plan
 from graft.data.api.request import Answer, Request
 from graft.data.api.session import LEDGER, Session
 from graft.data.api.spending import Estimate, estimate
-from graft.data.augment.answer_schema import read_schema
 from graft.data.augment.review import read_decisions
 from graft.data.augment.self_instruct import SelfInstruct
 from graft.data.augment.vqa import foreseen
@@ -24,8 +24,8 @@ def outlook(plan: Plan) -> list[str]:
     with Session(recipe, plan.root / DATA / LEDGER, plan.endpoint or "embedded") as session:
         spent = session.figures()
         history = session.history()
-        if images := recipe.augmentation.images:
-            schema = read_schema(plan.beside(images.answer_schema)) if images.answer_schema else None
+        if recipe.augmentation.images:
+            schema = plan.answer_schema(HELD_OUT)
             bodies = list(foreseen(recipe, plan.path.parent, schema))
             lines, scale = [f"{len(bodies)} requests at most, before duplicates and images that cannot be read are left out"], 1.0
         else:

@@ -14,11 +14,11 @@ from typing import Any
 from rich import get_console
 
 from graft.core.artifact import Draft
+from graft.core.recipe import HELD_OUT
 from graft.core.rows import read_seeds, write_jsonl
 from graft.core.stages import DATA, Job
 from graft.data.api.caller import check_credentials
 from graft.data.api.session import LEDGER, Session
-from graft.data.augment.answer_schema import read_schema
 from graft.data.augment.diversity import Diversity
 from graft.data.augment.images import gather
 from graft.data.augment.panel import Panel, Progress
@@ -111,7 +111,7 @@ def _from_images(job: Job, draft: Draft, session: Session, panel: Panel) -> dict
     recipe, plan = job.recipe, job.plan
     images = recipe.augmentation.images
     assert images is not None
-    schema = read_schema(plan.beside(images.answer_schema)) if images.answer_schema else None
+    schema = plan.answer_schema(HELD_OUT)
     pictures, rejected, found = gather(recipe, plan.path.parent, draft.path)
     panel.say(f"augment: {found['kept']} of {found['in']} images kept, rejected: {found['rejected'] or 'none'}")
     wanted = sum((1 if p.prompt else len(images.prompts)) + images.questions for p in pictures)

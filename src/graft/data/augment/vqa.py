@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from graft.core.json_schema import Schema
 from graft.core.recipe import Recipe
 from graft.core.rows import Row, read_jsonl
 from graft.core.sections import Images
 from graft.data.api.request import Answer, Request
-from graft.data.augment.answer_schema import Schema
 from graft.data.augment.answers import read, structured
 from graft.data.augment.images import FOLDER, Picture, list_sources
 
@@ -84,7 +84,7 @@ def make_rows(
     """Write `folder`/rows.jsonl, rejected.jsonl and, where the model makes questions, questions.jsonl; returns the counts.
 
     pictures, rejected: of `images.gather`; the rejected come first in rejected.jsonl. folder: holds images/. schema: what an
-    answer must satisfy (`answer_schema.read_schema`), None for free text. on_answer: called after each answer that should be a row.
+    answer must satisfy (`json_schema.read_schema`), None for free text. on_answer: called after each answer that should be a row.
     counts: those of _Counts for the rows, the same for making questions under "questions", and "stopped": "end" | "budget".
     A row: {"id", "messages", "family", "source", "prompt_kind": "given" | "made", "request", "parent"}.
     """

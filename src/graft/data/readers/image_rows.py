@@ -18,17 +18,18 @@ from graft.model.chat import Messages
 _MARK, _OF_PARTS = re.compile(f"<image>|{AN_IMAGE}"), re.compile(AN_IMAGE)
 
 
-def to_messages_and_images(value: dict[str, Any], layout: str, mcq: Mcq) -> tuple[Messages | None, list[Any], str]:
+def to_messages_and_images(value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = True) -> tuple[Messages | None, list[Any], str]:
     """(messages whose contents hold AN_IMAGE for each image, the images in that order, "") or (None, [], reason).
 
-    An image is as the record names it: a path, or {"path", "bytes"}. The reasons are those of `to_messages`, and what is wrong with the images.
+    answered: as for `to_messages`. An image is as the record names it: a path, or {"path", "bytes"}. The reasons are those of `to_messages`, and what
+    is wrong with the images.
     """
     column = value.get("images") or value.get("image") or []
     column = column if isinstance(column, list) else [column]
     inline: list[Any] = []  # of the parts; None: the column's next
     try:
         plain = {key: [_marked(m, inline) for m in v] if _is_list_of_parts(v) else v for key, v in value.items() if key not in ("images", "image")}
-        messages, reason = to_messages(plain, layout, mcq)
+        messages, reason = to_messages(plain, layout, mcq, answered)
         if messages is None:
             return None, [], reason
         return messages, _placed(messages, column, inline), ""
