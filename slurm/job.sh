@@ -96,7 +96,7 @@ run_nodes() { # FOLDER COMMAND …; sets `code`
     if [ -n "$(codes "$folder")" ]; then left=$((left + 1)); fi
     if [ "$left" -gt "$linger_s" ]; then
       echo "some node has not left $linger_s s after another did: not waiting for it"
-      kill -KILL "$step"
+      kill -KILL "$step" 2>/dev/null || true # it may have left since we looked
     fi
   done
   if wait "$step"; then code=0; else code=$?; fi

@@ -183,10 +183,7 @@ def test_recipes_of_images_are_evaluated_and_served():
         load(RECIPES / "ui-vqa-tiny.toml", [*text_alone, "base={hidden_size=8, heads=2, kv_heads=2, train={corpora=['other-self'], lora=false}}"])
 
 
-def test_images_need_a_base_that_sees_and_no_merge():
-    drawn = ["corpora.drawn={kind='drawings', documents=9}", "sft.corpora=['drawn']"]
-    with pytest.raises(ConfigError, match=r"\[cpt\] and images in one recipe"):
-        load(TINY, drawn)
+def test_images_need_a_base_that_sees():
     seeing = load(RECIPES / "ui-vqa-tiny.toml")
     assert seeing.shows_images and seeing.stage_shows_images("base") and seeing.stage_shows_images("sft")
     assert not load(TINY).shows_images

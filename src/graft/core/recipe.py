@@ -197,6 +197,14 @@ class Recipe(Section):
             raise ValueError("name = 'served': 'served' is where the adapters of all recipes are (checkpoints/served), choose another")
         if self.augment is None and not self.corpora:
             raise ValueError("neither [augment] nor [corpora]: a recipe makes rows, reads corpora, or does both")
+        if self.augment and self.augment.images and HELD_OUT in self.evaluate.tasks:
+            raise ValueError(
+                f"evaluate.tasks.{HELD_OUT}: so the held-out rows of [augment.images] are called, which are asked in any case; rename it"
+            )
+        if self.evaluate.semantic and "generation" not in {task.kind for task in self.tasks.values()}:
+            raise ValueError(
+                f"evaluate.semantic = {self.evaluate.semantic!r} scores tasks of kind 'generation', and there is none: add one, or leave it out"
+            )
         if self.sft is None:
             if self.base or self.cpt:
                 raise ValueError("[base] or [cpt] without [sft]: add an [sft] section, or leave all training out and the recipe ends with its rows")
@@ -228,18 +236,8 @@ class Recipe(Section):
                 raise ValueError(
                     f"{section}.lora = false and model.precision = {self.model.precision!r}: such weights cannot be trained whole; use bf16"
                 )
-        if self.shows_images and self.cpt:
-            raise ValueError("[cpt] and images in one recipe: what is merged has no vision tower yet; leave [cpt] out, or the images")
         if self.asks_of_images and self.base and not self.base.vision:
             raise ValueError("images, but the embedded base sees none: add a [base.vision] section")
-        if self.augment and self.augment.images and HELD_OUT in self.evaluate.tasks:
-            raise ValueError(
-                f"evaluate.tasks.{HELD_OUT}: so the held-out rows of [augment.images] are called, which are asked in any case; rename it"
-            )
-        if self.evaluate.semantic and "generation" not in {task.kind for task in self.tasks.values()}:
-            raise ValueError(
-                f"evaluate.semantic = {self.evaluate.semantic!r} scores tasks of kind 'generation', and there is none: add one, or leave it out"
-            )
         for name, heads, width in (("base", self.base, 1), ("base.vision", self.base.vision if self.base else None, 4)):
             if heads and heads.hidden_size % (width * heads.heads):  # a tower's heads turn by row and by column, in pairs
                 raise ValueError(
