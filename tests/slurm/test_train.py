@@ -89,7 +89,7 @@ FAULTS = {
     "preempted": preempt,
     "requeued": requeue,
 }
-IN_THE_SUITE = {"link cut", "rank killed"}
+IN_THE_SUITE = {"link cut"}
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in IN_THE_SUITE else CAMPAIGN) for f in FAULTS])
