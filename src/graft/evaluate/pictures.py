@@ -5,13 +5,12 @@ An image of 1 MP takes about 80 ms of a core, and 24 MB until the batch that sho
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from graft.core.errors import ArtifactError
 from graft.model.chat import Messages, files_of
-from graft.model.pixels import Unusable, shown
+from graft.model.pixels import Unusable, shown, verified
 
 FOLDER = "images"
 
@@ -23,12 +22,7 @@ def images_of(messages: Messages, folder: Path) -> list[Any]:
 
 def _opened(path: Path) -> Any:
     mend = "make the questions again by `graft run RECIPE --from questions`"
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise ArtifactError(f"{path} cannot be read ({e.strerror}): {mend}") from None
-    if hashlib.sha256(data).hexdigest() != path.stem:
-        raise ArtifactError(f"{path} was altered: its SHA-256 is not its name; {mend}")
+    data = verified(path, mend)
     try:
         return shown(data)
     except Unusable as e:

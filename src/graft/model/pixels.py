@@ -13,10 +13,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from graft.core.errors import ArtifactError
 
 MAX_PIXELS = 1 << 27  # a phone's 108 MP pass
 MAX_SIDE = 4096  # pixels, of an image that is shown to a model
@@ -123,6 +126,17 @@ def fingerprint(image: Image.Image) -> tuple[int, tuple[int, int, int]]:
 
 # The first 8 rows of the 32-point DCT-II
 _DCT = np.cos(math.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
+
+
+def verified(path: Path, mend: str) -> bytes:
+    """An image's file that is named by its SHA-256; ArtifactError where it is not there or not that. mend: what to do then."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ArtifactError(f"{path} cannot be read ({e.strerror}): {mend}") from None
+    if hashlib.sha256(data).hexdigest() != path.stem:
+        raise ArtifactError(f"{path} was altered: its SHA-256 is not its name; {mend}")
+    return data
 
 
 def shown(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

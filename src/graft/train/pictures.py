@@ -6,7 +6,6 @@ its step has passed 12 MB in bf16, 24 in fp32: it is held as the tower takes it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections import deque
@@ -23,6 +22,7 @@ from PIL import Image as Pillow
 from graft.core.errors import ArtifactError
 from graft.core.shards import BUCKET, Bin, Image
 from graft.model.images import ImageProcessor
+from graft.model.pixels import verified
 from graft.model.tower import laid_out
 from graft.model.vision import ImageBatch, positions, tower
 from graft.train.batches import collate
@@ -73,13 +73,7 @@ class Pictures:
     def _patches(self, image: Image) -> torch.Tensor:
         path = self.folder / image.file
         mend = "make the shards again with `graft run`"
-        try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise ArtifactError(f"{path} cannot be read ({e.strerror}): {mend}") from None
-        if hashlib.sha256(data).hexdigest() != path.stem:
-            raise ArtifactError(f"{path} was altered: its SHA-256 is not its name; {mend}")
-        with Pillow.open(io.BytesIO(data)) as opened:
+        with Pillow.open(io.BytesIO(verified(path, mend))) as opened:
             found = self.processor.patches(opened.convert("RGB"))
         if len(found) != int(np.prod(image.grid)):
             raise ArtifactError(f"{path} becomes {len(found)} patches, the shards say {image.grid}: shard.image_pixels or the base changed; {mend}")
