@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole suite: .venv, install with the test extra, linters, types, import rules, every test, two files at a time.
-# 25 to 35 minutes on two cores; --campaign adds the long runs, one at a time. Arguments go to pytest: bash launch/test.sh tests/core
+# 40 to 45 minutes on two cores; --campaign adds the long runs, one at a time. Arguments go to pytest: bash launch/test.sh tests/core
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh test

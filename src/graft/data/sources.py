@@ -44,17 +44,17 @@ def sources(plan: Plan) -> list[Source]:
 
 def evaluation_sets(plan: Plan) -> list[Spec]:
     """Every evaluation set, and every task's questions, as a reading part would read it; none is cut."""
-    named = [Corpus(path=name) for name in plan.recipe.decontaminate.sets]
-    named += map(as_corpus, plan.recipe.evaluate.tasks.values())
+    named = [("decontaminate.sets", Corpus(path=name)) for name in plan.recipe.decontaminate.sets]
+    named += [(f"evaluate.tasks.{name}", as_corpus(task)) for name, task in plan.recipe.evaluate.tasks.items()]
     found = []
-    for corpus in named:
+    for key, corpus in named:
         if corpus.path is None:
             found.append(_made_here(plan, corpus))
             continue
         path = plan.beside(corpus.path)
         cut = pieces(path, piece_bytes=1 << 62)
         read = {"layout": layout_of(corpus, sample(cut)), "pieces": [list(piece) for piece in cut], "digest": plan.digests([path])[path]}
-        found.append({"corpus": corpus.model_dump(mode="json", include={"path", "images", "text", "mcq"}), **read, **_shown(plan, corpus)})
+        found.append({"corpus": corpus.model_dump(mode="json", include={"path", "images", "text", "mcq"}), **read, **_shown(plan, key, corpus)})
     return found
 
 
@@ -81,7 +81,7 @@ def _source(plan: Plan, name: str, corpus: Corpus) -> Source:
     keys["documents"] = None  # the limit counts what is left of all parts
     if corpus.images and layout == "text":
         raise ConfigError(f"corpora.{name}: images = {corpus.images!r}, and its records are texts: chats show images")
-    shown = _shown(plan, corpus)
+    shown = _shown(plan, f"corpora.{name}", corpus)
     specs = [
         shown | {"corpus": keys, "layout": layout, "pieces": [list(p) for p in some], "digest": [digests[Path(p.path)] for p in some]}
         for some in _together(cut)
@@ -94,9 +94,9 @@ def _made_here(plan: Plan, corpus: Corpus) -> Spec:
     return {"corpus": keys, "layout": layout, "pieces": [], "digest": plan.external_input("machine")}
 
 
-def _shown(plan: Plan, corpus: Corpus) -> Spec:
-    """A corpus's folder of images."""
-    return {"images": {"path": str(plan.beside(corpus.images)), "digest": plan.images_digest("corpora", corpus.images)}} if corpus.images else {}
+def _shown(plan: Plan, key: str, corpus: Corpus) -> Spec:
+    """A corpus's folder of images, which the recipe names at `key`."""
+    return {"images": {"path": str(plan.beside(corpus.images)), "digest": plan.images_digest(key, corpus.images)}} if corpus.images else {}
 
 
 def _together(cut: Iterable[Piece]) -> Iterator[list[Piece]]:
