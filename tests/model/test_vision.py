@@ -1,5 +1,7 @@
 """Rows with images through a tiny random Qwen2.5-VL: transformers' own forward is what everything is held against."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from graft.model.packed import PackedBatch
 from graft.model.stream import load_fused
 from graft.model.tower import Borders, attend, fuse_tower, laid_out
 from graft.model.vision import ImageBatch, VisionLM, positions, tower
+from graft.train.sizing.needs import Shape
 
 from .tiny_vision import IMAGE, row, tiny, write
 
@@ -124,6 +127,22 @@ def test_the_layers_of_a_gpu_give_the_loss_and_gradients_of_transformers(base, p
     for name, *pair in adapters(fused):
         for one, other in zip(pair, pairs[name], strict=True):
             assert (one - other.grad).norm() < 1e-4 * other.grad.norm(), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_tied_as_the_whole_model_says_whatever_its_text_part_says(tied, tmp_path):
+    model = tiny()
+    model.config.tie_word_embeddings, model.config.text_config.tie_word_embeddings = tied, not tied
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del told["text_config"]["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    lm = load_fused(str(tmp_path), None, "fp32", None, CPU, 0)
+    assert torch.equal(lm.lm_head.weight, model.lm_head.weight)
+    assert (lm.lm_head.weight is lm.model.language_model.embed_tokens.weight) is tied
+    assert Shape.of(told).tied is tied
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])

@@ -65,7 +65,7 @@ class Shape(NamedTuple):
                 heads,
                 c.get("num_key_value_heads") or heads,
                 c.get("head_dim") or hidden // heads,
-                bool(c.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
+                bool(config.get("tie_word_embeddings") or c.get("tie_word_embeddings")),
                 _tower(config.get("vision_config") or {}),
             )
         except KeyError as e:
