@@ -8,11 +8,14 @@ made here, as HFEngine makes them. A sampled row follows its seed whatever its b
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import subprocess
 import threading
 from collections.abc import Sequence
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -97,7 +100,8 @@ class VLLMEngine(Batched):
             **(_of_cache(kv_tokens * kv_bytes(config.get_text_config(), DTYPES[precision].itemsize)) if kv_tokens else {}),
             disable_log_stats=True,
         )
-        self._guard = _guarded([child.pid for child in set(multiprocessing.active_children()) - others if child.pid])
+        cores = [child for child in multiprocessing.active_children() if child not in others]
+        self._guard = _guarded([core.pid for core in cores if core.pid])
         self.max_length: int = self._llm.model_config.max_model_len
         self._adapters: dict[str, _Adapter] = {}  # the least recently used first
         self._retired: set[_Adapter] = set()
@@ -106,6 +110,7 @@ class VLLMEngine(Batched):
         self._kept: list[Chunk] = []  # that came while a prompt was scored
         self._came: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what vLLM gave, None to wake, or the error that ended it
         threading.Thread(target=self._receive, name="vllm", daemon=True).start()
+        threading.Thread(target=self._watch, args=(cores,), name="vllm's life", daemon=True).start()
 
     # ---- adapters -------------------------------------------------------------------------------------------------------
     @property
@@ -225,6 +230,16 @@ class VLLMEngine(Batched):
                 self._came.put(self._llm.engine_core.get_output())
         except Exception as e:  # noqa: BLE001 (told to whoever waits, whatever it is)
             self._came.put(e)
+
+    def _watch(self, cores: list[Any]) -> None:
+        """Once a process of vLLM's is gone: vLLM itself then leaves whoever waits for its output, or for a call's answer, waiting for ever."""
+        multiprocessing.connection.wait([core.sentinel for core in cores])
+        client = self._llm.engine_core
+        client.resources.engine_dead = True  # from here on no call is begun
+        for call in list(client.utility_results.values()):
+            with suppress(InvalidStateError):
+                call.set_exception(ChildProcessError())
+        self._came.put(ChildProcessError())
 
     def _next(self) -> list[Chunk]:
         """Wait for what comes next; the chunks of all that has come."""
