@@ -78,7 +78,7 @@ def test_four_workers_write_the_bytes_of_two_and_an_added_file_costs_itself(plac
     before, kinds = other.parts(), {path: kind(path) for path in other.parts()}
     writer = Writer(2)
     write_lines(other.folder / "texts" / "2.jsonl", (line({"text": writer.text(700)}) for _ in range(1700)))  # of 1.1 MB: two pieces
-    other.run(cpus=4)
+    other.run()
     after = other.parts()
     assert all(after[path] == before[path] for path in before.keys() & after.keys())
     made = Counter(kind(path) for path in after.keys() - before.keys())

@@ -189,10 +189,10 @@ class ShardSet:
         self._batches = [b for _, b in batches]
         self._starts = np.cumsum([0, *(b.num_rows for b in self._batches)]).tolist()
         length = index["seq_len"]
-        self._ids = [b.column(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, length) for b in self._batches]
-        self._mask = [b.column(1).flatten().to_numpy(zero_copy_only=True).reshape(-1, length) for b in self._batches]
-        self._ends = [b.column(2).offsets.to_numpy(zero_copy_only=True) for b in self._batches]
-        self._lens = [b.column(2).values.to_numpy(zero_copy_only=True) for b in self._batches]
+        self._ids = [np.from_dlpack(b.column(0).flatten()).reshape(-1, length) for b in self._batches]
+        self._mask = [np.from_dlpack(b.column(1).flatten()).reshape(-1, length) for b in self._batches]
+        self._ends = [np.from_dlpack(b.column(2).offsets) for b in self._batches]
+        self._lens = [np.from_dlpack(b.column(2).values) for b in self._batches]
         self.of_images = "images" in index
 
     @classmethod
@@ -245,7 +245,7 @@ class ShardSet:
 
     def costs(self) -> np.ndarray:
         """[len] int64: the attention cost of every bin, the sum of its squared document lengths."""
-        return np.concatenate([np.zeros(0, np.int64), *(b.column(5).to_numpy() for b in self._batches)])
+        return np.concatenate([np.zeros(0, np.int64), *(np.from_dlpack(b.column(5)) for b in self._batches)])
 
     def doc_lens(self) -> np.ndarray:
         """[documents] int32: the tokens of every document, bin after bin."""

@@ -66,4 +66,7 @@ def _leave_with(error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; to take PyTorch, transformers and DeepSpeed apart again takes the interpreter seconds
