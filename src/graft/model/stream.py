@@ -38,7 +38,7 @@ def load_fused(base: str, revision: str | None, precision: str, lora: Lora | Non
         raise ConfigError(f"model.base = {base!r} is no causal language model: {str(e).strip().splitlines()[0][:200]}") from None
     places = fuse(lm, KINDS[precision], lora, dtype, device, seed, vision)
     _make_rotary(lm, device)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # as transformers: the whole model's, not its text part's
+    tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()  # the whole model's, not its text part's, as transformers
     wanted = {name for name, p in lm.named_parameters() if p.is_meta} - tied
     wanted |= {f"{name}.weight" for name in places} | {f"{name}.bias" for name, (frozen, _) in places.items() if frozen.bias is not None}
     for stored, tensor in weights(base, revision, device):
