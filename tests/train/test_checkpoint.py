@@ -5,15 +5,18 @@ import pickle
 import random
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from graft.cli import main
 from graft.core.artifact import sha256_file
 from graft.core.metrics import MetricsWriter, read_metrics
-from graft.train.checkpoint import CURSOR, FORMAT, SUMS, Writer, _canonical, fault, newest, steps
+from graft.train import checkpoint
+from graft.train.checkpoint import CURSOR, FORMAT, SUMS, Writer, _canonical, cursor_of, fault, newest, steps
 
 RANK = "rank-00000.safetensors"
 
@@ -80,6 +83,32 @@ def test_training_does_not_wait_for_the_removal_of_the_oldest(tmp_path, monkeypa
     may_go.set()
     writer._removal.join(30)
     assert [folder.name for folder in steps(tmp_path)] == ["step-00000010", "step-00000015"]
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_what_the_next_steps_change_is_not_in_a_checkpoint_that_is_written_slowly(tmp_path, monkeypatch, alone):
+    write, may_go = checkpoint.save_file, threading.Event()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *given, **how: (may_go.wait(30), write(*given, **how)))
+    monkeypatch.setattr(checkpoint, "fragments", lambda engine: [])
+    monkeypatch.setattr(checkpoint, "_state", lambda *given: {"step": torch.tensor(3.0)})
+    optimizer = SimpleNamespace(single_partition_of_fp32_groups=[None])
+    writer = Writer.__new__(Writer)
+    vars(writer).update(run=tmp_path, keep=2, rank=0, world=1, failure=None, _thread=None, _removal=None, _step=None, _copies=None, _host={})
+    writer._engine = SimpleNamespace(optimizer=optimizer)
+    guard = {"losses": [1.0]}
+    writer.save({"step": 5, "guard": guard})
+    guard["losses"] = [1.0, 2.0]  # of the step after, while the file is being written
+    may_go.set()
+    assert writer.finish() is None
+    (folder,) = steps(tmp_path)
+    assert cursor_of(folder)["guard"] == {"losses": [1.0]}
 
 
 class Trap:

@@ -107,7 +107,7 @@ class Writer:
         self._step = cursor["step"]
         zero = self._engine.optimizer
         taken = _state(zero, zero.single_partition_of_fp32_groups[0])["step"].item()
-        cursor = {"format": FORMAT, "processes": self.world, **cursor, "optimizer_step": taken}
+        told = json.dumps({"format": FORMAT, "processes": self.world, **cursor, "optimizer_step": taken}, indent=1)  # now: the steps to come change it
         starts = {name: start for name, start, _ in fragments(self._engine)}
         if self._copies:
             self._copies.wait_stream(torch.cuda.current_stream())
@@ -118,7 +118,7 @@ class Writer:
         if self.rank == 0:
             self._attempt(self._make_room)
         dist.barrier()
-        self._thread = threading.Thread(target=self._attempt, args=(self._write, starts, cursor, copied), daemon=True)
+        self._thread = threading.Thread(target=self._attempt, args=(self._write, starts, told, copied), daemon=True)
         self._thread.start()
         return before
 
@@ -136,7 +136,7 @@ class Writer:
         shutil.rmtree(self._draft, ignore_errors=True)
         self._draft.mkdir(parents=True)
 
-    def _write(self, starts: dict[str, int], cursor: dict[str, Any], copied: Any) -> None:
+    def _write(self, starts: dict[str, int], cursor: str, copied: Any) -> None:
         if copied:
             copied.synchronize()
         own = self._draft / f"rank-{self.rank:05d}.safetensors"
@@ -147,7 +147,7 @@ class Writer:
         fsync_file(own)
         written = [own]
         if self.rank == 0:
-            (self._draft / CURSOR).write_text(json.dumps(cursor, indent=1), encoding="utf-8")
+            (self._draft / CURSOR).write_text(cursor, encoding="utf-8")
             fsync_file(self._draft / CURSOR)
             written.append(self._draft / CURSOR)
         sums = own.with_suffix(".sums")
