@@ -107,7 +107,8 @@ class Writer:
         self._step = cursor["step"]
         zero = self._engine.optimizer
         taken = _state(zero, zero.single_partition_of_fp32_groups[0])["step"].item()
-        told = json.dumps({"format": FORMAT, "processes": self.world, **cursor, "optimizer_step": taken}, indent=1)  # now: the steps to come change it
+        # told now, for the steps to come change it
+        told = json.dumps({"format": FORMAT, "processes": self.world, **cursor, "optimizer_step": taken}, indent=1)
         starts = {name: start for name, start, _ in fragments(self._engine)}
         if self._copies:
             self._copies.wait_stream(torch.cuda.current_stream())
