@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from graft.model.kernels import dropout as dropping  # noqa: E402  they import triton
-from graft.model.kernels import fp8, loss, norm, rotary, shared, swiglu  # noqa: E402
+from graft.model.kernels import fp8, loss, nf4, norm, rotary, shared, swiglu  # noqa: E402
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -123,6 +123,17 @@ def test_rows_to_fp8(scaled, columns):
 def test_transpose():
     x = torch.randint(0, 255, (300, 450), dtype=torch.uint8)
     assert torch.equal(fp8.transposed(x.to(DEVICE)).cpu(), x.t())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 64), (200, 4096), (70, 1088)])
+@pytest.mark.parametrize("dtype", {torch.float32, DTYPE})  # the interpreter rounds to bf16 in its own way
+def test_nf4_is_opened_as_bitsandbytes_opens_it(rows, columns, dtype):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).mul_(0.02).to(DTYPE)
+    held = frozen.Frozen("nf4", [rows], columns, False, DTYPE, DEVICE)
+    held.put(0, weight)
+    found = torch.full((rows, columns), torch.nan, dtype=dtype, device=DEVICE)
+    nf4.open_(found, held.tensors, frozen.NF4_BLOCK, frozen.NF4_STATE_BLOCK)
+    assert torch.equal(found, frozen.opened_by_bitsandbytes(held.tensors, found.shape, dtype)) and found.isfinite().all()
 
 
 @pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 96), (50, 520, 48), (70, 130, 0), (33, 3584, 16), (33, 1280, 0), (64, 640, 192)])

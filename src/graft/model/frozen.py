@@ -142,15 +142,24 @@ def _nf4_of(weight: Tensor) -> list[Tensor]:
 
 def _opened(tensors: list[Tensor], ins: int, dtype: torch.dtype) -> Tensor:
     """W [out, in] of all layers."""
-    from bitsandbytes.functional import dequantize_blockwise
-
     rows = [2 * packed.numel() // ins for packed in tensors[::_OF_NF4]]
     out = torch.empty(sum(rows), ins, dtype=dtype, device=tensors[0].device)
     for n, part in enumerate(out.split(rows)):
-        packed, absmax, of_absmax, offset, code = tensors[_OF_NF4 * n : _OF_NF4 * (n + 1)]
-        scales = dequantize_blockwise(absmax, absmax=of_absmax, code=code, blocksize=NF4_STATE_BLOCK) + offset
+        own = tensors[_OF_NF4 * n : _OF_NF4 * (n + 1)]
         if part.is_cuda:
-            torch.ops.bitsandbytes.dequantize_4bit.out(packed, scales, NF4_BLOCK, "nf4", part.shape, dtype, out=part)
-        else:  # which has no such variant
-            part.copy_(torch.ops.bitsandbytes.dequantize_4bit(packed, scales, NF4_BLOCK, "nf4", part.shape, dtype))
+            from graft.model.kernels.nf4 import open_
+
+            open_(part, own, NF4_BLOCK, NF4_STATE_BLOCK)
+        else:
+            part.copy_(opened_by_bitsandbytes(own, part.shape, dtype))
     return out
+
+
+def opened_by_bitsandbytes(tensors: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """W of one layer."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    packed, absmax, of_absmax, offset, code = tensors
+    scales = dequantize_blockwise(absmax, absmax=of_absmax, code=code, blocksize=NF4_STATE_BLOCK) + offset
+    opened: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, NF4_BLOCK, "nf4", shape, dtype)
+    return opened

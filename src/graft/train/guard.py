@@ -32,6 +32,8 @@ class Guard:
         self.state: dict[str, Any] = state or {"losses": [], "skipped": 0, "in_a_row": 0}
         self._loss = 0.0
         self._reason: str | None = None
+        self.norm = math.nan  # of the last step's gradient, before it was clipped
+        self._looked = False
         self.zero.optimizer.register_step_pre_hook(self._before)
 
     @property
@@ -45,15 +47,18 @@ class Guard:
 
     def judge(self, loss: float) -> None:
         """loss: of the global batch, on all ranks the same."""
-        self._loss, self._reason = loss, None
+        self._loss, self._reason, self._looked = loss, None, False
         if not math.isfinite(loss):
             self._reason = f"the loss is {loss}"
         elif loss > (limit := self.limit):
             self._reason = f"the loss is {loss:.4g}, above {limit:.4g}, {self.deviations:g} deviations over the mean of the last {WINDOW}"
 
     def _look_at_norm(self) -> None:
-        norm = float(self.zero._global_grad_norm)
-        if self._reason is None and not (math.isfinite(norm) and norm >= 0):  # DeepSpeed's norm of what is not finite is -1, or inf
+        """Once a step: each look waits for what the GPU has been told by then."""
+        if self._looked:
+            return
+        self.norm, self._looked = float(self.zero._global_grad_norm), True
+        if self._reason is None and not (math.isfinite(self.norm) and self.norm >= 0):  # DeepSpeed's norm of what is not finite is -1, or inf
             self._reason = "the gradient is not finite"
 
     def _before(self, optimizer: Optimizer, args: Any, named: Any) -> None:

@@ -154,7 +154,8 @@ def _train(
         waited_s = feed.waited_s
         if step + 1 < total:
             feed.look_ahead(step + 1)
-        sums = torch.tensor([0.0, writer.written, bool(writer.failure), bool(asked.by)], device=device)
+        here = torch.tensor([0.0, writer.written, bool(writer.failure), bool(asked.by)], pin_memory=device.type == "cuda")
+        sums = here.to(device, non_blocking=True)
         sums[0] = loss
         dist.all_reduce(sums)
         total_loss, written, failed, leave = sums.tolist()  # here the CPU waits for the GPU
@@ -171,7 +172,7 @@ def _train(
             "step": step,
             "loss": mean_loss,
             "lr": lr,
-            "grad_norm": float(engine.get_global_grad_norm()),
+            "grad_norm": guard.norm,
             **({"skipped": skipped, "bins": batch.indices.tolist()} if skipped else {}),
             "tokens": batch.tokens,
             "targets": batch.targets,

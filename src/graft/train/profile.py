@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Profiler:
 
 
 def table(recorded: Any, steps: int, rows: int = 40) -> str:
-    """Time a step by kernel on the GPU (by operator on the CPU where there is none), the longest first."""
+    """Time a step by kernel on the GPU (by operator on the CPU where there is none), the longest first; of a GPU also where it waited."""
     on_gpu = torch.cuda.is_available()
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     events = [e for e in recorded.key_averages() if e.device_type == kind]
@@ -41,4 +42,20 @@ def table(recorded: Any, steps: int, rows: int = 40) -> str:
     whole_us = sum(us for us, _, _ in found)
     lines = [f"{whole_us / steps / 1e3:10.2f} ms a step in all, {'GPU kernels' if on_gpu else 'CPU operators'}"]
     lines += [f"{us / steps / 1e3:10.2f} ms  {us / max(whole_us, 1e-9):6.1%}  {count / steps:7.0f} x  {key[:120]}" for us, count, key in found[:rows]]
+    if on_gpu:
+        lines += waits([(e.time_range.start, e.time_range.end, e.name) for e in recorded.events() if e.device_type == kind], steps)
     return "\n".join(lines) + "\n"
+
+
+def waits(kernels: list[tuple[float, float, str]], steps: int, rows: int = 10) -> list[str]:
+    """Lines on how long nothing ran, and between which kernels; kernels: (start, end, name) each, in microseconds."""
+    found: dict[str, list[float]] = {}
+    until_us, before = math.inf, ""
+    for start_us, end_us, name in sorted(kernels):
+        if start_us > until_us:
+            found.setdefault(f"{before[:60]} -> {name[:60]}", []).append(start_us - until_us)
+        if before == "" or end_us > until_us:
+            until_us, before = end_us, name
+    longest = sorted(((sum(gaps_us), len(gaps_us), where) for where, gaps_us in found.items()), reverse=True)
+    lines = [f"{sum(us for us, _, _ in longest) / steps / 1e3:10.2f} ms a step in which the GPU waits"]
+    return lines + [f"{us / steps / 1e3:10.2f} ms  {count / steps:7.0f} x  {where}" for us, count, where in longest[:rows]]
