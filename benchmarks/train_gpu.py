@@ -64,6 +64,7 @@ micro_batch = {bins}
 max_steps = {steps}
 save_every = 1000
 activation_checkpointing = "{checkpointing}"
+tune_matmuls = true
 """
 
 

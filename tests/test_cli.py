@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import signal
 import socket
 from pathlib import Path
 
 import pytest
 
+from graft import cli
 from graft.cli import main
+from graft.core.errors import ConfigError
 from graft.core.stages import Plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -111,3 +114,26 @@ def test_dry_run_prints_the_plan_and_makes_nothing(work, capsys):
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()] == list(Plan(recipe()).stages)
     assert not list(Path().glob("*/*/*/*/manifest.json"))
+
+
+@pytest.mark.parametrize("made_of_it", [KeyboardInterrupt, ValueError, ConfigError])
+def test_ctrl_c_is_said_whatever_a_library_makes_of_it(work, capsys, monkeypatch, made_of_it):
+    def verb(args):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise made_of_it("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    monkeypatch.setattr(cli, "_merge", verb)
+    assert main(["merge", "adapter", "--base", "base", "--out", "out"]) == 130
+    assert capsys.readouterr().err == "graft: interrupted; what is complete stays, run the same command to go on\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_without_ctrl_c_is_no_interruption(work, monkeypatch):
+    def verb(args):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(cli, "_merge", verb)
+    with pytest.raises(ValueError, match="a fault"):
+        main(["merge", "adapter", "--base", "base", "--out", "out"])

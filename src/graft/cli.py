@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
-from contextlib import closing
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from graft.core.errors import ConfigError, GraftError
@@ -20,20 +24,40 @@ def main(argv: list[str] | None = None) -> int:
     args = _parsed(argv)
     # threads that wait for each other sleep, they do not spin: on busy cores evaluation took 117 s spinning, 16 s sleeping
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _interrupts() as came:
+        try:
+            return args.verb(args) or 0
+        except (Exception, KeyboardInterrupt) as e:
+            if came or isinstance(e, KeyboardInterrupt):
+                print("graft: interrupted; what is complete stays, run the same command to go on", file=sys.stderr)
+                return 130
+            if isinstance(e, GraftError):
+                print(f"graft: {e}", file=sys.stderr)
+                return e.exit_code
+            if not isinstance(e, OSError) or e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            full = e.filename or getattr(args, "workspace", ".")
+            print(f"graft: no space left on the disk of {full}: free some and run the same command to go on, what is complete stays", file=sys.stderr)
+            return 2
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills: a library may make an error of its own of the KeyboardInterrupt that reached it, as torch.tensor does."""
+    came: list[int] = []
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if usual:
+        signal.signal(signal.SIGINT, notice)
     try:
-        return args.verb(args) or 0
-    except GraftError as e:
-        print(f"graft: {e}", file=sys.stderr)
-        return e.exit_code
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        full = e.filename or getattr(args, "workspace", ".")
-        print(f"graft: no space left on the disk of {full}: free some and run the same command to go on, what is complete stays", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("graft: interrupted; what is complete stays, run the same command to go on", file=sys.stderr)
-        return 130
+        yield came
+    finally:
+        if usual and signal.getsignal(signal.SIGINT) is notice:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:

@@ -322,8 +322,8 @@ def test_a_merge_that_is_cut_off_is_not_there_and_can_be_made_again(large, tmp_p
         with pytest.raises(ConfigError, match="another `graft merge` writes"):
             merge_folder(root / "adapter", str(root / "large"), None, "fp32", out)
     process.send_signal(sent)
-    process.communicate(timeout=60)
-    assert process.returncode == (130 if sent == signal.SIGINT else -sent) and not out.exists()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if sent == signal.SIGINT else -sent) and not out.exists(), said[-2000:]
     if sent == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []
     merge_folder(root / "two", str(root / "base"), None, "fp32", out)

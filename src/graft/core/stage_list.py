@@ -82,7 +82,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         section = "base.train" if stage == "base" else stage
         same = (  # decide no result, or are turned while a run goes on
             *("save_every", "keep_checkpoints", "on_save_failure", "spike_deviations", "max_skipped", "hang_timeout_s"),
-            *("micro_batch", "activation_checkpointing", "deterministic", "compile"),
+            *("micro_batch", "activation_checkpointing", "deterministic", "tune_matmuls", "compile"),
         )
         result = [k for k in _fields(section, " ".join(Train.model_fields)) if k.rsplit(".", 1)[-1] not in same]
         out.append(

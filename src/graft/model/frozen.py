@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from graft.model import gemm
+
 Kind = Literal["dense", "fp8", "nf4"]
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -55,6 +57,10 @@ class Frozen(nn.Module):
     def tensors(self) -> list[Tensor]:
         return [getattr(self, f"w{n}") for n in range(self.count)]
 
+    def opened(self) -> Tensor:
+        """W [outs, ins] as a matmul takes it; not of fp8."""
+        return self.tensors[0] if self.kind == "dense" else _opened(self.tensors, self.ins, self.dtype)
+
     @torch.no_grad()
     def put(self, layer: int, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Fill in the weight [out, in] or the bias [out] of one layer, quantised on this module's device."""
@@ -82,7 +88,7 @@ def matmul(x: Operand, kind: str, tensors: list[Tensor], bias: Tensor | None) ->
         return _fp8_matmul(x8, scales, tensors[0], tensors[1].t(), dtype, bias)
     assert isinstance(x, Tensor)
     w = tensors[0] if kind == "dense" else _opened(tensors, x.shape[1], x.dtype)
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
+    return gemm.product(x, w) if bias is None else torch.addmm(bias, x, w.t())
 
 
 def matmul_back(dy: Tensor, kind: str, tensors: list[Tensor]) -> Tensor:
@@ -93,9 +99,9 @@ def matmul_back(dy: Tensor, kind: str, tensors: list[Tensor]) -> Tensor:
         ones = torch.ones(1, w8.shape[1], device=dy.device)
         return _fp8_matmul(dy8, of_rows, _transposed(w8), ones, dy.dtype, None)
     if kind == "dense":
-        return torch.mm(dy, tensors[0])
+        return gemm.product(dy, tensors[0], back=True)
     ins = sum(2 * packed.numel() for packed in tensors[::_OF_NF4]) // dy.shape[1]
-    return torch.mm(dy, _opened(tensors, ins, dy.dtype))
+    return gemm.product(dy, _opened(tensors, ins, dy.dtype), back=True)
 
 
 # ---- FP8 --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.model import gemm
+
 CHUNK = 4096  # rows
 
 
@@ -32,10 +34,10 @@ class _Chunked(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            gradient = torch.mm(hidden[rows], weight.t())
+            gradient = gemm.product(hidden[rows], weight)
             loss += cross_entropy_(gradient, targets[rows])
             if of_hidden is not None:
-                torch.mm(gradient, weight, out=of_hidden[rows])
+                gemm.product(gradient, weight, back=True, out=of_hidden[rows])
             if of_weight is not None:
                 of_weight += torch.mm(gradient.t(), hidden[rows])
             del gradient  # or it would live while the next chunk is made

@@ -49,6 +49,7 @@ from graft.train.report import Reporter
 from graft.train.resume import Start, start_of
 from graft.train.sizing.memory import MemoryPlan, agreed
 from graft.train.split import deepspeed_split, total_steps
+from graft.train.tune import tune
 
 
 def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> None:
@@ -124,6 +125,10 @@ def _train(
     cursor = checkpoint.load(engine, begin.checkpoint, begin.expected) if begin.checkpoint else None
     first = cursor["step"] if cursor else 0
     tokens_seen, device_s = (cursor["tokens"], cursor["device_s"]) if cursor else (0, 0.0)  # of all ranks
+    if not shards.of_images:  # whose micro-batches differ in length
+        left_flop = flops.per_step(config.global_batch * shards.seq_len, shards.seq_len / 2) * (total - first) / world
+        if (line := tune(lm, config, micro * shards.seq_len, left_flop)) and rank == 0:
+            print(f"train {stage}: {line}", flush=True)
     best = Best(config, run_dir, cursor.get("best") if cursor else None)
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
     feed = feed_of(job, lm, total, shards, recipe.seed, config.global_batch, micro, world, rank, device)

@@ -42,6 +42,7 @@ def swiglu_backward(
     seed, threshold = (y, 0) if drop is None else drop
     widths = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(r_down))
     rows, columns, most, warps = _BACKWARD_TILE
+    warps = 2 * warps if max(widths) >= 64 else warps  # or the sums would not fit the registers
 
     def launch(ahead: int) -> None:
         _swiglu_backward[(chunks, triton.cdiv(n, columns))](

@@ -1,0 +1,162 @@
+"""Large matmuls with frozen weights, by the algorithm that is fastest while the GPU is held at its power limit.
+
+cuBLAS suggests several algorithms a shape, and PyTorch takes the first. Which of them is the fastest changes when the GPU is at its
+limit, as training is: what moves less data between registers, shared memory and L2 lets the clock rise. On an H200 at its 700 W the
+best is 1 to 5 % ahead of the first at the shapes of Llama-3.1-8B, in bf16 (benchmarks/RESULTS.md). choose() times each for long enough
+that the limit counts, and remembers the answer on the machine; what it has not chosen is PyTorch's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROUNDS_S = (0.1, 0.15, 0.15)  # how long each runs at a time; after the first round only the FINALISTS do
+FINALISTS = 3
+ALIGNED_BYTES = 256  # where cuBLAS takes every matrix to begin
+WARM_S = 0.5  # before the first, for the clock to fall
+LEAST_GAIN = 0.005  # of PyTorch's pace: below it PyTorch's stays
+WRONG = 1e-2  # relative: two orders of adding up differ by bf16's rounding, 2e-3
+
+
+class Shape(NamedTuple):
+    """Of x wᵀ, x [rows, ins] and w [outs, ins]; back: of x w, x [rows, outs]."""
+
+    rows: int
+    outs: int
+    ins: int
+    back: bool
+
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.rows * self.outs * self.ins
+
+
+_chosen: dict[Shape, Callable[[Tensor, Tensor, Tensor], None]] = {}  # in this process
+
+
+def product(x: Tensor, w: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
+    """x wᵀ of x [rows, ins] and w [outs, ins]; back: x w of x [rows, outs]."""
+    run = _chosen.get(Shape(len(x), w.shape[0], w.shape[1], back)) if _chosen else None
+    if run is None or not _plain(x, w, *(() if out is None else (out,))):
+        return torch.mm(x, w if back else w.t(), out=out)
+    out = x.new_empty(len(x), w.shape[1 if back else 0]) if out is None else out
+    run(x, w, out)
+    return out
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """As an algorithm was timed: bf16 without gaps, aligned."""
+    return all(m.dtype == torch.bfloat16 and m.is_contiguous() and m.data_ptr() % ALIGNED_BYTES == 0 for m in tensors)
+
+
+# ---- the choice -------------------------------------------------------------------------------------------------------
+def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: bool) -> str | None:
+    """Choose for each (rows, outs, ins), whose w the function makes, both ways; returns a line on what was measured.
+
+    measure: time what the machine does not remember, 2 s a shape, else leave it to PyTorch.
+    """
+    from graft.model.kernels import cublaslt
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "graft" / "matmuls.json"
+    try:
+        known: dict[str, str | None] = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    began_s = time.perf_counter()
+    gains: list[tuple[float, float]] = []  # FLOP of a shape, and by how much it is faster
+    machine = f"{torch.cuda.get_device_name()} cuBLASLt {cublaslt.version()}"
+    for (rows, outs, ins), weight in weights.items():
+        w: Tensor | None = None
+        for back in (False, True):
+            shape = Shape(rows, outs, ins, back)
+            key, found = f"{machine} {' '.join(map(str, shape[:3]))} {'back' if back else 'forward'}", cublaslt.Product(*shape)
+            if key not in known:
+                if not measure:
+                    continue
+                w = weight() if w is None else w
+                best, gain = _measured(shape, found, w, warm=not gains)
+                known[key] = bytes(best).hex() if best else None
+                gains.append((shape.flop, gain))
+            if stored := known[key]:
+                algorithm = cublaslt.Algorithm.from_buffer_copy(bytes.fromhex(stored))
+                if found.takes(algorithm):
+                    _chosen[shape] = partial(found.run, algorithm)
+    if not gains:
+        return None
+    torch.cuda.empty_cache()
+    _write(cache, known)
+    saved = sum(flop * (1 - 1 / (1 + gain)) for flop, gain in gains) / sum(flop for flop, _ in gains)
+    return f"matmuls of {len(gains)} shapes tuned in {time.perf_counter() - began_s:.0f} s: {saved:.1%} of their time saved"
+
+
+def _measured(shape: Shape, found: Any, w: Tensor, warm: bool) -> tuple[Any, float]:
+    """(the fastest algorithm, or None for PyTorch's; its pace over PyTorch's, less 1)."""
+    x = torch.randn(shape.rows, shape.outs if shape.back else shape.ins, dtype=w.dtype, device=w.device)
+    out = x.new_empty(shape.rows, found.width)
+    algorithms = [None, *found.suggested()]
+
+    def run(algorithm: Any) -> None:
+        if algorithm is None:
+            torch.mm(x, w if shape.back else w.t(), out=out)
+        else:
+            found.run(algorithm, x, w, out)
+
+    if warm:
+        _pace(partial(run, None), WARM_S)
+    last = finalists([_pace(partial(run, one), ROUNDS_S[0]) for one in algorithms])
+    again = [[_pace(partial(run, algorithms[n]), for_s) for n in last] for for_s in ROUNDS_S[1:]]
+    mean = [sum(each) / len(again) for each in zip(*again, strict=True)]
+    best = winner(mean)
+    run(None)
+    wanted = out.clone()
+    run(algorithms[last[best]])
+    if (out - wanted).float().norm() > WRONG * wanted.float().norm():
+        best = 0
+    return algorithms[last[best]], mean[best] / mean[0] - 1
+
+
+def finalists(paces: list[float]) -> list[int]:
+    """Places of the first, which is PyTorch's, and of the FINALISTS fastest others."""
+    return [0, *sorted(range(1, len(paces)), key=lambda n: -paces[n])[:FINALISTS]]
+
+
+def winner(paces: list[float]) -> int:
+    """Place of the fastest; of the first, PyTorch's, where none is ahead by LEAST_GAIN."""
+    best = max(range(len(paces)), key=paces.__getitem__)
+    return best if paces[best] > paces[0] * (1 + LEAST_GAIN) else 0
+
+
+def _pace(run: Callable[[], None], for_s: float) -> float:
+    """Runs a second, over the last two thirds of for_s."""
+    run()
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def time_s(count: int) -> float:
+        began.record()
+        for _ in range(count):
+            run()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+
+    count = max(3, int(for_s / 3 / time_s(2) * 2))
+    time_s(count)
+    return 2 * count / time_s(2 * count)
+
+
+def _write(cache: Path, known: dict[str, str | None]) -> None:
+    with suppress(OSError):  # a home that cannot be written: measured again next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        draft = cache.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        draft.replace(cache)

@@ -1,0 +1,92 @@
+"""The choice among cuBLASLt's algorithms, and, on a GPU, what they compute."""
+
+import json
+
+import pytest
+import torch
+
+from graft.model import gemm
+from graft.model.frozen import Frozen
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SHAPE = 1024, 768, 512  # rows, outs, ins
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gemm, "_chosen", {})
+    return tmp_path / "graft" / "matmuls.json"
+
+
+def operands(device="cpu"):
+    draw = torch.Generator().manual_seed(0)
+    rows, outs, ins = SHAPE
+    return tuple(torch.randn(*shape, generator=draw).to(torch.bfloat16).to(device) for shape in ((rows, ins), (rows, outs), (outs, ins)))
+
+
+def test_what_is_not_chosen_is_pytorchs():
+    x, dy, w = operands()
+    into = torch.empty(SHAPE[0], SHAPE[2], dtype=torch.bfloat16)
+    assert torch.equal(gemm.product(x, w), x @ w.t()) and torch.equal(gemm.product(dy, w, back=True), dy @ w)
+    assert gemm.product(dy, w, back=True, out=into) is into and torch.equal(into, dy @ w)
+
+
+def test_a_chosen_algorithm_runs_on_what_it_was_timed_on_alone(monkeypatch):
+    x, _, w = operands()
+    ran = []
+    monkeypatch.setattr(gemm, "ALIGNED_BYTES", 64)  # as memory of the CPU is
+    monkeypatch.setattr(gemm, "_chosen", {gemm.Shape(*SHAPE, False): lambda x, w, out: ran.append(out.shape)})
+    gemm.product(x, w)
+    assert ran == [(SHAPE[0], SHAPE[1])]
+    for one, other in ((x[:-1], w), (x.float(), w.float()), (x.t().contiguous().t(), w), (torch.cat([x, x], dim=1)[:, : SHAPE[2]], w)):
+        assert torch.equal(gemm.product(one, other), one @ other.t())
+    shifted = torch.empty(x.numel() + 8, dtype=x.dtype)[8:].view_as(x).copy_(x)
+    assert torch.equal(gemm.product(shifted, w), x @ w.t()), "not aligned"
+    assert len(ran) == 1
+
+
+def test_the_fastest_wins_where_it_is_ahead():
+    assert gemm.finalists([5.0, 1.0, 9.0, 3.0, 2.0]) == [0, 2, 3, 4], "PyTorch's own is always among them"
+    assert gemm.finalists([5.0]) == [0]
+    assert gemm.winner([100.0, 100.4, 99.0]) == 0 and gemm.winner([100.0, 100.6, 101.0]) == 2 and gemm.winner([100.0]) == 0
+
+
+@ON_GPU
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_every_algorithm_multiplies_and_the_choice_is_remembered(cache, monkeypatch, kind):
+    from graft.model.kernels import cublaslt
+
+    x, dy, w = operands("cuda")
+    held = Frozen(kind, [SHAPE[1]], SHAPE[2], False, torch.bfloat16, "cuda")
+    held.put(0, w)
+    w = held.opened()
+    for back, given, wanted in ((False, x, x @ w.t()), (True, dy, dy @ w)):
+        product = cublaslt.Product(*SHAPE, back)
+        suggested = product.suggested()
+        assert suggested and all(map(product.takes, suggested))
+        for algorithm in suggested:
+            out = torch.full_like(wanted, torch.nan)
+            product.run(algorithm, given, w, out)
+            torch.testing.assert_close(out, wanted, rtol=2e-2, atol=0.5)
+
+    monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
+    assert gemm.choose({SHAPE: held.opened}, measure=False) is None and not cache.exists()
+    assert "matmuls of 2 shapes tuned" in gemm.choose({SHAPE: held.opened}, measure=True)
+    known = json.loads(cache.read_text())
+    assert len(known) == 2 and len(gemm._chosen) == sum(v is not None for v in known.values())
+    cache.write_text(json.dumps({key: bytes(suggested[-1]).hex() if "back" in key else "00" * 64 for key in known}))
+    gemm._chosen.clear()
+    assert gemm.choose({SHAPE: lambda: pytest.fail("measured again")}, measure=True) is None
+    assert list(gemm._chosen) == [gemm.Shape(*SHAPE, True)], "what the library does not take is left to PyTorch"
+    torch.testing.assert_close(gemm.product(dy, w, back=True), dy @ w, rtol=2e-2, atol=0.5)
+    torch.testing.assert_close(gemm.product(x, w), x @ w.t(), rtol=0, atol=0)
+
+
+@ON_GPU
+def test_a_cache_that_says_nothing_is_written_anew(cache, monkeypatch):
+    monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
+    cache.parent.mkdir()
+    cache.write_text("{")
+    w = operands("cuda")[2]
+    assert gemm.choose({SHAPE: lambda: w}, measure=True) and len(json.loads(cache.read_text())) == 2
