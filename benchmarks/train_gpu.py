@@ -3,6 +3,7 @@
     python benchmarks/train_gpu.py --like llama-3.1-8b --rows bf16-whole fp8-whole --peers unsloth trl-liger --repeat 3
     python benchmarks/train_gpu.py --rows nf4-whole-ckpt --peers unsloth "trl-liger --attention flash_attention_4" --append a.json --out b.json
     python benchmarks/train_gpu.py --like taigi-llama-2-13b --rows bf16-whole fp8-whole --set sft.lora.r=64 --set sft.lora.dropout=0.05
+    python benchmarks/train_gpu.py --rows bf16-short --gpus 2 --nodes 2  (one launcher, then two of a GPU each)
     python benchmarks/train_gpu.py --table a.json b.json                 (about a minute a run; --append and --table join calls)
 
 A row is PRECISION-WORKLOAD[-ckpt], 16,384 tokens a step and GPU: bf16, fp8 or nf4 base under LoRA r = 16 on all seven projections,
@@ -27,7 +28,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -157,8 +160,21 @@ def finished(command: list[str], limit_s: float, environment: dict[str, str] | N
     return said
 
 
-def run_graft(row: str, folder: Path, base: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The steps' figures and what the launch took."""
+def launchers(gpus: int, nodes: int) -> list[dict[str, str]]:
+    """The environments of so many launchers on this host, each with its share of the GPUs, that meet in one run."""
+    if nodes == 1:
+        return [{"GRAFT_PROCESSES": str(gpus)}]
+    from graft.train.launch import free_port
+
+    each, port = gpus // nodes, str(free_port())
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+    meeting = {"GRAFT_PROCESSES": str(each), "NUM_NODES": str(nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = [{"NODE_RANK": str(n), "CUDA_VISIBLE_DEVICES": ",".join(visible[n * each : (n + 1) * each])} for n in range(nodes)]
+    return [meeting | (one if list(Path("/dev").glob("nvidia[0-9]*")) else {"NODE_RANK": one["NODE_RANK"]}) for one in own]
+
+
+def run_graft(row: str, folder: Path, base: Path, args: argparse.Namespace, nodes: int = 1) -> dict[str, Any]:
+    """The steps' figures and what the launch took. nodes: launchers."""
     plan = write_workspace(folder, base, row, args)
     overrides = [word for o in plan.overrides for word in ("--set", o)]
     command = [sys.executable, "-m", "graft.train.launch", str(plan.path), "--stage", "sft", "--workspace", str(plan.root), *overrides]
@@ -167,7 +183,8 @@ def run_graft(row: str, folder: Path, base: Path, args: argparse.Namespace) -> d
     first: list[float] = []
     watch = threading.Thread(target=_wait_for, args=(plan.resolve("sft").run_directory / "metrics.jsonl", began_s, first), daemon=True)
     watch.start()
-    said = finished(command, args.limit, {"GRAFT_PROCESSES": str(args.gpus)})
+    with ThreadPoolExecutor(nodes) as pool:
+        said, *_ = pool.map(partial(finished, command, args.limit), launchers(args.gpus, nodes))
     wall_s = time.time() - began_s
     artifact = plan.artifact("sft")
     steps = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
@@ -246,6 +263,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["bf16-whole", "bf16-short", "fp8-whole", "fp8-short", "nf4-whole", "nf4-short"])
     parser.add_argument("--peers", nargs="*", default=[], help="words for train_gpu_peers.py --peer, a string each")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1, help="graft's runs are also made by so many launchers, which share the GPUs")
     parser.add_argument("--micro", type=int, default=BINS, help="bins a forward")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--repeat", type=int, default=1)
@@ -259,8 +277,8 @@ def main() -> None:
     args = parser.parse_args()
     for row in args.rows:
         parsed(row)
-    if args.steps <= SETTLE:
-        parser.error(f"--steps is more than {SETTLE}")
+    if args.steps <= SETTLE or args.gpus % args.nodes:
+        parser.error(f"--steps is more than {SETTLE}, and --nodes divides --gpus")
     calls = [call for path in args.table or args.append for call in json.loads(path.read_text(encoding="utf-8"))]
     if args.table:
         alike(calls)
@@ -292,6 +310,9 @@ def main() -> None:
             for row in args.rows:
                 folder = Path(workspaces) / f"{row}-{n}"
                 keep("graft", row, attempt(run_graft, row, folder, base, args))
+                if args.nodes > 1:
+                    apart = folder.with_name(f"{folder.name}-nodes")
+                    keep(f"graft by {args.nodes} launchers", row, attempt(run_graft, row, apart, base, args, args.nodes))
                 for peer in args.peers:
                     if (peer, of_peers(row)) not in met:
                         met.add((peer, of_peers(row)))

@@ -92,6 +92,17 @@ def test_rows_name_precision_workload_and_checkpointing(bench: ModuleType) -> No
     assert bench.parsed("full-whole-ckpt") == ("full", "whole", "full")
 
 
+def test_launchers_share_the_gpus_and_meet(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.launchers(8, 1) == [{"GRAFT_PROCESSES": "8"}]
+    monkeypatch.setattr(bench.Path, "glob", lambda *_: iter(["nvidia0"]))
+    for given, wanted in ((None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False) if given is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        found = bench.launchers(4, 2)
+        assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == wanted and [one["NODE_RANK"] for one in found] == ["0", "1"]
+        assert all(one["GRAFT_PROCESSES"] == one["NUM_NODES"] == "2" and one["MASTER_ADDR"] == "127.0.0.1" for one in found)
+        assert len({one["MASTER_PORT"] for one in found}) == 1
+
+
 def test_a_run_that_fails_is_its_last_line(bench: ModuleType) -> None:
     command = [sys.executable, "-c", "print('before'); raise ValueError('no such kernel')"]
     assert bench.attempt(bench.finished, command, 60) == {"failed": "ValueError: no such kernel"}
