@@ -37,6 +37,7 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
     strategy |= deepspeed_split(config.global_batch, world, micro_batch_of(config.global_batch, world, 1))
     # what is not finite is guard.py's to find, by the norm: DeepSpeed would look into each gradient and leave the step out in silence
     strategy |= {"gradient_clipping": config.max_grad_norm, "bf16": {"enabled": not full_fp32, "check_grad_overflow": False}}
+    _import_muon()
     compatible_ops["deepspeed_shm_comm"] = False  # an all-reduce for inference: each new installation would compile it for 40 s
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{_patience(config).total_seconds():.0f}")  # read as the group is made
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
@@ -48,6 +49,17 @@ def accelerator_of(job: Job, config: Train) -> Accelerator:
             f"Accelerate sees {accelerator.num_processes} processes, the process group {dist.get_world_size()}: start by launch/train.sh"
         )
     return accelerator
+
+
+def _import_muon() -> None:
+    """DeepSpeed asks of every optimizer whether it is its Muon, whose parts are compiled as they are imported: 1.2 s a rank to load Inductor, for nothing."""
+    from deepspeed.runtime import compiler
+
+    usual = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    with suppress(ImportError):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    compiler.compile = usual
 
 
 def _be_deterministic() -> None:
