@@ -24,6 +24,7 @@ ROUNDS_S = (0.1, 0.15, 0.15)  # how long each runs at a time; after the first ro
 FINALISTS = 3
 ALIGNED_BYTES = 256  # where cuBLAS takes every matrix to begin
 WARM_S = 0.5  # before the first, for the clock to fall
+ALGORITHM_BYTES = 64
 LEAST_GAIN = 0.005  # of PyTorch's pace: below it PyTorch's stays
 WRONG = 1e-2  # relative: two orders of adding up differ by bf16's rounding, 2e-3
 
@@ -68,10 +69,7 @@ def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: b
     from graft.model.kernels import cublaslt
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "graft" / "matmuls.json"
-    try:
-        known: dict[str, str | None] = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = _read(cache)
     began_s = time.perf_counter()
     gains: list[tuple[float, float]] = []  # FLOP of a shape, and by how much it is faster
     machine = f"{torch.cuda.get_device_name()} cuBLASLt {cublaslt.version()}"
@@ -89,7 +87,7 @@ def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: b
                 gains.append((shape.flop, gain))
             if stored := known[key]:
                 algorithm = cublaslt.Algorithm.from_buffer_copy(bytes.fromhex(stored))
-                if found.takes(algorithm):
+                if found.takes(algorithm):  # or it is another library's
                     _chosen[shape] = partial(found.run, algorithm)
     if not gains:
         return None
@@ -152,6 +150,15 @@ def _pace(run: Callable[[], None], for_s: float) -> float:
     count = max(3, int(for_s / 3 / time_s(2) * 2))
     time_s(count)
     return 2 * count / time_s(2 * count)
+
+
+def _read(cache: Path) -> dict[str, str | None]:
+    """What the machine remembers: by shape an algorithm, in hexadecimal, or None for PyTorch's own; nothing where the file is damaged."""
+    with suppress(OSError, ValueError):
+        known = json.loads(cache.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and all(v is None or (isinstance(v, str) and len(bytes.fromhex(v)) == ALGORITHM_BYTES) for v in known.values()):
+            return known
+    return {}
 
 
 def _write(cache: Path, known: dict[str, str | None]) -> None:
