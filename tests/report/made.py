@@ -73,7 +73,7 @@ def metrics(steps: int, resumed_at: int | None = None, left_out: int | None = No
         at += 0.5 + (40 if step == resumed_at else 0)
         yield {
             "step": step, "loss": None if step == left_out else 2 * math.exp(-step / 100) + 0.1, "lr": 1e-3 * (1 - step / steps), "grad_norm": 0.5, "tokens": 1000,
-            "targets": 900, "data_s": 0.01, "step_time_s": 0.5, "total_steps": steps, "tokens_per_s": 2000.0, "tflops_per_process": 1.5, "mfu_nominal": 0.31,
+            "targets": 900, "data_s": 0.01, "step_time_s": 0.5, "total_steps": steps, "tokens_per_s": 2000.0, "tflops_per_process": 1.5, "mfu_nominal": 0.31, "mfu_measured": 0.41,
             "peak_mem_gib": 20.5, "predicted_mem_gib": 21.0, "micro_batch": 2, "activation_checkpointing": "none", "ended_unix_s": at,
             **({"skipped": "the loss is nan", "bins": [1]} if step == left_out else {}),
             **({"validation_loss": 1.5 - step / steps} if (step + 1) % validate_every == 0 else {}),

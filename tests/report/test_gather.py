@@ -57,7 +57,8 @@ def test_each_training_stage_has_its_curves(finished):
     assert [s.name for s in charts["Loss"].series] == ["training", "validation"] and charts["Loss"].series[1].xs == (49, 99, 149, 199, 249, 299)
     assert charts["MFU"].series[0].ys[0] == pytest.approx(31) and charts["Waiting for data"].series[0].ys[0] == pytest.approx(2)
     facts = dict(finished.trainings[2].facts)
-    assert facts["MFU"] == "31.0%" and facts["peak memory"] == "20.5 GiB, predicted 21.0" and facts["throughput"] == "2k tokens/s"
+    assert facts["MFU"] == "31.0%" and facts["MFU to the measured matmul"] == "41.0%"
+    assert facts["peak memory"] == "20.5 GiB, predicted 21.0" and facts["throughput"] == "2k tokens/s"
 
 
 def test_resumes_and_steps_left_out_are_told(tmp_path):

@@ -93,7 +93,7 @@ def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Ma
     losses = [m["validation_loss"] for m in metrics if m.get("validation_loss") is not None]
     trained = [m["loss"] for m in metrics if m.get("loss") is not None and not m.get("skipped")]
     last = metrics[-1]
-    mfu = [m["mfu_nominal"] for m in metrics if m.get("mfu_nominal") is not None]
+    mfu, of_measured = ([m[key] for m in metrics if m.get(key) is not None] for key in ("mfu_nominal", "mfu_measured"))
     peak = [m["peak_mem_gib"] for m in metrics if m.get("peak_mem_gib") is not None]
     stalled_s = sum(m.get("data_s") or 0.0 for m in metrics)
     left_out = [m for m in marks if m.kind == "left out"]
@@ -108,6 +108,7 @@ def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Ma
         "median step": f"{median(m.get('step_time_s') or 0.0 for m in metrics):.3g} s",
         "time in steps": duration(spent_s),
         "MFU": f"{median(mfu):.1%}" if mfu else None,
+        "MFU to the measured matmul": f"{median(of_measured):.1%}" if of_measured else None,
         "peak memory": f"{max(peak):.1f} GiB" + (f", predicted {last['predicted_mem_gib']:.1f}" if last.get("predicted_mem_gib") else "") if peak else None,
         "waiting for data": f"{stalled_s / spent_s:.2%} of the time" if spent_s else None,
         "processes": number(counts["processes"]) if counts.get("processes") else None,

@@ -63,7 +63,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     with inspected(job.run_directory) as together:
         with redirect_stdout(sys.stderr):  # stdout is for people; libraries that print go to the log
             accelerator = accelerator_of(job, config)
-        together(accelerator.device)
+        ceiling_tflop_per_s = together(accelerator.device)
     folder = job.parents[f"shard-{stage}"].path
     shards = ShardSet.open(folder / "train", verify=local_leader())
     held_out = ShardSet.open(folder / "validation", verify=False) if (folder / "validation").is_dir() else None
@@ -87,7 +87,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     if plan.line and accelerator.process_index == 0:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
-        _train(job, accelerator, shards, held_out, plan, begin, asked, watch, profile)
+        _train(job, accelerator, shards, held_out, plan, begin, asked, watch, profile, ceiling_tflop_per_s)
     if held:
         held.close()
 
@@ -102,6 +102,7 @@ def _train(
     asked: Asked,
     watch: Watch,
     profile: bool,
+    ceiling_tflop_per_s: float | None,
 ) -> None:
     watch.at("loading", slow=True)
     recipe, stage, micro = job.recipe, job.stage.name, plan.setting.micro_batch
@@ -133,7 +134,7 @@ def _train(
     save = partial(_save_weights, lm, config, base, job) if rank == 0 else None
     feed = feed_of(job, lm, total, shards, recipe.seed, config.global_batch, micro, world, rank, device)
     validation = [held_out.bin(i) for i in range(rank, len(held_out), world)] if held_out else None  # this rank's share, maybe nothing
-    report = Reporter(job, run_dir, total, first, world, flops, plan) if rank == 0 else None
+    report = Reporter(job, run_dir, total, first, world, flops, plan, ceiling_tflop_per_s) if rank == 0 else None
     profiler = Profiler(run_dir) if profile and rank == 0 else None
     writer = checkpoint.Writer(engine, run_dir, config.keep_checkpoints)
     guard = Guard(config, engine, cursor["guard"] if cursor else None)

@@ -22,8 +22,12 @@ from graft.train.sizing.memory import MemoryPlan
 class Reporter:
     """One object a run, on rank 0 only."""
 
-    def __init__(self, job: Job, run_dir: Path, total: int, first: int, world: int, flops: Flops, plan: MemoryPlan):
+    def __init__(
+        self, job: Job, run_dir: Path, total: int, first: int, world: int, flops: Flops, plan: MemoryPlan, ceiling_tflop_per_s: float | None = None
+    ):
+        """ceiling_tflop_per_s: what the GPUs multiplied in bf16 before the run; None where that is not known."""
         self.total, self.world, self.flops, self.peak = total, world, flops, peak_flops()
+        self.ceiling_tflop_per_s = ceiling_tflop_per_s if torch.cuda.is_available() else None  # the CPU's is of fp32
         self.stage, self.plan = job.stage.name, plan
         self.last: dict[str, Any] = {}
         self.step_times_s: list[float] = []
@@ -48,6 +52,7 @@ class Reporter:
             "tokens_per_s": metrics["tokens"] / seconds,
             "tflops_per_process": flop_rate / 1e12,
             "mfu_nominal": flop_rate / self.peak if self.peak else None,
+            "mfu_measured": flop_rate / 1e12 / self.ceiling_tflop_per_s if self.ceiling_tflop_per_s else None,
             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
             "ended_unix_s": time.time(),  # from one step's to the next is all that passed, saves too
         }
@@ -66,7 +71,9 @@ class Reporter:
         """Close all but wandb; the numbers for the manifest. Rates are of this launch, without its start."""
         self.progress.stop()
         self.writer.close()
-        counts: dict[str, Any] = {k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib", "mfu_nominal") if k in self.last}
+        counts: dict[str, Any] = {
+            k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib", "mfu_nominal", "mfu_measured") if k in self.last
+        }
         if self.step_times_s:
             total_s = sum(self.step_times_s)
             counts |= {"step_time_s": median(self.step_times_s), "tokens_per_s": self.tokens / total_s, "steps_s": total_s}

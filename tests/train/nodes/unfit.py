@@ -97,7 +97,8 @@ def look(folder, deadline_s):
                 dist.init_process_group("nccl", device_id=device)
             else:
                 dist.init_process_group("gloo")
-        together(device)
+        found = together(device)
+        assert (found is not None and found > 0) == (dist.get_rank() == 0), f"the ranks' matmul is told on rank 0: {found}"
 
 
 def main(folder, *faults):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,9 @@ LAST_WORD_S = 3.0  # the end of one rank breaks the collectives of all: the laun
 
 
 @contextmanager
-def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[Callable[[torch.device], None]]:
-    """Around the making of the process group, on all ranks: what it yields is called with their device once the group is made.
+def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[Callable[[torch.device], float | None]]:
+    """Around the making of the process group, on all ranks: what it yields is called with their device once the group is made, and returns
+    the mean TFLOP/s of their matmuls, on rank 0.
 
     Raises TrainError, the same on all ranks, on what forbids training. Rank 0 prints what was measured and writes `nodes.json`.
     deadline_s: of each step; where one outlasts it, the process ends with a line, for an exception reaches no hanging collective.
@@ -47,7 +49,7 @@ def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[
         _, hosts = _judged(roll, "the process group", mine)
         alone_s = time.perf_counter() - started
 
-        def together(device: torch.device) -> None:
+        def together(device: torch.device) -> float | None:
             roll.begin("the exchange in pairs")  # first: where it hangs, it is one pair that does not come past it
             started = time.perf_counter()
             mine.link_gb_per_s, mine.altered_from = probes.links(device, hosts)
@@ -59,6 +61,8 @@ def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[
             measured, _ = _judged(roll, "the end", mine)
             if measured:
                 _tell(measured, alone_s + time.perf_counter() - started, roll.took_s, run_directory)
+            rates = [m.matmul_tflop_per_s for m in measured]
+            return fmean(filter(None, rates)) if any(rates) else None
 
         yield together
     except torch.OutOfMemoryError:
