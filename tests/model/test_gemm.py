@@ -7,6 +7,7 @@ import torch
 
 from graft.model import gemm
 from graft.model.frozen import Frozen
+from graft.model.kernels import cublaslt
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPE = 1024, 768, 512  # rows, outs, ins
@@ -52,21 +53,15 @@ def test_the_fastest_wins_where_it_is_ahead():
     assert gemm.winner([100.0, 100.4, 99.0]) == 0 and gemm.winner([100.0, 100.6, 101.0]) == 2 and gemm.winner([100.0]) == 0
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"a": 1}', '{"a": "xy"}', '{"a": "00ff"}'])
-def test_a_damaged_memory_is_none(cache, damaged):
-    assert gemm._read(cache) == {}
-    cache.parent.mkdir()
-    cache.write_text(damaged)
-    assert gemm._read(cache) == {}
-    gemm._write(cache, known := {"a": "00" * gemm.ALGORITHM_BYTES, "b": None})
-    assert gemm._read(cache) == known
+def test_an_algorithm_is_stored_in_hexadecimal():
+    kept = bytes(range(64))
+    assert bytes(cublaslt.stored(kept.hex())) == kept
+    assert [cublaslt.stored(text) for text in (None, "", "xy", "00ff", "00" * 63, "00" * 65)] == [None] * 6
 
 
 @ON_GPU
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_every_algorithm_multiplies_and_the_choice_is_remembered(cache, monkeypatch, kind):
-    from graft.model.kernels import cublaslt
-
     x, dy, w = operands("cuda")
     held = Frozen(kind, [SHAPE[1]], SHAPE[2], False, torch.bfloat16, "cuda")
     held.put(0, w)

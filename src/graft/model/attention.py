@@ -9,14 +9,12 @@ torch.use_deterministic_algorithms is on, each sums its gradients in one order.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from graft.core.errors import ConfigError
+from graft.model.remembered import folder, recalled, remember
 
 NAME = "graft_packed"  # what transformers calls it
 BACKENDS = {"fa4": "flash_attn.cute", "cudnn": "cudnn", "flash": "torch"}  # and the module that each needs
@@ -300,24 +299,17 @@ def fastest(heads: int, kv_heads: int, width: int, device: torch.device) -> str:
     if device.type != "cuda":
         return "reference"
     _newest_flash()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "graft" / "attention.json"
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what fa4 compiles stays on the machine; read as it is imported
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache.with_name("flash_attn_4")))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder() / "flash_attn_4"))
     have = [name for name, module in BACKENDS.items() if _installed(module)]
     shape = ("deterministic", heads, kv_heads, width) if torch.are_deterministic_algorithms_enabled() else (heads, kv_heads, width)
     key = " ".join(map(str, (torch.cuda.get_device_name(device), torch.__version__, *have, *shape)))
-    try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if key not in known:
+    known = recalled("attention")
+    if (found := known.get(key)) is None:
         times_s = {name: t for name in have if (t := _time_s(name, heads, kv_heads, width, device)) is not None}
-        known[key] = min(times_s, key=times_s.__getitem__, default="reference")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        draft = cache.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        draft.replace(cache)
-    return known[key]
+        found = known[key] = min(times_s, key=times_s.__getitem__, default="reference")
+        remember("attention", known)
+    return found
 
 
 def _installed(module: str) -> bool:

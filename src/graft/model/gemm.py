@@ -8,23 +8,21 @@ that the limit counts, and remembers the answer on the machine; what it has not 
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from graft.model.remembered import recalled, remember
+
 ROUNDS_S = (0.1, 0.15, 0.15)  # how long each runs at a time; after the first round only the FINALISTS do
 FINALISTS = 3
 ALIGNED_BYTES = 256  # where cuBLAS takes every matrix to begin
 WARM_S = 0.5  # before the first, for the clock to fall
-ALGORITHM_BYTES = 64
+MEMORY = "matmuls"
 LEAST_GAIN = 0.005  # of PyTorch's pace: below it PyTorch's stays
 WRONG = 1e-2  # relative: two orders of adding up differ by bf16's rounding, 2e-3
 
@@ -68,8 +66,7 @@ def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: b
     """
     from graft.model.kernels import cublaslt
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "graft" / "matmuls.json"
-    known = _read(cache)
+    known = recalled(MEMORY)
     began_s = time.perf_counter()
     gains: list[tuple[float, float]] = []  # FLOP of a shape, and by how much it is faster
     machine = f"{torch.cuda.get_device_name()} cuBLASLt {cublaslt.version()}"
@@ -85,14 +82,12 @@ def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: b
                 best, gain = _measured(shape, found, w, warm=not gains)
                 known[key] = bytes(best).hex() if best else None
                 gains.append((shape.flop, gain))
-            if stored := known[key]:
-                algorithm = cublaslt.Algorithm.from_buffer_copy(bytes.fromhex(stored))
-                if found.takes(algorithm):  # or it is another library's
-                    _chosen[shape] = partial(found.run, algorithm)
+            if (algorithm := cublaslt.stored(known[key])) and found.takes(algorithm):
+                _chosen[shape] = partial(found.run, algorithm)
     if not gains:
         return None
     torch.cuda.empty_cache()
-    _write(cache, known)
+    remember(MEMORY, known)
     saved = sum(flop * (1 - 1 / (1 + gain)) for flop, gain in gains) / sum(flop for flop, _ in gains)
     return f"matmuls of {len(gains)} shapes tuned in {time.perf_counter() - began_s:.0f} s: {saved:.1%} of their time saved"
 
@@ -150,20 +145,3 @@ def _pace(run: Callable[[], None], for_s: float) -> float:
     count = max(3, int(for_s / 3 / time_s(2) * 2))
     time_s(count)
     return 2 * count / time_s(2 * count)
-
-
-def _read(cache: Path) -> dict[str, str | None]:
-    """What the machine remembers: by shape an algorithm, in hexadecimal, or None for PyTorch's own; nothing where the file is damaged."""
-    with suppress(OSError, ValueError):
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        if isinstance(known, dict) and all(v is None or (isinstance(v, str) and len(bytes.fromhex(v)) == ALGORITHM_BYTES) for v in known.values()):
-            return known
-    return {}
-
-
-def _write(cache: Path, known: dict[str, str | None]) -> None:
-    with suppress(OSError):  # a home that cannot be written: measured again next time
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        draft = cache.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        draft.replace(cache)

@@ -7,6 +7,7 @@ PyTorch is one of [columns, rows] there, so w comes first.
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from typing import Any
@@ -24,6 +25,14 @@ class Algorithm(ctypes.Structure):
     """cublasLtMatmulAlgo_t: may be stored, and used again with the same version of the library."""
 
     _fields_ = [("data", c_uint64 * 8)]
+
+
+def stored(text: str | None) -> Algorithm | None:
+    """The algorithm whose bytes were stored in hexadecimal; None where they are no algorithm's."""
+    with suppress(ValueError):
+        if text and len(data := bytes.fromhex(text)) == ctypes.sizeof(Algorithm):
+            return Algorithm.from_buffer_copy(data)
+    return None
 
 
 class _Found(ctypes.Structure):
