@@ -61,4 +61,4 @@ def test_another_library_leaves_them_to_pytorch(monkeypatch):
     monkeypatch.setattr(tune, "peak_flops", lambda: None)
     monkeypatch.setattr(gemm, "choose", choose)
     said = tune.tune(fused("dense"), Train(), CHUNK, 1e18)
-    assert said == "matmuls are left to PyTorch: libcublasLt.so.99: cannot open shared object file"
+    assert said == "matmuls that are not tuned yet are left to PyTorch: libcublasLt.so.99: cannot open shared object file"

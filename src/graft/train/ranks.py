@@ -57,9 +57,11 @@ def _import_muon() -> None:
 
     usual = compiler.compile
     compiler.compile = lambda *_, **__: lambda function: function
-    with suppress(ImportError):
-        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
-    compiler.compile = usual
+    try:
+        with suppress(ImportError):
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = usual
 
 
 def _be_deterministic() -> None:

@@ -28,7 +28,7 @@ def tune(lm: Any, config: Train, tokens: int, left_flop: float) -> str | None:
     try:
         return gemm.choose(weights_of(lm, tokens), measure)
     except (OSError, RuntimeError, AttributeError) as e:  # another cuBLASLt, or too little memory for it
-        return f"matmuls are left to PyTorch: {str(e).splitlines()[0][:200]}"
+        return f"matmuls that are not tuned yet are left to PyTorch: {(str(e) or repr(e)).splitlines()[0][:200]}"
 
 
 def weights_of(lm: Any, tokens: int) -> dict[tuple[int, int, int], Callable[[], Tensor]]:
