@@ -1,4 +1,4 @@
-"""The choice among cuBLASLt's algorithms, and, on a GPU, what they compute."""
+"""The choice among cuBLASLt's algorithms and QuACK's kernels, and, on a GPU, what they compute."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from graft.model import gemm
 from graft.model.frozen import Frozen
-from graft.model.kernels import cublaslt
+from graft.model.kernels import cublaslt, quack
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPE = 1024, 768, 512  # rows, outs, ins
@@ -48,15 +48,27 @@ def test_a_chosen_algorithm_runs_on_what_it_was_timed_on_alone(monkeypatch):
 
 
 def test_the_fastest_wins_where_it_is_ahead():
-    assert gemm.finalists([5.0, 1.0, 9.0, 3.0, 2.0]) == [0, 2, 3, 4], "PyTorch's own is always among them"
+    assert gemm.finalists([5.0, 1.0, 9.0, 3.0, 2.0, 2.5]) == [0, 2, 3, 5, 4], "PyTorch's own is always among them"
     assert gemm.finalists([5.0]) == [0]
     assert gemm.winner([100.0, 100.4, 99.0]) == 0 and gemm.winner([100.0, 100.6, 101.0]) == 2 and gemm.winner([100.0]) == 0
 
 
 def test_an_algorithm_is_stored_in_hexadecimal():
     kept = bytes(range(64))
-    assert bytes(cublaslt.stored(kept.hex())) == kept
+    assert cublaslt.stored(kept.hex()).text == kept.hex()
     assert [cublaslt.stored(text) for text in (None, "", "xy", "00ff", "00" * 63, "00" * 65)] == [None] * 6
+
+
+def test_tiles_are_stored_in_words():
+    assert [quack.stored(tiles.text) for tiles in quack.FASTEST] == quack.FASTEST
+    assert quack.FASTEST[1].text == "quack 256x192 1x2 swapped"
+    assert [quack.stored(text) for text in (None, "", "00" * 64, "quack 256x192", "quack 256x192 1x2 twice")] == [None] * 5
+
+
+def test_without_its_gpu_no_tiles_are_offered():
+    if quack.installed() is None:
+        product = quack.Product(*SHAPE, False)
+        assert product.suggested() == [] and product.taken(quack.FASTEST[0].text) is None
 
 
 @ON_GPU
@@ -67,22 +79,39 @@ def test_every_algorithm_multiplies_and_the_choice_is_remembered(cache, monkeypa
     held.put(0, w)
     w = held.opened()
     for back, given, wanted in ((False, x, x @ w.t()), (True, dy, dy @ w)):
-        product = cublaslt.Product(*SHAPE, back)
-        suggested = product.suggested()
-        assert suggested and all(map(product.takes, suggested))
-        for algorithm in suggested:
-            out = torch.full_like(wanted, torch.nan)
-            product.run(algorithm, given, w, out)
-            torch.testing.assert_close(out, wanted, rtol=2e-2, atol=0.5)
+        for library in (cublaslt, quack):
+            product = library.Product(*SHAPE, back)
+            suggested = product.suggested()
+            assert all(product.taken(algorithm.text).text == algorithm.text for algorithm in suggested)
+            assert suggested or (library is quack and not quack.installed())
+            for algorithm in suggested:
+                for _ in range(2):
+                    out = torch.full_like(wanted, torch.nan)
+                    product.run(algorithm, given, w, out)
+                    torch.testing.assert_close(out, wanted, rtol=2e-2, atol=0.5)
 
     monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
     assert gemm.choose({SHAPE: held.opened}, measure=False) is None and not cache.exists()
     assert "matmuls of 2 shapes tuned" in gemm.choose({SHAPE: held.opened}, measure=True)
     known = json.loads(cache.read_text())
     assert len(known) == 2 and len(gemm._chosen) == sum(v is not None for v in known.values())
-    cache.write_text(json.dumps({key: bytes(suggested[-1]).hex() if "back" in key else "00" * 64 for key in known}))
-    gemm._chosen.clear()
-    assert gemm.choose({SHAPE: lambda: pytest.fail("measured again")}, measure=True) is None
-    assert list(gemm._chosen) == [gemm.Shape(*SHAPE, True)], "what the library does not take is left to PyTorch"
-    torch.testing.assert_close(gemm.product(dy, w, back=True), dy @ w, rtol=2e-2, atol=0.5)
-    torch.testing.assert_close(gemm.product(x, w), x @ w.t(), rtol=0, atol=0)
+    for kept in [cublaslt.Product(*SHAPE, True).suggested()[-1].text, *([quack.FASTEST[-1].text] if quack.installed() else [])]:
+        cache.write_text(json.dumps({key: kept if "back" in key else "00" * 64 for key in known}))
+        gemm._chosen.clear()
+        assert gemm.choose({SHAPE: lambda: pytest.fail("measured again")}, measure=True) is None
+        assert list(gemm._chosen) == [gemm.Shape(*SHAPE, True)], "what the library does not take is left to PyTorch"
+        torch.testing.assert_close(gemm.product(dy, w, back=True), dy @ w, rtol=2e-2, atol=0.5)
+        torch.testing.assert_close(gemm.product(x, w), x @ w.t(), rtol=0, atol=0)
+
+
+@ON_GPU
+def test_a_kernel_that_does_not_compile_is_left_out(cache, monkeypatch):
+    if not quack.installed():
+        pytest.skip("needs QuACK on Hopper")
+    broken = quack.Tiles(100, 17, (1, 1), False)
+    monkeypatch.setattr(quack, "FASTEST", [broken])
+    monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
+    assert quack.Product(*SHAPE, False).taken(broken.text) is None
+    *_, w = operands("cuda")
+    assert "tuned" in gemm.choose({SHAPE: lambda: w}, measure=True)
+    assert broken.text not in json.loads(cache.read_text()).values()

@@ -1,9 +1,9 @@
 """Large matmuls with frozen weights, by the algorithm that is fastest while the GPU is held at its power limit.
 
-cuBLAS suggests several algorithms a shape, and PyTorch takes the first. Which of them is the fastest changes when the GPU is at its
-limit, as training is: what moves less data between registers, shared memory and L2 lets the clock rise. On an H200 at its 700 W the
-best is 1 to 5 % ahead of the first at the shapes of Llama-3.1-8B, in bf16 (benchmarks/RESULTS.md). choose() times each for long enough
-that the limit counts, and remembers the answer on the machine; what it has not chosen is PyTorch's.
+cuBLAS suggests several algorithms a shape, and PyTorch takes the first; QuACK has kernels of other tiles. Which of them is the fastest
+changes when the GPU is at its limit, as training is: what moves less data between registers, shared memory and L2 lets the clock rise.
+On an H200 at its 700 W the best is 3 to 6 % ahead of PyTorch's at the shapes of Llama-3.1-8B, in bf16 (benchmarks/RESULTS.md). choose()
+times each for long enough that the limit counts, and remembers the answer on the machine; what it has not chosen is PyTorch's.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from graft.model.remembered import recalled, remember
 
 ROUNDS_S = (0.1, 0.15, 0.15)  # how long each runs at a time; after the first round only the FINALISTS do
-FINALISTS = 3
+FINALISTS = 4
 ALIGNED_BYTES = 256  # where cuBLAS takes every matrix to begin
-WARM_S = 0.5  # before the first, for the clock to fall
+WARM_S = 1.5  # before the first, for the clock to fall
 MEMORY = "matmuls"
 LEAST_GAIN = 0.005  # of PyTorch's pace: below it PyTorch's stays
 WRONG = 1e-2  # relative: two orders of adding up differ by bf16's rounding, 2e-3
@@ -62,60 +62,66 @@ def _plain(*tensors: Tensor) -> bool:
 def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: bool) -> str | None:
     """Choose for each (rows, outs, ins), whose w the function makes, both ways; returns a line on what was measured.
 
-    measure: time what the machine does not remember, 2 s a shape, else leave it to PyTorch.
+    measure: time what the machine does not remember, 4 s a shape, else leave it to PyTorch.
     """
-    from graft.model.kernels import cublaslt
+    from graft.model.kernels import cublaslt, quack
 
     known = recalled(MEMORY)
     began_s = time.perf_counter()
     gains: list[tuple[float, float]] = []  # FLOP of a shape, and by how much it is faster
-    machine = f"{torch.cuda.get_device_name()} cuBLASLt {cublaslt.version()}"
+    machine = f"{torch.cuda.get_device_name()} cuBLASLt {cublaslt.version()} QuACK {quack.installed()}"
     for (rows, outs, ins), weight in weights.items():
         w: Tensor | None = None
         for back in (False, True):
             shape = Shape(rows, outs, ins, back)
-            key, found = f"{machine} {' '.join(map(str, shape[:3]))} {'back' if back else 'forward'}", cublaslt.Product(*shape)
+            found: list[Any] = [cublaslt.Product(*shape), quack.Product(*shape)]
+            key = f"{machine} {' '.join(map(str, shape[:3]))} {'back' if back else 'forward'}"
             if key not in known:
                 if not measure:
                     continue
                 w = weight() if w is None else w
-                best, gain = _measured(shape, found, w, warm=not gains)
-                known[key] = bytes(best).hex() if best else None
+                known[key], gain = _measured(shape, found, w, warm=not gains)
                 gains.append((shape.flop, gain))
-            if (algorithm := cublaslt.stored(known[key])) and found.takes(algorithm):
-                _chosen[shape] = partial(found.run, algorithm)
+            if took := next(((product, algorithm) for product in found if (algorithm := product.taken(known[key]))), None):
+                _chosen[shape] = partial(took[0].run, took[1])
+    torch.cuda.empty_cache()
     if not gains:
         return None
-    torch.cuda.empty_cache()
     remember(MEMORY, known)
     saved = sum(flop * (1 - 1 / (1 + gain)) for flop, gain in gains) / sum(flop for flop, _ in gains)
     return f"matmuls of {len(gains)} shapes tuned in {time.perf_counter() - began_s:.0f} s: {saved:.1%} of their time saved"
 
 
-def _measured(shape: Shape, found: Any, w: Tensor, warm: bool) -> tuple[Any, float]:
-    """(the fastest algorithm, or None for PyTorch's; its pace over PyTorch's, less 1)."""
+def _measured(shape: Shape, found: list[Any], w: Tensor, warm: bool) -> tuple[str | None, float]:
+    """(the fastest algorithm, as it is stored, or None for PyTorch's; its pace over PyTorch's, less 1)."""
     x = torch.randn(shape.rows, shape.outs if shape.back else shape.ins, dtype=w.dtype, device=w.device)
-    out = x.new_empty(shape.rows, found.width)
-    algorithms = [None, *found.suggested()]
-
-    def run(algorithm: Any) -> None:
-        if algorithm is None:
-            torch.mm(x, w if shape.back else w.t(), out=out)
-        else:
-            found.run(algorithm, x, w, out)
+    out = x.new_empty(shape.rows, shape.ins if shape.back else shape.outs)
+    runs: dict[str | None, Callable[[], Any]] = {None: lambda: torch.mm(x, w if shape.back else w.t(), out=out)}
+    runs |= {one.text: partial(product.run, one, x, w, out) for product in found for one in product.suggested()}
+    for name in [name for name, run in runs.items() if not _works(run)]:
+        del runs[name]
+    names = list(runs)
 
     if warm:
-        _pace(partial(run, None), WARM_S)
-    last = finalists([_pace(partial(run, one), ROUNDS_S[0]) for one in algorithms])
-    again = [[_pace(partial(run, algorithms[n]), for_s) for n in last] for for_s in ROUNDS_S[1:]]
+        _pace(runs[None], WARM_S)
+    last = [names[n] for n in finalists([_pace(run, ROUNDS_S[0]) for run in runs.values()])]
+    again = [[_pace(runs[name], for_s) for name in last] for for_s in ROUNDS_S[1:]]
     mean = [sum(each) / len(again) for each in zip(*again, strict=True)]
     best = winner(mean)
-    run(None)
+    runs[None]()
     wanted = out.clone()
-    run(algorithms[last[best]])
+    runs[last[best]]()
     if not (out - wanted).float().norm() <= WRONG * wanted.float().norm():  # NaN too
         best = 0
-    return algorithms[last[best]], mean[best] / mean[0] - 1
+    return last[best], mean[best] / mean[0] - 1
+
+
+def _works(run: Callable[[], Any]) -> bool:
+    try:
+        run()
+    except Exception:  # noqa: BLE001 - a kernel that does not compile here, for whatever reason, is none to choose
+        return False
+    return True
 
 
 def finalists(paces: list[float]) -> list[int]:
@@ -129,7 +135,7 @@ def winner(paces: list[float]) -> int:
     return best if paces[best] > paces[0] * (1 + LEAST_GAIN) else 0
 
 
-def _pace(run: Callable[[], None], for_s: float) -> float:
+def _pace(run: Callable[[], Any], for_s: float) -> float:
     """Runs a second, over the last two thirds of for_s."""
     run()
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

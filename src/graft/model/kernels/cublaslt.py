@@ -26,6 +26,10 @@ class Algorithm(ctypes.Structure):
 
     _fields_ = [("data", c_uint64 * 8)]
 
+    @property
+    def text(self) -> str:
+        return bytes(self).hex()
+
 
 def stored(text: str | None) -> Algorithm | None:
     """The algorithm whose bytes were stored in hexadecimal; None where they are no algorithm's."""
@@ -66,11 +70,14 @@ class Product:
         _do("cublasLtMatmulPreferenceDestroy", preference)
         return [Algorithm.from_buffer_copy(one.algorithm) for one in found[: count.value] if one.state == 0]
 
-    def takes(self, algorithm: Algorithm) -> bool:
-        """Whether this library, on this GPU, runs an algorithm that was stored."""
+    def taken(self, text: str | None) -> Algorithm | None:
+        """The stored algorithm, where this library, on this GPU, runs it."""
+        if (algorithm := stored(text)) is None:
+            return None
         found = _Found()
         given = _handle(), self._form, self._w, self._x, self._out, self._out, byref(algorithm), byref(found)
-        return bool(_library().cublasLtMatmulAlgoCheck(*given) == 0 and found.workspace <= WORKSPACE_BYTES)
+        runs = _library().cublasLtMatmulAlgoCheck(*given) == 0 and found.workspace <= WORKSPACE_BYTES
+        return algorithm if runs else None
 
     def run(self, algorithm: Algorithm, x: Tensor, w: Tensor, out: Tensor) -> None:
         """Fill in out [rows, outs], or [rows, ins] where `back` is, on the current stream."""
