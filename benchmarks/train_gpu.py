@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +42,7 @@ from train_gpu_table import alike, of_peers, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    *("torch", "triton", "transformers", "deepspeed", "accelerate", "bitsandbytes", "flash-attn-4", "nvidia-cudnn-frontend"),
+    *("torch", "triton", "transformers", "deepspeed", "accelerate", "bitsandbytes", "flash-attn-4", "quack-kernels", "nvidia-cudnn-frontend"),
     *("peft", "datasets", "trl", "liger-kernel", "unsloth", "unsloth-zoo", "xformers"),
 )
 SEQ_LEN, BINS = 4096, 4
@@ -189,11 +190,12 @@ def run_graft(row: str, folder: Path, base: Path, args: argparse.Namespace, node
     artifact = plan.artifact("sft")
     steps = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
     settled = steps[SETTLE:]
+    step_time_s = median(after["ended_unix_s"] - before["ended_unix_s"] for before, after in pairwise(steps[SETTLE - 1 :]))
     if args.profile:
         print((plan.resolve("sft").run_directory / "profile.txt").read_text())
     return {
-        "tokens_per_s": median(s["tokens_per_s"] for s in settled),
-        "step_time_s": median(s["step_time_s"] for s in settled),
+        "tokens_per_s": median(s["tokens"] for s in settled) / step_time_s,
+        "step_time_s": step_time_s,  # from the end of one to the end of the next, as a peer's
         "data_s": median(s["data_s"] for s in settled),
         "mfu_nominal": median(s["mfu_nominal"] or 0 for s in settled),
         "peak_mem_gib": max(s["peak_mem_gib"] or 0 for s in steps),

@@ -71,7 +71,7 @@ class Train(Section):
     max_skipped: Count = 5  # steps left out in a row, for a spike or what is not finite, after which training stops
     activation_checkpointing: Kept | Literal["auto"] = "auto"  # what is computed again to save memory: nothing, wide activations, layers
     deterministic: bool = False  # on a GPU: the same bits in every run, by slower kernels
-    tune_matmuls: bool | Literal["auto"] = "auto"  # on a GPU, LoRA's by cuBLAS' fastest algorithms; auto: timed for runs of 15 minutes or more
+    tune_matmuls: bool | Literal["auto"] = "auto"  # on a GPU, LoRA's by the fastest kernels of cuBLAS and QuACK; auto: in runs of 30 minutes or more
     compile: bool = True  # on a GPU, decoder layers that graft has no kernels for
     train_vision: bool = False  # the vision tower too: adapters on its linear layers, or, with lora = false, its weights
     validate_every: Count | None = None  # steps

@@ -16,7 +16,7 @@ from graft.model.lora import in_tower
 from graft.model.loss import CHUNK
 from graft.train.flops import peak_flops
 
-LEAST_S = 900.0  # what a run must at least take, at half of the GPU's nominal FLOP/s, for "auto" to measure: that takes about 20 s
+LEAST_S = 1800.0  # what a run must at least take, at half of the GPU's nominal FLOP/s, for "auto" to measure: that takes about 50 s
 USUAL_FLOPS = 300e12  # of a GPU whose own are not known
 
 
