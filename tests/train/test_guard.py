@@ -31,7 +31,7 @@ class FakeZero:
 def stepping(guard, loss, norm=1.0):
     """Whether the step was taken: (verdict, whether the weights moved)."""
     zero, before = guard.zero, guard.zero.weight.detach().clone()
-    guard.judge(loss)
+    guard.judge(torch.tensor([loss, 7.0], dtype=torch.float64), 1)
     zero.weight.grad, zero._global_grad_norm = torch.ones(4), norm
     zero.optimizer.step()
     return guard.verdict(), not torch.equal(before, zero.weight)
@@ -80,7 +80,7 @@ def test_noise_and_falling_curves_are_no_spikes():
     for _ in range(200):
         guard = guarded()
         for step in range(300):
-            guard.judge(1 + 5 * math.exp(-step / 40) + 0.2 * abs(noise.standard_t(8)))
+            guard.judge(torch.tensor([1 + 5 * math.exp(-step / 40) + 0.2 * abs(noise.standard_t(8))], dtype=torch.float64), 1)
             skipped += guard.verdict() is not None
     print(f"{skipped} of 60,000 steps left out")
     assert skipped <= 6

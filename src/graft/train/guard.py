@@ -1,6 +1,6 @@
 """Steps that would spoil the weights are left out: a loss or a gradient that is not finite, or a loss far above those before.
 
-The loss is judged when all ranks have added theirs up, the norm of the gradient before the optimizer uses it, so every rank leaves
+Both are judged as the optimizer is about to step: the loss that all ranks have added up, and the norm of their gradient, so every rank leaves
 out the same step: weights and moments stay as they were, the step's learning rate and bins have passed. The losses that count
 go into the checkpoint, so a resumed run leaves out the same.
 """
@@ -11,6 +11,7 @@ import math
 from statistics import fmean, pstdev
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from graft.core.recipe import Train
@@ -30,10 +31,11 @@ class Guard:
     def __init__(self, config: Train, engine: Any, state: dict[str, Any] | None):
         self.deviations, self.zero = config.spike_deviations, engine.optimizer
         self.state: dict[str, Any] = state or {"losses": [], "skipped": 0, "in_a_row": 0}
-        self._loss = 0.0
+        self.sums: list[float] = []  # of the last step, as judge() was given them
+        self.loss = self.norm = math.nan  # of the last step's global batch; of its gradient, before it was clipped
         self._reason: str | None = None
-        self.norm = math.nan  # of the last step's gradient, before it was clipped
-        self._looked = False
+        self._unread: Tensor | None = None
+        self._targets = 1
         self.zero.optimizer.register_step_pre_hook(self._before)
 
     @property
@@ -45,24 +47,25 @@ class Guard:
         mean = fmean(losses)
         return mean + self.deviations * max(pstdev(losses, mean), LEAST * abs(mean), LEAST_NATS)
 
-    def judge(self, loss: float) -> None:
-        """loss: of the global batch, on all ranks the same."""
-        self._loss, self._reason, self._looked = loss, None, False
-        if not math.isfinite(loss):
-            self._reason = f"the loss is {loss}"
-        elif loss > (limit := self.limit):
-            self._reason = f"the loss is {loss:.4g}, above {limit:.4g}, {self.deviations:g} deviations over the mean of the last {WINDOW}"
+    def judge(self, sums: Tensor, targets: int) -> None:
+        """sums: on all ranks the same, the loss of all targets first. Read later, for whoever reads waits for the GPU."""
+        self._unread, self._targets = sums, targets
 
-    def _look_at_norm(self) -> None:
-        """Once a step: each look waits for what the GPU has been told by then."""
-        if self._looked:
+    def _look(self) -> None:
+        """Once a step."""
+        if self._unread is None:
             return
-        self.norm, self._looked = float(self.zero._global_grad_norm), True
-        if self._reason is None and not (math.isfinite(self.norm) and self.norm >= 0):  # DeepSpeed's norm of what is not finite is -1, or inf
+        self.sums, self._unread, self._reason = self._unread.tolist(), None, None
+        self.loss, self.norm = self.sums[0] / self._targets, float(self.zero._global_grad_norm)
+        if not math.isfinite(self.loss):
+            self._reason = f"the loss is {self.loss}"
+        elif self.loss > (limit := self.limit):
+            self._reason = f"the loss is {self.loss:.4g}, above {limit:.4g}, {self.deviations:g} deviations over the mean of the last {WINDOW}"
+        elif not (math.isfinite(self.norm) and self.norm >= 0):  # DeepSpeed's norm of what is not finite is -1, or inf
             self._reason = "the gradient is not finite"
 
     def _before(self, optimizer: Optimizer, args: Any, named: Any) -> None:
-        self._look_at_norm()
+        self._look()
         if self._reason:
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -70,11 +73,11 @@ class Guard:
 
     def verdict(self) -> str | None:
         """Why the step was left out, None where it was taken."""
-        self._look_at_norm()  # in fp32 DeepSpeed itself leaves out what is not finite, and asks no optimizer
+        self._look()  # in fp32 DeepSpeed itself leaves out what is not finite, and asks no optimizer
         if self._reason:
             self.state["skipped"] += 1
             self.state["in_a_row"] += 1
         else:
             self.state["in_a_row"] = 0
-            self.state["losses"] = [*self.state["losses"], self._loss][-WINDOW:]
+            self.state["losses"] = [*self.state["losses"], self.loss][-WINDOW:]
         return self._reason

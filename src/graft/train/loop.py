@@ -164,11 +164,10 @@ def _train(
         sums = here.to(device, non_blocking=True)
         sums[0] = loss
         dist.all_reduce(sums)
-        total_loss, written, failed, leave = sums.tolist()  # here the CPU waits for the GPU
-        mean_loss = total_loss / batch.targets
-        guard.judge(mean_loss)
-        engine.step()
+        guard.judge(sums, batch.targets)
+        engine.step()  # once the GPU is told all that comes before the optimizer, the guard reads: there the CPU waits for it
         skipped = guard.verdict()
+        _, written, failed, leave = guard.sums
         tokens_seen += batch.tokens
         _report_unsaved(writer.border(int(written), int(failed)), config, stage, run_dir)
 
@@ -176,7 +175,7 @@ def _train(
         ends = done == total
         metrics = {
             "step": step,
-            "loss": mean_loss,
+            "loss": guard.loss,
             "lr": lr,
             "grad_norm": guard.norm,
             **({"skipped": skipped, "bins": batch.indices.tolist()} if skipped else {}),
