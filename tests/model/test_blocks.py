@@ -241,8 +241,11 @@ def test_swiglu_and_its_gradient(dropout):
     whole = y + torch.cat([u[:, :2] @ b[0].t(), u[:, 2:] @ b[1].t()], dim=1)
     gate, up = whole.chunk(2, dim=1)
     act = F.silu(gate) * up
-    assert torch.allclose(swiglu(y, u, b), act, atol=1e-5)
     drop = Drop(torch.tensor([5]), 30_000) if dropout else None
+    with torch.no_grad():
+        found, down = swiglu(y, u, b, a, 0.5, drop)
+    assert torch.allclose(found, act, atol=1e-5) and torch.allclose(down, 0.5 * (act if drop is None else dropped(act, drop, 0)) @ a.t(), atol=1e-5)
+    assert swiglu(y, u, b)[1].shape == (9, 0)
     through, taken = (du @ a, act) if drop is None else (dropped(du @ a, drop, 0), dropped(act, drop, 0))
     wanted = *torch.autograd.grad(act, (whole, *b), dact + through), du.t() @ taken
     dy, of_b, of_a = swiglu_backward(dact, y, u, b, du, a, drop)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graft.model import gemm
-from graft.model.frozen import Frozen
+from graft.model.frozen import Frozen, fp8_works, quantize_rows
 from graft.model.kernels import cublaslt, quack
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -91,14 +91,15 @@ def test_every_algorithm_multiplies_and_the_choice_is_remembered(cache, monkeypa
                     torch.testing.assert_close(out, wanted, rtol=2e-2, atol=0.5)
 
     monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
-    assert gemm.choose({SHAPE: held.opened}, measure=False) is None and not cache.exists()
-    assert "matmuls of 2 shapes tuned" in gemm.choose({SHAPE: held.opened}, measure=True)
+    both = {gemm.Shape(*SHAPE): lambda: (x, w), gemm.Shape(*SHAPE, back=True): lambda: (dy, w)}
+    assert gemm.choose(both, measure=False) is None and not cache.exists()
+    assert "matmuls of 2 shapes tuned" in gemm.choose(both, measure=True)
     known = json.loads(cache.read_text())
     assert len(known) == 2 and len(gemm._chosen) == sum(v is not None for v in known.values())
     for kept in [cublaslt.Product(*SHAPE, True).suggested()[-1].text, *([quack.FASTEST[-1].text] if quack.installed() else [])]:
         cache.write_text(json.dumps({key: kept if "back" in key else "00" * 64 for key in known}))
         gemm._chosen.clear()
-        assert gemm.choose({SHAPE: lambda: pytest.fail("measured again")}, measure=True) is None
+        assert gemm.choose(dict.fromkeys(both, lambda: pytest.fail("measured again")), measure=True) is None
         assert list(gemm._chosen) == [gemm.Shape(*SHAPE, True)], "what the library does not take is left to PyTorch"
         torch.testing.assert_close(gemm.product(dy, w, back=True), dy @ w, rtol=2e-2, atol=0.5)
         torch.testing.assert_close(gemm.product(x, w), x @ w.t(), rtol=0, atol=0)
@@ -112,6 +113,31 @@ def test_a_kernel_that_does_not_compile_is_left_out(cache, monkeypatch):
     monkeypatch.setattr(quack, "FASTEST", [broken])
     monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
     assert quack.Product(*SHAPE, False).taken(broken.text) is None
-    *_, w = operands("cuda")
-    assert "tuned" in gemm.choose({SHAPE: lambda: w}, measure=True)
+    x, _, w = operands("cuda")
+    assert "tuned" in gemm.choose({gemm.Shape(*SHAPE): lambda: (x, w)}, measure=True)
     assert broken.text not in json.loads(cache.read_text()).values()
+
+
+@ON_GPU
+def test_fp8_is_multiplied_by_every_algorithm_and_the_choice_is_remembered(cache, monkeypatch):
+    if not fp8_works("cuda"):
+        pytest.skip("a GPU without FP8")
+    x, _, w = operands("cuda")
+    (x8, x_scales), (w8, w_scales) = quantize_rows(x), quantize_rows(w)
+    given = x8, x_scales, w8, w_scales.t()
+    wanted, close = gemm.scaled_product(*given), {"rtol": 2e-2, "atol": 0.5}
+    torch.testing.assert_close(wanted.float(), (x8.float() * x_scales) @ (w8.float() * w_scales).t(), **close)
+    library = cublaslt.ScaledProduct(*SHAPE)
+    suggested = library.suggested()
+    assert suggested and all(library.taken(algorithm.text) for algorithm in suggested)
+    for algorithm in suggested:
+        out = torch.full_like(wanted, torch.nan)
+        library.run(algorithm, *given, out)
+        torch.testing.assert_close(out, wanted, **close)
+    monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
+    shape = gemm.Shape(*SHAPE, fp8=True)
+    assert "matmuls of 1 shapes tuned" in gemm.choose({shape: lambda: given}, measure=True)
+    (key,) = json.loads(cache.read_text())
+    cache.write_text(json.dumps({key: suggested[-1].text}))
+    assert gemm.choose({shape: lambda: pytest.fail("measured again")}, measure=True) is None and list(gemm._chosen) == [shape]
+    torch.testing.assert_close(gemm.scaled_product(*given), wanted, **close)

@@ -77,12 +77,12 @@ class Half:
         return norm_backward(dout, dn, du, a, u, group.scale, x, rstd, self.weight), gradient
 
 
-def _write(x: Tensor, inner: Tensor, group: Group, adapter: Tensor | None, drop: Drop | None) -> tuple[Tensor, Tensor]:
-    """(x + the layer's output of inner, u): the end of a half; group is of one layer."""
+def _write(x: Tensor, inner: Tensor, u: Tensor, group: Group, adapter: Tensor | None) -> Tensor:
+    """x + the layer's output of inner and u: the end of a half; group is of one layer."""
     frozen = group.frozen
-    out, u = matmul(inner, frozen.kind, frozen.tensors, frozen.bias), down(inner, adapter, group.layout, group.scale, drop)
+    out = matmul(inner, frozen.kind, frozen.tensors, frozen.bias)
     add_(out, x, u, None if adapter is None else group.layout.split(adapter, frozen.ins)[1][0])
-    return out, u
+    return out
 
 
 # ---- attention --------------------------------------------------------------------------------------------------------
@@ -129,7 +129,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_o: Tensor | None, half: AttentionHalf, where: Where) -> Tensor:
         drop, drop_o = drops = half.group.drop, half.o.drop
         inner = half.attend(x, adapter, drop, where)
-        out, u_o = _write(x, inner[0], half.o, adapter_o, drop_o)
+        u_o = down(inner[0], adapter_o, half.o.layout, half.o.scale, drop_o)
+        out = _write(x, inner[0], u_o, half.o, adapter_o)
         ctx.half, ctx.where, ctx.drops = half, where, drops
         ctx.save_for_backward(x, adapter, adapter_o, u_o, *(() if half.again else inner))
         return out
@@ -167,7 +168,10 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_down: Tensor | None, half: MlpHalf) -> Tensor:
         drop, drop_down = drops = half.group.drop, half.down.drop
         y, b, u, rstd = half.read(x, adapter, drop)
-        out, u_down = _write(x, swiglu(y, u, b), half.down, adapter_down, drop_down)
+        narrow = half.down
+        a = None if adapter_down is None else narrow.layout.split(adapter_down, narrow.frozen.ins)[0]
+        act, u_down = swiglu(y, u, b, a, grown(narrow.scale, drop_down), drop_down)
+        out = _write(x, act, u_down, narrow, adapter_down)
         ctx.half, ctx.drops = half, drops
         ctx.save_for_backward(x, adapter, adapter_down, u_down, *(() if half.again else (y, u, rstd)))
         return out

@@ -59,14 +59,18 @@ def add_(y: Tensor, x: Tensor, u: Tensor, b: Tensor | None) -> None:
 
 
 # ---- the activation -----------------------------------------------------------------------------------------------------
-def swiglu(y: Tensor, u: Tensor, b: list[Tensor]) -> Tensor:
-    """silu(gate) · up of gate | up = y [t, 2 n] + u Bᵀ; b: [] or [n, r] of gate and up, u [t, 2 r]."""
+def swiglu(y: Tensor, u: Tensor, b: list[Tensor], a: Tensor | None = None, scale: float = 1.0, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
+    """(act = silu(gate) · up of gate | up = y [t, 2 n] + u Bᵀ; scale · act aᵀ [t, r], empty where a [r, n] is None).
+
+    b: [] or [n, r] of gate and up, u [t, 2 r]; drop: of the adapter of a.
+    """
     if y.is_cuda:
         from graft.model.kernels.swiglu import swiglu as on_gpu
 
-        return on_gpu(y, u, b)
+        return on_gpu(y, u, b, a, scale, drop)
     gate, up = _gate_and_up(y, u, b)
-    return (F.silu(gate) * up).to(y.dtype)
+    act = (F.silu(gate) * up).to(y.dtype)
+    return act, y.new_empty(len(y), 0) if a is None else down_product(act, a, drop).mul_(scale)
 
 
 def swiglu_backward(

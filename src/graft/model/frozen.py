@@ -96,8 +96,7 @@ def matmul_back(dy: Tensor, kind: str, tensors: list[Tensor]) -> Tensor:
     if kind == "fp8":
         w8, scales = tensors
         dy8, of_rows = quantize_rows(dy, scales)
-        ones = torch.ones(1, w8.shape[1], device=dy.device)
-        return _fp8_matmul(dy8, of_rows, _transposed(w8), ones, dy.dtype, None)
+        return _fp8_matmul(dy8, of_rows, *transposed(w8), dy.dtype, None)
     if kind == "dense":
         return gemm.product(dy, tensors[0], back=True)
     ins = sum(2 * packed.numel() for packed in tensors[::_OF_NF4]) // dy.shape[1]
@@ -124,17 +123,19 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
 def _fp8_matmul(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """x8 [t, k] · w8ᵀ [k, n], both with k in order in memory; x_scales [t, 1], w_scales [1, n]."""
     if x8.is_cuda:
-        return torch._scaled_mm(x8, w8.t(), scale_a=x_scales, scale_b=w_scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+        return gemm.scaled_product(x8, x_scales, w8, w_scales, dtype=dtype, bias=bias)
     y = (x8.float() @ w8.float().t()) * x_scales * w_scales
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def _transposed(w8: Tensor) -> Tensor:
+def transposed(w8: Tensor) -> tuple[Tensor, Tensor]:
+    """(w8ᵀ [in, out], its scales [1, in], which are one: W's own went into what it multiplies)."""
+    ones = torch.ones(1, w8.shape[1], device=w8.device)
     if w8.is_cuda:
-        from graft.model.kernels.fp8 import transposed
+        from graft.model.kernels.fp8 import transposed as on_gpu
 
-        return transposed(w8)
-    return w8.view(torch.uint8).t().contiguous().view(FP8)
+        return on_gpu(w8), ones
+    return w8.view(torch.uint8).t().contiguous().view(FP8), ones
 
 
 # ---- NF4 --------------------------------------------------------------------------------------------------------------

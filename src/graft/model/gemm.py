@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graft.model.remembered import recalled, remember
 
-ROUNDS_S = (0.1, 0.15, 0.15)  # how long each runs at a time; after the first round only the FINALISTS do
+ROUNDS_S = (0.1, 0.15, 0.15, 0.15)  # how long each runs at a time; after the first round only the FINALISTS do
 FINALISTS = 4
 ALIGNED_BYTES = 256  # where cuBLAS takes every matrix to begin
 WARM_S = 1.5  # before the first, for the clock to fall
@@ -28,39 +28,56 @@ WRONG = 1e-2  # relative: two orders of adding up differ by bf16's rounding, 2e-
 
 
 class Shape(NamedTuple):
-    """Of x wᵀ, x [rows, ins] and w [outs, ins]; back: of x w, x [rows, outs]."""
+    """Of x wᵀ, x [rows, ins] and w [outs, ins]; back: of x w, x [rows, outs]. fp8: of x wᵀ, both in e4m3 with a scale a row."""
 
     rows: int
     outs: int
     ins: int
-    back: bool
+    back: bool = False
+    fp8: bool = False
 
     @property
     def flop(self) -> float:
         return 2.0 * self.rows * self.outs * self.ins
 
+    @property
+    def text(self) -> str:
+        return f"{self.rows} {self.outs} {self.ins} {'back' if self.back else 'fp8' if self.fp8 else 'forward'}"
 
-_chosen: dict[Shape, Callable[[Tensor, Tensor, Tensor], None]] = {}  # in this process
+
+_chosen: dict[Shape, Callable[..., None]] = {}  # in this process: of operands as product() or scaled_product() has them, and the result
 
 
-def product(x: Tensor, w: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
+def product(x: Tensor, w: Tensor, *, back: bool = False, out: Tensor | None = None) -> Tensor:
     """x wᵀ of x [rows, ins] and w [outs, ins]; back: x w of x [rows, outs]."""
     run = _chosen.get(Shape(len(x), w.shape[0], w.shape[1], back)) if _chosen else None
-    if run is None or not _plain(x, w, *(() if out is None else (out,))):
+    if run is None or not _plain(torch.bfloat16, x, w, *(() if out is None else (out,))):
         return torch.mm(x, w if back else w.t(), out=out)
     out = x.new_empty(len(x), w.shape[1 if back else 0]) if out is None else out
     run(x, w, out)
     return out
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """As an algorithm was timed: bf16 without gaps, aligned."""
-    return all(m.dtype == torch.bfloat16 and m.is_contiguous() and m.data_ptr() % ALIGNED_BYTES == 0 for m in tensors)
+def scaled_product(
+    x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, *, dtype: torch.dtype = torch.bfloat16, bias: Tensor | None = None
+) -> Tensor:
+    """x8 w8ᵀ + bias in dtype: x8 [rows, ins] and w8 [outs, ins] in e4m3, of whose rows x_scales [rows, 1] and w_scales [1, outs] are the scales."""
+    run = _chosen.get(Shape(len(x8), w8.shape[0], w8.shape[1], fp8=True)) if _chosen and bias is None and dtype == torch.bfloat16 else None
+    if run is None or not (_plain(torch.float8_e4m3fn, x8, w8) and _plain(torch.float32, x_scales, w_scales)):
+        return torch._scaled_mm(x8, w8.t(), scale_a=x_scales, scale_b=w_scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    out = torch.empty(len(x8), len(w8), dtype=dtype, device=x8.device)
+    run(x8, x_scales, w8, w_scales, out)
+    return out
+
+
+def _plain(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """As an algorithm was timed: without gaps, aligned."""
+    return all(m.dtype == dtype and m.is_contiguous() and m.data_ptr() % ALIGNED_BYTES == 0 for m in tensors)
 
 
 # ---- the choice -------------------------------------------------------------------------------------------------------
-def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: bool) -> str | None:
-    """Choose for each (rows, outs, ins), whose w the function makes, both ways; returns a line on what was measured.
+def choose(operands: dict[Shape, Callable[[], tuple[Tensor, ...]]], measure: bool) -> str | None:
+    """Choose for each shape, whose operands the function makes as product() or scaled_product() takes them; returns a line on what was measured.
 
     measure: time what the machine does not remember, 4 s a shape, else leave it to PyTorch.
     """
@@ -70,20 +87,16 @@ def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: b
     began_s = time.perf_counter()
     gains: list[tuple[float, float]] = []  # FLOP of a shape, and by how much it is faster
     machine = f"{torch.cuda.get_device_name()} cuBLASLt {cublaslt.version()} QuACK {quack.installed()}"
-    for (rows, outs, ins), weight in weights.items():
-        w: Tensor | None = None
-        for back in (False, True):
-            shape = Shape(rows, outs, ins, back)
-            found: list[Any] = [cublaslt.Product(*shape), quack.Product(*shape)]
-            key = f"{machine} {' '.join(map(str, shape[:3]))} {'back' if back else 'forward'}"
-            if key not in known:
-                if not measure:
-                    continue
-                w = weight() if w is None else w
-                known[key], gain = _measured(shape, found, w, warm=not gains)
-                gains.append((shape.flop, gain))
-            if took := next(((product, algorithm) for product in found if (algorithm := product.taken(known[key]))), None):
-                _chosen[shape] = partial(took[0].run, took[1])
+    for shape, made in operands.items():
+        of = shape[:4]
+        found: list[Any] = [cublaslt.ScaledProduct(*of[:3])] if shape.fp8 else [cublaslt.Product(*of), quack.Product(*of)]
+        if (key := f"{machine} {shape.text}") not in known:
+            if not measure:
+                continue
+            known[key], gain = _measured(shape, found, made(), warm=not gains)
+            gains.append((shape.flop, gain))
+        if took := next(((library, algorithm) for library in found if (algorithm := library.taken(known[key]))), None):
+            _chosen[shape] = partial(took[0].run, took[1])
     torch.cuda.empty_cache()
     if not gains:
         return None
@@ -92,27 +105,29 @@ def choose(weights: dict[tuple[int, int, int], Callable[[], Tensor]], measure: b
     return f"matmuls of {len(gains)} shapes tuned in {time.perf_counter() - began_s:.0f} s: {saved:.1%} of their time saved"
 
 
-def _measured(shape: Shape, found: list[Any], w: Tensor, warm: bool) -> tuple[str | None, float]:
+def _measured(shape: Shape, found: list[Any], operands: Any, warm: bool) -> tuple[str | None, float]:
     """(the fastest algorithm, as it is stored, or None for PyTorch's; its pace over PyTorch's, less 1)."""
-    x = torch.randn(shape.rows, shape.outs if shape.back else shape.ins, dtype=w.dtype, device=w.device)
-    out = x.new_empty(shape.rows, shape.ins if shape.back else shape.outs)
-    runs: dict[str | None, Callable[[], Any]] = {None: lambda: torch.mm(x, w if shape.back else w.t(), out=out)}
-    runs |= {one.text: partial(product.run, one, x, w, out) for product in found for one in product.suggested()}
+
+    def pytorchs() -> Tensor:
+        return scaled_product(*operands) if shape.fp8 else product(*operands, back=shape.back)
+
+    wanted = pytorchs()
+    out = torch.empty_like(wanted)
+    runs: dict[str | None, Callable[[], Any]] = {None: pytorchs}
+    runs |= {one.text: partial(library.run, one, *operands, out) for library in found for one in library.suggested()}
     for name in [name for name, run in runs.items() if not _works(run)]:
         del runs[name]
     names = list(runs)
 
     if warm:
-        _pace(runs[None], WARM_S)
+        _pace(pytorchs, WARM_S)
     last = [names[n] for n in finalists([_pace(run, ROUNDS_S[0]) for run in runs.values()])]
     again = [[_pace(runs[name], for_s) for name in last] for for_s in ROUNDS_S[1:]]
     mean = [sum(each) / len(again) for each in zip(*again, strict=True)]
-    best = winner(mean)
-    runs[None]()
-    wanted = out.clone()
-    runs[last[best]]()
-    if not (out - wanted).float().norm() <= WRONG * wanted.float().norm():  # NaN too
-        best = 0
+    if best := winner(mean):
+        runs[last[best]]()
+        if not (out - wanted).float().norm() <= WRONG * wanted.float().norm():  # NaN too
+            best = 0
     return last[best], mean[best] / mean[0] - 1
 
 

@@ -121,7 +121,7 @@ class _Fused:
         q, k, v = y.view(len(x), 3, self.heads, -1).unbind(1)
         x = F.linear(attend(q, k, v, borders, self.scale).flatten(1), *self.proj).add_(x)
         y = F.linear(self._normed(1, x), *self.wide)
-        return F.linear(swiglu(y, y, []), *self.narrow).add_(x)
+        return F.linear(swiglu(y, y, [])[0], *self.narrow).add_(x)
 
     def _normed(self, n: int, x: Tensor) -> Tensor:
         weight, eps = self.norms[n]

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_COMPUTE_FP32, _FP32, _BF16 = 68, 0, 14  # of cublasComputeType_t and cudaDataType_t
-_TRANSPOSED_FIRST = 3  # of cublasLtMatmulDescAttributes_t
+_COMPUTE_FP32, _FP32, _BF16, _E4M3 = 68, 0, 14, 28  # of cublasComputeType_t and cudaDataType_t
+_TRANSPOSED_FIRST, _FAST_SUMS = 3, 25  # of cublasLtMatmulDescAttributes_t
+_SCALES_OF_FIRST, _SCALES_OF_SECOND, _FORM_OF_FIRST, _FORM_OF_SECOND = 17, 18, 31, 32  # of the same
+_A_SCALE_A_ROW = 3  # of cublasLtMatmulMatrixScale_t
 _LARGEST_WORKSPACE = 1  # of cublasLtMatmulPreferenceAttributes_t
 WORKSPACE_BYTES = 32 << 20  # what PyTorch gives it on Hopper
 
@@ -55,19 +57,23 @@ class Product:
         self.width, inner = (ins, outs) if back else (outs, ins)  # of the result, and what is summed over
         self._form = _made("cublasLtMatmulDescCreate", c_int(_COMPUTE_FP32), c_int(_FP32))
         if not back:
-            transposed = c_int32(1)
-            _do("cublasLtMatmulDescSetAttribute", self._form, c_int(_TRANSPOSED_FIRST), byref(transposed), c_size_t(4))
+            self._set(_TRANSPOSED_FIRST, c_int32(1))
         self._w, self._x, self._out = (_layout(columns, height) for columns, height in ((ins, outs), (inner, rows), (self.width, rows)))
 
+    def _set(self, attribute: int, value: Any) -> None:
+        _do("cublasLtMatmulDescSetAttribute", self._form, c_int(attribute), byref(value), c_size_t(ctypes.sizeof(value)))
+
     def suggested(self, most: int = 16) -> list[Algorithm]:
-        """The library's algorithms for this shape, its first choice first."""
+        """The library's algorithms for this shape, its first choice first; none where it has none on this GPU."""
         preference = _made("cublasLtMatmulPreferenceCreate")
         room = c_size_t(WORKSPACE_BYTES)
         _do("cublasLtMatmulPreferenceSetAttribute", preference, c_int(_LARGEST_WORKSPACE), byref(room), c_size_t(8))
         found, count = (_Found * most)(), c_int()
         given = _handle(), self._form, self._w, self._x, self._out, self._out, preference, c_int(most), found, byref(count)
-        _do("cublasLtMatmulAlgoGetHeuristic", *given)
+        status = _library().cublasLtMatmulAlgoGetHeuristic(*given)
         _do("cublasLtMatmulPreferenceDestroy", preference)
+        if status:
+            return []
         return [Algorithm.from_buffer_copy(one.algorithm) for one in found[: count.value] if one.state == 0]
 
     def taken(self, text: str | None) -> Algorithm | None:
@@ -79,15 +85,35 @@ class Product:
         runs = _library().cublasLtMatmulAlgoCheck(*given) == 0 and found.workspace <= WORKSPACE_BYTES
         return algorithm if runs else None
 
-    def run(self, algorithm: Algorithm, x: Tensor, w: Tensor, out: Tensor) -> None:
-        """Fill in out [rows, outs], or [rows, ins] where `back` is, on the current stream."""
-        stream = torch.cuda.current_stream().cuda_stream
+    def run(self, algorithm: Algorithm, *given: Tensor) -> None:
+        """given: x, w, out. Fill in out [rows, outs], or [rows, ins] where `back` is, on the current stream."""
+        (x, w, out), stream = given, torch.cuda.current_stream().cuda_stream
         to = c_void_p(out.data_ptr())
         operands = c_void_p(w.data_ptr()), self._w, c_void_p(x.data_ptr()), self._x, byref(_ZERO), to, self._out, to, self._out
         workspace = c_void_p(_workspace(stream).data_ptr())
         _do("cublasLtMatmul", _handle(), self._form, byref(_ONE), *operands, byref(algorithm), workspace, c_size_t(WORKSPACE_BYTES), c_void_p(stream))
 
 
+class ScaledProduct(Product):
+    """x8 w8ᵀ of x8 [rows, ins] and w8 [outs, ins] in e4m3 with a scale for each of their rows, the result in bf16, its sums as fast as PyTorch asks for."""
+
+    def __init__(self, rows: int, outs: int, ins: int):
+        super().__init__(rows, outs, ins, back=False)
+        self._set(_FAST_SUMS, c_int8(1))
+        for form, scales in ((_FORM_OF_FIRST, _SCALES_OF_FIRST), (_FORM_OF_SECOND, _SCALES_OF_SECOND)):
+            self._set(form, c_int32(_A_SCALE_A_ROW))
+            self._set(scales, c_void_p(_ADDRESS))
+        self._w, self._x = _layout(ins, outs, _E4M3), _layout(ins, rows, _E4M3)
+
+    def run(self, algorithm: Algorithm, *given: Tensor) -> None:
+        """given: x8, x_scales, w8, w_scales, out."""
+        x8, x_scales, w8, w_scales, out = given
+        self._set(_SCALES_OF_FIRST, c_void_p(w_scales.data_ptr()))
+        self._set(_SCALES_OF_SECOND, c_void_p(x_scales.data_ptr()))
+        super().run(algorithm, x8, w8, out)
+
+
+_ADDRESS = 4096  # suggestions are made for some aligned one, and do not read there
 _ONE, _ZERO = c_float(1.0), c_float(0.0)
 
 
@@ -114,9 +140,9 @@ def _workspace(stream: int) -> Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def _layout(rows: int, columns: int) -> c_void_p:
+def _layout(rows: int, columns: int, dtype: int = _BF16) -> c_void_p:
     """Of a column-major matrix without gaps."""
-    return _made("cublasLtMatrixLayoutCreate", c_int(_BF16), c_uint64(rows), c_uint64(columns), c_int64(rows))
+    return _made("cublasLtMatrixLayoutCreate", c_int(dtype), c_uint64(rows), c_uint64(columns), c_int64(rows))
 
 
 def _made(constructor: str, *given: Any) -> c_void_p:

@@ -12,16 +12,33 @@ from graft.model.kernels.dropout import kept
 from graft.model.kernels.shared import loading_ahead
 
 
-def swiglu(y: Tensor, u: Tensor | None, b: list[Tensor]) -> Tensor:
-    """elementwise.swiglu(): silu(gate) · up of y [t, 2 n] = gate | up, to which u Bᵀ is added on the way; returns [t, n]."""
+def swiglu(y: Tensor, u: Tensor, b: list[Tensor], a: Tensor | None = None, scale: float = 1.0, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
+    """elementwise.swiglu(): (act = silu(gate) · up of y [t, 2 n] = gate | up, to which u Bᵀ is added on the way; scale · act aᵀ [t, r]).
+
+    A program goes along the columns of a few rows, so that the sums over columns stay in registers, or along a part of the columns
+    where there are too few rows to occupy the GPU; the parts' sums are added up afterwards, always in the same order.
+    """
     t, n = y.shape[0], y.shape[1] // 2
     out = torch.empty(t, n, dtype=y.dtype, device=y.device)
-    r = b[0].shape[1] if b else 0
+    r, r_down = b[0].shape[1] if b else 0, 0 if a is None else a.shape[0]
+    rows, columns, most, warps = _TILE
+    blocks = triton.cdiv(t, rows)
+    along = triton.cdiv(triton.cdiv(n, columns), triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks))) * columns  # of few lengths: each is compiled
+    parts = triton.cdiv(n, along)
+    of_down = torch.empty(parts, t, r_down, dtype=torch.float32, device=y.device)
     given = (u, *b) if b else (y, y, y)
-    rows, columns, ahead, warps = _TILE
-    widest = max(16, triton.next_power_of_2(r))
-    _swiglu[(triton.cdiv(t, CHUNK), triton.cdiv(n, columns))](y, *given, out, t, n, r, bool(b), widest, CHUNK, rows, columns, ahead, num_warps=warps)
-    return out
+    seed, threshold = (y, 0) if drop is None else drop
+    widths = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(r_down))
+
+    def launch(ahead: int) -> None:
+        _swiglu[(blocks, parts)](
+            *(y, *given, y if a is None else a, seed, out, of_down, t, n, r, r_down, scale),
+            *(bool(b), a is not None, threshold, *widths, along, rows, columns, ahead),
+            num_warps=warps,
+        )
+
+    loading_ahead(most, launch, "swiglu", *widths, bool(b), a is not None, drop is not None)
+    return out, of_down.sum(0).to(y.dtype)
 
 
 def swiglu_backward(
@@ -50,12 +67,13 @@ def swiglu_backward(
             num_warps=warps,
         )
 
-    loading_ahead(most, launch, "swiglu", *widths, bool(b), a is not None, drop is not None)
+    loading_ahead(most, launch, "swiglu_backward", *widths, bool(b), a is not None, drop is not None)
     return dy, None if of_b is None else of_b.sum(0).to(y.dtype), None if of_a is None else of_a.sum(0).t().to(y.dtype)
 
 
 CHUNK = 1024  # rows
-_TILE = 32, 128, 3, 8  # rows, columns, loads ahead, warps
+PROGRAMS = 256  # that occupy a GPU: two for each of an H200's 132 multiprocessors, of 64 rows of 16,384
+_TILE = 64, 64, 3, 4  # rows, columns, loads ahead, warps
 
 
 def _backward_tile(width: int, drops: bool) -> tuple[int, int, int, int]:
@@ -65,27 +83,39 @@ def _backward_tile(width: int, drops: bool) -> tuple[int, int, int, int]:
     return (16 if width == 32 or drops else 32), 128, 3, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seed"])
 def _swiglu(
-    y, u, b_gate, b_up, out, t, n, r,
-    adapted: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
+    y, u, b_gate, b_up, a, seed, out, of_down, t, n, r, r_down, scale, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
+    width: tl.constexpr, width_down: tl.constexpr, along: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
-    columns, k = tl.program_id(1) * of_n + tl.arange(0, of_n), tl.arange(0, width)
+    rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
+    k, k_down = tl.arange(0, width), tl.arange(0, width_down)
     if adapted:
-        holds = (columns[None, :] < n) & (k[:, None] < r)
-        gate_b = tl.load(b_gate + columns[None, :] * r + k[:, None], mask=holds, other=0.0)
-        up_b = tl.load(b_up + columns[None, :] * r + k[:, None], mask=holds, other=0.0)
-    for start in tl.range(0, chunk, of_t, num_stages=ahead):
-        rows = (tl.program_id(0) * chunk + start + tl.arange(0, of_t)).to(tl.int64)
+        of_u, fits = u + rows[:, None] * (2 * r) + k[None, :], (rows[:, None] < t) & (k[None, :] < r)
+        gate_u, up_u = tl.load(of_u, mask=fits, other=0.0), tl.load(of_u + r, mask=fits, other=0.0)
+    if down:
+        total = tl.zeros((of_t, width_down), tl.float32)
+    for start in tl.range(0, along, of_n, num_stages=ahead):
+        first = tl.program_id(1) * along + start
+        columns = first + tl.arange(0, of_n)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
         at = rows[:, None] * (2 * n) + columns[None, :]
         gate = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(y + at + n, mask=inside, other=0.0).to(tl.float32)
         if adapted:
-            of_u, fits = u + rows[:, None] * (2 * r) + k[None, :], (rows[:, None] < t) & (k[None, :] < r)
-            gate = tl.dot(tl.load(of_u, mask=fits, other=0.0), gate_b, gate)
-            up = tl.dot(tl.load(of_u + r, mask=fits, other=0.0), up_b, up)
-        tl.store(out + rows[:, None] * n + columns[None, :], (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+            holds = (columns[None, :] < n) & (k[:, None] < r)
+            gate = tl.dot(gate_u, tl.load(b_gate + columns[None, :] * r + k[:, None], mask=holds, other=0.0), gate)
+            up = tl.dot(up_u, tl.load(b_up + columns[None, :] * r + k[:, None], mask=holds, other=0.0), up)
+        act = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+        tl.store(out + rows[:, None] * n + columns[None, :], act, mask=inside)
+        if down:
+            if threshold:
+                act = tl.where(kept(seed, threshold, rows, first, of_n), act, 0.0)
+            held = (columns[:, None] < n) & (k_down[None, :] < r_down)
+            total = tl.dot(act, tl.load(a + k_down[None, :] * n + columns[:, None], mask=held, other=0.0), total)
+    if down:
+        to = of_down + (tl.program_id(1) * t + rows[:, None]) * r_down + k_down[None, :]
+        tl.store(to, total * scale, mask=(rows[:, None] < t) & (k_down[None, :] < r_down))
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])
