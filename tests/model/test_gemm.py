@@ -65,10 +65,13 @@ def test_tiles_are_stored_in_words():
     assert [quack.stored(text) for text in (None, "", "00" * 64, "quack 256x192", "quack 256x192 1x2 twice")] == [None] * 5
 
 
-def test_without_its_gpu_no_tiles_are_offered():
-    if quack.installed() is None:
-        product = quack.Product(*SHAPE, False)
-        assert product.suggested() == [] and product.taken(quack.FASTEST[0].text) is None
+def test_tiles_are_offered_where_they_run(monkeypatch):
+    monkeypatch.setattr(quack, "installed", lambda: None)
+    assert quack.Product(*SHAPE, False).suggested() == [] and quack.Product(*SHAPE, False).taken(quack.FASTEST[0].text) is None, "another GPU"
+    monkeypatch.setattr(quack, "installed", lambda: "0.6.5")
+    assert quack.Product(*SHAPE, False).suggested() == quack.FASTEST
+    for shape in ((1028, 768, 512), (1024, 770, 512), (1024, 768, 500)):
+        assert quack.Product(*shape, True).suggested() == [] and quack.Product(*shape, True).taken(quack.FASTEST[0].text) is None, "rows out of step"
 
 
 @ON_GPU

@@ -18,6 +18,7 @@ from torch import Tensor
 from graft.model.remembered import folder
 
 HOPPER = (9, 0)
+ALIGNED = 8  # numbers in the 16 bytes at which the copy engine wants each row to begin
 
 
 class Tiles(NamedTuple):
@@ -61,11 +62,14 @@ class Product:
         self._plans: dict[Tiles, Any] = {}
 
     def suggested(self) -> list[Tiles]:
-        return list(FASTEST) if installed() else []
+        return list(FASTEST) if self._runs() else []
+
+    def _runs(self) -> bool:
+        return installed() is not None and not any(n % ALIGNED for n in (self.rows, self.outs, self.ins))
 
     def taken(self, text: str | None) -> Tiles | None:
         """The stored tiles, where a kernel of these runs on this machine."""
-        tiles = stored(text) if installed() else None
+        tiles = stored(text) if self._runs() else None
         if tiles is None:
             return None
         x, w, out = (
