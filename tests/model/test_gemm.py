@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from graft.model import gemm
+from graft.model import beside, gemm
 from graft.model.frozen import Frozen, fp8_works, quantize_rows
+from graft.model.fused import Layout
 from graft.model.kernels import cublaslt, quack
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,6 +46,18 @@ def test_a_chosen_algorithm_runs_on_what_it_was_timed_on_alone(monkeypatch):
     shifted = torch.empty(x.numel() + 8, dtype=x.dtype)[8:].view_as(x).copy_(x)
     assert torch.equal(gemm.product(shifted, w), x @ w.t()), "not aligned"
     assert len(ran) == 1
+
+
+def test_it_runs_on_weights_whose_rows_lie_apart_as_it_was_chosen_to(monkeypatch):
+    x, _, w = operands()
+    ran = []
+    monkeypatch.setattr(gemm, "ALIGNED_BYTES", 64)
+    monkeypatch.setattr(gemm, "_chosen", {gemm.Shape(*SHAPE, apart=64): lambda x, w, out: ran.append(w.stride(0))})
+    apart = torch.cat([w, w.new_zeros(len(w), 64)], dim=1)[:, : SHAPE[2]]
+    gemm.product(x, apart)
+    assert ran == [SHAPE[2] + 64]
+    other = torch.cat([w, w.new_zeros(len(w), 32)], dim=1)[:, : SHAPE[2]]
+    assert torch.equal(gemm.product(x, w), x @ w.t()) and torch.equal(gemm.product(x, other), x @ w.t()) and len(ran) == 1
 
 
 def test_the_fastest_wins_where_it_is_ahead():
@@ -106,6 +119,38 @@ def test_every_algorithm_multiplies_and_the_choice_is_remembered(cache, monkeypa
         assert list(gemm._chosen) == [gemm.Shape(*SHAPE, True)], "what the library does not take is left to PyTorch"
         torch.testing.assert_close(gemm.product(dy, w, back=True), dy @ w, rtol=2e-2, atol=0.5)
         torch.testing.assert_close(gemm.product(x, w), x @ w.t(), rtol=0, atol=0)
+
+
+@ON_GPU
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_what_lies_beside_is_multiplied_too_and_the_rest_goes_on(cache, monkeypatch, kind):
+    if not quack.installed():
+        pytest.skip("needs QuACK on Hopper")
+    x, dy, w = operands("cuda")
+    held, layout = Frozen(kind, [512, 256], SHAPE[2], False, torch.bfloat16, "cuda"), Layout(16, [0, 512], [512, 256])
+    for layer, own in enumerate(w.split([512, 256])):
+        held.put(layer, own)
+    w, b = held.opened().clone(), [torch.randn(size, 16, device="cuda", dtype=torch.bfloat16) for size in layout.sizes]
+    wanted = dy @ w, torch.cat([dy[:, :512] @ b[0], dy[:, 512:] @ b[1]], dim=1)
+    shape = beside.shape_of(SHAPE[0], held, layout)
+    monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
+    assert "matmuls of 1 shapes tuned" in gemm.choose({shape: lambda: beside.operands(shape, held, layout)}, measure=True)
+    (key,) = json.loads(cache.read_text())
+    beside.make_room(held, layout)
+    for tiles in quack.FASTEST:
+        cache.write_text(json.dumps({key: tiles.text}))
+        assert gemm.choose({shape: lambda: pytest.fail("measured again")}, measure=True) is None
+        for one, other in zip(beside.back(dy, held, layout, b), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=0.5)
+    if kind == "nf4":
+        return
+    for library in (cublaslt, quack):
+        forward = library.Product(*SHAPE, False, 64)
+        for algorithm in forward.suggested():
+            assert forward.taken(algorithm.text)
+            out = torch.full((SHAPE[0], SHAPE[1]), torch.nan, dtype=torch.bfloat16, device="cuda")
+            forward.run(algorithm, x, held.opened(), out)
+            torch.testing.assert_close(out, x @ w.t(), rtol=2e-2, atol=0.5)
 
 
 @ON_GPU

@@ -35,6 +35,12 @@ def drops(adapters, rate, seed=9):
     return on_cpu._replace(seeds=on_cpu.seeds.to(DEVICE)), on_cpu
 
 
+def apart(x):
+    """The same numbers with room between rows, full of what no kernel may read."""
+    held = torch.full((x.shape[0], x.shape[1] + 64), torch.nan, dtype=x.dtype, device=x.device)
+    return held[:, : x.shape[1]].copy_(x)
+
+
 def near(found, wanted, tolerance=1e-2):
     found, wanted = found.float().cpu(), wanted.float()
     assert found.shape == wanted.shape and (found - wanted).norm() <= tolerance * wanted.norm()
@@ -80,9 +86,11 @@ def test_what_is_dropped_is_the_same_bits(t, h):
 @pytest.mark.parametrize(("t", "h", "r", "adapters"), [(70, 130, 4, 3), (130, 256, 64, 2), (40, 96, 100, 1)])
 def test_what_is_dropped_has_no_gradient(t, h, r, adapters):
     (dx, dx_), (du, du_), (a, a_), (drop, drop_) = drawn(t, h), drawn(t, adapters * r, seed=1), drawn(adapters * r, h, seed=2), drops(adapters, 0.4)
-    dropping.add_back_(dx, du, a, drop.seeds, drop.threshold)
+    distant = apart(dx)
     dropout.add_back_(dx_, du_, a_, drop_)
-    near(dx, dx_)
+    for one in (dx, distant):
+        dropping.add_back_(one, du, a, drop.seeds, drop.threshold)
+        near(one, dx_)
 
 
 @pytest.mark.parametrize("adapted", ["qkv", "qv", "k", "v"])
@@ -138,6 +146,9 @@ def test_nf4_is_opened_as_bitsandbytes_opens_it(rows, columns, dtype):
     found = torch.full((rows, columns), torch.nan, dtype=dtype, device=DEVICE)
     nf4.open_(found, held.tensors, frozen.NF4_BLOCK, frozen.NF4_STATE_BLOCK)
     assert torch.equal(found, frozen.opened_by_bitsandbytes(held.tensors, found.shape, dtype)) and found.isfinite().all()
+    distant = apart(torch.zeros_like(found))
+    nf4.open_(distant, held.tensors, frozen.NF4_BLOCK, frozen.NF4_STATE_BLOCK)
+    assert torch.equal(distant, found) and distant.as_strided((rows, columns + 64), distant.stride())[:, columns:].isnan().all()
 
 
 @pytest.mark.parametrize(("t", "h", "r"), [(200, 4096, 96), (50, 520, 48), (70, 130, 0), (33, 3584, 16), (33, 1280, 0), (64, 640, 192)])
@@ -152,8 +163,9 @@ def test_norm_and_its_gradient(t, h, r):
     a, a_ = (a, a_) if drop is None else (None, None)
     (dout, dout_), (dn, dn_), (du, du_) = drawn(t, h, seed=3), drawn(t, h, seed=4), drawn(t, r, seed=5)
     for past, past_ in ((dout, dout_), (None, None)):
-        dx = norm.norm_backward(past, dn, du, a, found[2], 2.0, x, found[1], weight)
-        near(dx, elementwise.norm_backward(past_, dn_, du_, a_, wanted[2], 2.0, x_, wanted[1], weight_))
+        for one in (dn, apart(dn)):
+            dx = norm.norm_backward(past, one, du, a, found[2], 2.0, x, found[1], weight)
+            near(dx, elementwise.norm_backward(past_, dn_, du_, a_, wanted[2], 2.0, x_, wanted[1], weight_))
 
 
 def test_fewer_loads_ahead_where_the_gpu_is_small(monkeypatch):

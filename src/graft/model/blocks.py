@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graft.core.recipe import FUSED_RANK
-from graft.model import attention
+from graft.model import attention, beside
 from graft.model.dropout import Drop, add_back_, grown, of_a
 from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, rotate_, swiglu, swiglu_backward
 from graft.model.frozen import Operand, matmul, matmul_back
@@ -55,8 +55,10 @@ class Half:
         wanted: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dx where it is wanted, the adapter's gradient) of the gradient dy of read()'s output, and dout that flows past; of_b: dyᵀ u, if known."""
-        group, frozen, a, gradient = self.group, self.group.frozen, None, None
-        du = down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop)
+        group, frozen, a, gradient, both = self.group, self.group.frozen, None, None, None
+        if adapter is not None and wanted:
+            both = beside.back(dy, frozen, group.layout, group.layout.split(adapter, frozen.ins)[1])
+        du = both[1] * grown(group.scale, drop) if both else down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop)
         if adapter is not None:
             a, _ = group.layout.split(adapter, frozen.ins)
             gradient = torch.empty_like(adapter)
@@ -70,7 +72,7 @@ class Half:
                     torch.mm(own.t(), part, out=one)
         if not wanted:
             return None, gradient
-        dn = matmul_back(dy, frozen.kind, frozen.tensors)
+        dn = both[0] if both else matmul_back(dy, frozen.kind, frozen.tensors)
         if a is not None and drop is not None:
             add_back_(dn, du, a, drop)
             a = None

@@ -4,7 +4,7 @@ W [out, in] is held as it trains fastest or smallest: `dense` (fp32 or bf16), `f
 of W, chosen once. x is quantised a row at a time as it comes. For dx the scales of W, which lie along the sum there, go
 into dy before its own rows are quantised: so one copy of W serves both ways, transposed on the fly (0.1 ms a layer on an
 H200), and the gradient is that of the very weights of the forward. Formats: Micikevicius et al. 2022,
-https://arxiv.org/abs/2209.05433. NF4 is bitsandbytes', opened into bf16 for each matmul.
+https://arxiv.org/abs/2209.05433. NF4 is bitsandbytes', opened into bf16 for each matmul. Beside W there may be room (beside.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Frozen(nn.Module):
 
     `tensors` are what matmul() and matmul_back() take: dense [W]; fp8 [W, scales [out, 1] fp32]; nf4 five for each layer.
     """
+
+    room = 0  # so many numbers lie between two rows of W, of NF4 once it is opened; of no use to any matmul here
 
     def __init__(self, kind: Kind, outs: Sequence[int], ins: int, bias: bool, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
@@ -58,8 +60,15 @@ class Frozen(nn.Module):
         return [getattr(self, f"w{n}") for n in range(self.count)]
 
     def opened(self) -> Tensor:
-        """W [outs, ins] as a matmul takes it; not of fp8."""
-        return self.tensors[0] if self.kind == "dense" else _opened(self.tensors, self.ins, self.dtype)
+        """W [outs, ins] as a matmul takes it, with its room; not of fp8."""
+        return self.tensors[0] if self.kind == "dense" else _opened(self.tensors, self.ins, self.dtype, self.room)
+
+    def make_room(self, room: int) -> None:
+        """Lay the rows of W apart, with zeros between them; of nf4 they will be, with anything."""
+        if self.kind == "dense":
+            held = self.tensors[0]
+            held.data = torch.cat([held, held.new_zeros(len(held), room)], dim=1)[:, : self.ins]  # in place: whoever holds the buffer sees it
+        self.room = room
 
     @torch.no_grad()
     def put(self, layer: int, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
@@ -147,10 +156,10 @@ def _nf4_of(weight: Tensor) -> list[Tensor]:
     return [packed, state.absmax, state.state2.absmax, state.offset, state.state2.code]
 
 
-def _opened(tensors: list[Tensor], ins: int, dtype: torch.dtype) -> Tensor:
-    """W [out, in] of all layers."""
+def _opened(tensors: list[Tensor], ins: int, dtype: torch.dtype, room: int = 0) -> Tensor:
+    """W [out, in] of all layers, its rows apart by `room`, which is not written to."""
     rows = [2 * packed.numel() // ins for packed in tensors[::_OF_NF4]]
-    out = torch.empty(sum(rows), ins, dtype=dtype, device=tensors[0].device)
+    out = torch.empty(sum(rows), ins + room, dtype=dtype, device=tensors[0].device)[:, :ins]
     for n, part in enumerate(out.split(rows)):
         own = tensors[_OF_NF4 * n : _OF_NF4 * (n + 1)]
         if part.is_cuda:

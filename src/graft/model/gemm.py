@@ -28,13 +28,18 @@ WRONG = 1e-2  # relative: two orders of adding up differ by bf16's rounding, 2e-
 
 
 class Shape(NamedTuple):
-    """Of x wᵀ, x [rows, ins] and w [outs, ins]; back: of x w, x [rows, outs]. fp8: of x wᵀ, both in e4m3 with a scale a row."""
+    """Of x wᵀ, x [rows, ins] and w [outs, ins]; back: of x w, x [rows, outs]. fp8: of x wᵀ, both in e4m3 with a scale a row.
+
+    beside: of x w with so many more columns that lie beside w in memory (beside.py). apart: so many numbers lie between two rows of w.
+    """
 
     rows: int
     outs: int
     ins: int
     back: bool = False
     fp8: bool = False
+    beside: int = 0
+    apart: int = 0
 
     @property
     def flop(self) -> float:
@@ -42,16 +47,18 @@ class Shape(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"{self.rows} {self.outs} {self.ins} {'back' if self.back else 'fp8' if self.fp8 else 'forward'}"
+        """As it is remembered: what is the fastest does not hang on how far apart rows lie."""
+        way = "back" if self.back else "fp8" if self.fp8 else "forward"
+        return f"{self.rows} {self.outs} {self.ins} {way}" + (f" beside {self.beside}" if self.beside else "")
 
 
 _chosen: dict[Shape, Callable[..., None]] = {}  # in this process: of operands as product() or scaled_product() has them, and the result
 
 
 def product(x: Tensor, w: Tensor, *, back: bool = False, out: Tensor | None = None) -> Tensor:
-    """x wᵀ of x [rows, ins] and w [outs, ins]; back: x w of x [rows, outs]."""
-    run = _chosen.get(Shape(len(x), w.shape[0], w.shape[1], back)) if _chosen else None
-    if run is None or not _plain(torch.bfloat16, x, w, *(() if out is None else (out,))):
+    """x wᵀ of x [rows, ins] and w [outs, ins], whose rows may lie apart; back: x w of x [rows, outs]."""
+    run = _chosen.get(Shape(len(x), w.shape[0], w.shape[1], back, apart=w.stride(0) - w.shape[1])) if _chosen else None
+    if run is None or not (_aligned(torch.bfloat16, w) and _plain(torch.bfloat16, x, *(() if out is None else (out,)))):
         return torch.mm(x, w if back else w.t(), out=out)
     out = x.new_empty(len(x), w.shape[1 if back else 0]) if out is None else out
     run(x, w, out)
@@ -70,15 +77,30 @@ def scaled_product(
     return out
 
 
+def chosen(shape: Shape) -> Callable[..., None] | None:
+    """What runs a shape in which something lies beside w: of x, both together [outs, ins + beside] and room_for() their product."""
+    return _chosen.get(shape)
+
+
+def room_for(x: Tensor, wide: Tensor) -> Tensor:
+    """[rows, columns of wide] to be filled in, whose rows lie as far apart as those of wide."""
+    return x.new_empty(len(x), wide.stride(0))[:, : wide.shape[1]]
+
+
 def _plain(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """As an algorithm was timed: without gaps, aligned."""
-    return all(m.dtype == dtype and m.is_contiguous() and m.data_ptr() % ALIGNED_BYTES == 0 for m in tensors)
+    return all(m.is_contiguous() for m in tensors) and _aligned(dtype, *tensors)
+
+
+def _aligned(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    return all(m.dtype == dtype and m.stride(1) == 1 and m.data_ptr() % ALIGNED_BYTES == 0 for m in tensors)
 
 
 # ---- the choice -------------------------------------------------------------------------------------------------------
-def choose(operands: dict[Shape, Callable[[], tuple[Tensor, ...]]], measure: bool) -> str | None:
+def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) -> str | None:
     """Choose for each shape, whose operands the function makes as product() or scaled_product() takes them; returns a line on what was measured.
 
+    Where something lies beside w they are (x, both, w, [(columns of x, what lies beside them)]): one matmul against as many as PyTorch needs.
     measure: time what the machine does not remember, 4 s a shape, else leave it to PyTorch.
     """
     from graft.model.kernels import cublaslt, quack
@@ -88,8 +110,13 @@ def choose(operands: dict[Shape, Callable[[], tuple[Tensor, ...]]], measure: boo
     gains: list[tuple[float, float]] = []  # FLOP of a shape, and by how much it is faster
     machine = f"{torch.cuda.get_device_name()} cuBLASLt {cublaslt.version()} QuACK {quack.installed()}"
     for shape, made in operands.items():
-        of = shape[:4]
-        found: list[Any] = [cublaslt.ScaledProduct(*of[:3])] if shape.fp8 else [cublaslt.Product(*of), quack.Product(*of)]
+        found: list[Any]
+        if shape.fp8:
+            found = [cublaslt.ScaledProduct(*shape[:3])]
+        elif shape.beside:
+            found = [quack.Product(shape.rows, shape.outs, shape.ins + shape.beside, True, shape.apart)]
+        else:
+            found = [library.Product(*shape[:4], shape.apart) for library in (cublaslt, quack)]
         if (key := f"{machine} {shape.text}") not in known:
             if not measure:
                 continue
@@ -109,12 +136,18 @@ def _measured(shape: Shape, found: list[Any], operands: Any, warm: bool) -> tupl
     """(the fastest algorithm, as it is stored, or None for PyTorch's; its pace over PyTorch's, less 1)."""
 
     def pytorchs() -> Tensor:
+        if shape.beside:
+            x, _, w, beside = operands
+            for own, columns in beside:
+                torch.mm(own, columns)
+            return product(x, w, back=True)
         return scaled_product(*operands) if shape.fp8 else product(*operands, back=shape.back)
 
-    wanted = pytorchs()
-    out = torch.empty_like(wanted)
+    given = operands[:2] if shape.beside else operands
+    wanted = torch.mm(*given) if shape.beside else pytorchs()
+    out = room_for(*given) if shape.beside else torch.empty_like(wanted)
     runs: dict[str | None, Callable[[], Any]] = {None: pytorchs}
-    runs |= {one.text: partial(library.run, one, *operands, out) for library in found for one in library.suggested()}
+    runs |= {one.text: partial(library.run, one, *given, out) for library in found for one in library.suggested()}
     for name in [name for name, run in runs.items() if not _works(run)]:
         del runs[name]
     names = list(runs)

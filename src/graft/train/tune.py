@@ -1,4 +1,4 @@
-"""Which algorithms a run's large matmuls use (model/gemm.py): measured where the run is long enough to win more than it costs."""
+"""Which algorithms a run's large matmuls use (model/gemm.py, beside.py): measured where the run is long enough to win more than it costs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from graft.core.recipe import Train
-from graft.model import gemm
-from graft.model.frozen import Frozen, quantize_rows, transposed
+from graft.model import beside, gemm
+from graft.model.frozen import NF4_BLOCK, Frozen, quantize_rows, transposed
+from graft.model.fused import Group
+from graft.model.kernels import quack
 from graft.model.lora import in_tower
 from graft.model.loss import CHUNK
 from graft.train.flops import peak_flops
 
-LEAST_S = 1800.0  # what a run must at least take, at half of the GPU's nominal FLOP/s, for "auto" to measure: that takes about 50 s
+LEAST_S = 1800.0  # what a run must at least take, at half of the GPU's nominal FLOP/s, for "auto" to measure: that takes about a minute
 USUAL_FLOPS = 300e12  # of a GPU whose own are not known
 
 
@@ -25,13 +27,23 @@ def tune(lm: Any, config: Train, tokens: int, left_flop: float) -> str | None:
     if config.tune_matmuls is False or config.deterministic or not config.lora or not torch.cuda.is_available():
         return None
     measure = config.tune_matmuls is True or left_flop / (0.5 * (peak_flops() or USUAL_FLOPS)) >= LEAST_S
+    groups = beside_of(lm, tokens)
+    together: dict[gemm.Shape, Callable[[], tuple[Any, ...]]] = {
+        shape: partial(beside.operands, shape, some[0].frozen, some[0].layout) for shape, some in groups.items()
+    }
     try:
-        return gemm.choose(operands_of(lm, tokens), measure)
+        said = gemm.choose(operands_of(lm, tokens) | together, measure)
+        for group in [group for shape, some in groups.items() if gemm.chosen(shape) for group in some]:
+            beside.make_room(group.frozen, group.layout)
+            torch.cuda.empty_cache()  # what this one leaves is too small for the next
+        if apart := {shape: made for shape, made in operands_of(lm, tokens).items() if shape.apart}:
+            gemm.choose(apart, measure)  # remembered: what was chosen forward goes on
+        return said
     except (OSError, RuntimeError, AttributeError) as e:  # another cuBLASLt, or too little memory for it
         return f"matmuls that are not tuned yet are left to PyTorch: {(str(e) or repr(e)).splitlines()[0][:200]}"
 
 
-def operands_of(lm: Any, tokens: int) -> dict[gemm.Shape, Callable[[], tuple[Tensor, ...]]]:
+def operands_of(lm: Any, tokens: int) -> dict[gemm.Shape, Callable[[], tuple[Any, ...]]]:
     """{shape: what makes operands of it} of all matmuls with frozen weights in bf16 or FP8, both ways, and of the head's."""
     weights: dict[gemm.Shape, Callable[[], tuple[Tensor, ...]]] = {}
     for name, module in lm.named_modules():
@@ -46,12 +58,24 @@ def operands_of(lm: Any, tokens: int) -> dict[gemm.Shape, Callable[[], tuple[Ten
                 gemm.Shape(tokens, ins, outs, fp8=True): partial(transposed, w8),
             }
         else:
-            own = dict.fromkeys(_both_ways(tokens, outs, ins), partial(_opened, module))
+            shapes = [gemm.Shape(tokens, outs, ins, apart=module.room)] if module.kind == "dense" and module.room else _both_ways(tokens, outs, ins)
+            own = dict.fromkeys(shapes, partial(_opened, module))
         weights = own | weights
     head = lm.get_output_embeddings().weight
     if tokens >= CHUNK and head.dtype == torch.bfloat16:
         weights |= dict.fromkeys(_both_ways(CHUNK, *head.shape), partial(tuple, (head.detach(),)))
     return {shape: partial(_operands, shape, weight) for shape, weight in weights.items()}
+
+
+def beside_of(lm: Any, tokens: int) -> dict[gemm.Shape, list[Group]]:
+    """{shape: groups} of the matmuls back to the input of a layer's half that might make its adapters' gradient as well (model/beside.py)."""
+    halves = [half for layer in lm.modules() for half in getattr(layer, "halves", ()) if half]
+    found: dict[gemm.Shape, list[Group]] = {}
+    for group in [half.group for half in halves] if quack.installed() else []:
+        frozen = group.frozen
+        if group.adapted and frozen.kind != "fp8" and frozen.bias is None and frozen.dtype == torch.bfloat16 and frozen.ins % NF4_BLOCK == 0:
+            found.setdefault(beside.shape_of(tokens, frozen, group.layout), []).append(group)
+    return found
 
 
 def _both_ways(rows: int, outs: int, ins: int) -> list[gemm.Shape]:

@@ -50,15 +50,16 @@ class _Found(ctypes.Structure):
 class Product:
     """x wᵀ of x [rows, ins] and w [outs, ins], or where `back` is x w of x [rows, outs], in bf16 with sums in fp32, each row in memory in order.
 
-    Raises OSError where there is no such library, RuntimeError where it refuses.
+    apart: so many numbers lie between two rows of w. Raises OSError where there is no such library, RuntimeError where it refuses.
     """
 
-    def __init__(self, rows: int, outs: int, ins: int, back: bool):
+    def __init__(self, rows: int, outs: int, ins: int, back: bool, apart: int = 0):
         self.width, inner = (ins, outs) if back else (outs, ins)  # of the result, and what is summed over
         self._form = _made("cublasLtMatmulDescCreate", c_int(_COMPUTE_FP32), c_int(_FP32))
         if not back:
             self._set(_TRANSPOSED_FIRST, c_int32(1))
-        self._w, self._x, self._out = (_layout(columns, height) for columns, height in ((ins, outs), (inner, rows), (self.width, rows)))
+        self._w = _layout(ins, outs, apart=apart)
+        self._x, self._out = _layout(inner, rows), _layout(self.width, rows)
 
     def _set(self, attribute: int, value: Any) -> None:
         _do("cublasLtMatmulDescSetAttribute", self._form, c_int(attribute), byref(value), c_size_t(ctypes.sizeof(value)))
@@ -103,7 +104,7 @@ class ScaledProduct(Product):
         for form, scales in ((_FORM_OF_FIRST, _SCALES_OF_FIRST), (_FORM_OF_SECOND, _SCALES_OF_SECOND)):
             self._set(form, c_int32(_A_SCALE_A_ROW))
             self._set(scales, c_void_p(_ADDRESS))
-        self._w, self._x = _layout(ins, outs, _E4M3), _layout(ins, rows, _E4M3)
+        self._w, self._x = _layout(ins, outs, of=_E4M3), _layout(ins, rows, of=_E4M3)
 
     def run(self, algorithm: Algorithm, *given: Tensor) -> None:
         """given: x8, x_scales, w8, w_scales, out."""
@@ -140,9 +141,9 @@ def _workspace(stream: int) -> Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def _layout(rows: int, columns: int, dtype: int = _BF16) -> c_void_p:
-    """Of a column-major matrix without gaps."""
-    return _made("cublasLtMatrixLayoutCreate", c_int(dtype), c_uint64(rows), c_uint64(columns), c_int64(rows))
+def _layout(rows: int, columns: int, of: int = _BF16, apart: int = 0) -> c_void_p:
+    """Of a column-major matrix with so many numbers between two columns."""
+    return _made("cublasLtMatrixLayoutCreate", c_int(of), c_uint64(rows), c_uint64(columns), c_int64(rows + apart))
 
 
 def _made(constructor: str, *given: Any) -> c_void_p:

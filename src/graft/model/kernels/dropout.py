@@ -43,25 +43,25 @@ def _dropped(x, seed, out, stride, t, h, threshold: tl.constexpr, of_t: tl.const
 
 
 def add_back_(dx: Tensor, du: Tensor, a: Tensor, seeds: Tensor, threshold: int) -> None:
-    """dropout.add_back_() to dx [t, h], whose rows lie in memory in order, as du's and a's."""
+    """dropout.add_back_() to dx [t, h], each of whose rows lies in memory in order; those of du and a one behind the other."""
     (t, h), layers = dx.shape, len(seeds)
     r = len(a) // layers
     rows, columns, most, warps = _BACK_TILE
     of_r = min(most, max(16, triton.next_power_of_2(r)))
     grid = triton.cdiv(t, rows), triton.cdiv(h, columns)
-    _add_back[grid](dx, du, a, seeds, t, h, r, layers, threshold, of_r, rows, columns, num_warps=warps)
+    _add_back[grid](dx, du, a, seeds, dx.stride(0), t, h, r, layers, threshold, of_r, rows, columns, num_warps=warps)
 
 
 @triton.jit(do_not_specialize_on_alignment=["seeds"])
 def _add_back(
-    dx, du, a, seeds, t, h,
+    dx, du, a, seeds, stride, t, h,
     r: tl.constexpr, layers: tl.constexpr, threshold: tl.constexpr, of_r: tl.constexpr, of_t: tl.constexpr, of_h: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
     start = tl.program_id(1) * of_h
     columns, k = start + tl.arange(0, of_h), tl.arange(0, of_r)
     inside = (rows[:, None] < t) & (columns[None, :] < h)
-    at = rows[:, None] * h + columns[None, :]
+    at = rows[:, None] * stride + columns[None, :]
     value = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
     for n in range(layers):
         product = tl.zeros((of_t, of_h), tl.float32)

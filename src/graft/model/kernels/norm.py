@@ -57,7 +57,7 @@ def _norm(
 def norm_backward(
     dout: Tensor | None, dn: Tensor, du: Tensor, a: Tensor | None, u: Tensor, scale: float, x: Tensor, rstd: Tensor, weight: Tensor
 ) -> Tensor:
-    """elementwise.norm_backward(): all rows lie in memory in order."""
+    """elementwise.norm_backward(): all rows lie in memory in order, those of dn may lie apart."""
     (t, h), rank = x.shape, du.shape[1]
     dx = torch.empty_like(x)
     rows, columns, warps, most = _BACKWARD_TILE
@@ -65,7 +65,7 @@ def norm_backward(
 
     def launch(ahead: int) -> None:
         _norm_backward[(triton.cdiv(t, rows),)](
-            *(x if dout is None else dout, dn, du, x if a is None else a, u, x, rstd, weight, dx, t, rank, scale),
+            *(x if dout is None else dout, dn, du, x if a is None else a, u, x, rstd, weight, dx, t, rank, scale, dn.stride(0)),
             *(h, dout is not None, a is not None, width, rows, columns, ahead),
             num_warps=warps,
         )
@@ -76,7 +76,7 @@ def norm_backward(
 
 @triton.jit
 def _norm_backward(
-    dout, dn, du, a, u, x, rstd, weight, dx, t, rank, scale,
+    dout, dn, du, a, u, x, rstd, weight, dx, t, rank, scale, apart,
     h: tl.constexpr, past: tl.constexpr, adapted: tl.constexpr, width: tl.constexpr, of_t: tl.constexpr, of_h: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
@@ -88,7 +88,8 @@ def _norm_backward(
         inside = (rows[:, None] < t) & (columns[None, :] < h)
         at = rows[:, None] * h + columns[None, :]
         w = tl.load(weight + columns, mask=columns < h, other=0.0).to(tl.float32)[None, :]
-        total += tl.load(dn + at, mask=inside, other=0.0).to(tl.float32) * w * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dn + rows[:, None] * apart + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += g * w * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(total, axis=1)[:, None] * r
     part = x  # of any type, where there is no adapter
     if adapted:
@@ -101,7 +102,7 @@ def _norm_backward(
         columns = start + i
         inside = (rows[:, None] < t) & (columns[None, :] < h)
         at = rows[:, None] * h + columns[None, :]
-        g = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dn + rows[:, None] * apart + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if adapted:
             holds = (k[:, None] < rank) & (columns[None, :] < h)
             g = tl.dot(part, tl.load(a + k[:, None] * h + columns[None, :], mask=holds, other=0.0), g)

@@ -54,10 +54,10 @@ def installed() -> str | None:
 
 
 class Product:
-    """As cublaslt.Product, of the same matrices."""
+    """As cublaslt.Product, of the same matrices; where `back` is, the result's rows lie as far apart as those of w."""
 
-    def __init__(self, rows: int, outs: int, ins: int, back: bool):
-        self.rows, self.outs, self.ins, self.back = rows, outs, ins, back
+    def __init__(self, rows: int, outs: int, ins: int, back: bool, apart: int = 0):
+        self.rows, self.outs, self.ins, self.back, self.apart = rows, outs, ins, back, apart
         self.width = ins if back else outs
         self._plans: dict[Tiles, Any] = {}
 
@@ -65,7 +65,7 @@ class Product:
         return list(FASTEST) if self._runs() else []
 
     def _runs(self) -> bool:
-        return installed() is not None and not any(n % ALIGNED for n in (self.rows, self.outs, self.ins))
+        return installed() is not None and not any(n % ALIGNED for n in (self.rows, self.outs, self.ins, self.apart))
 
     def taken(self, text: str | None) -> Tiles | None:
         """The stored tiles, where a kernel of these runs on this machine."""
@@ -73,8 +73,12 @@ class Product:
         if tiles is None:
             return None
         x, w, out = (
-            torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-            for shape in ((self.rows, self.outs if self.back else self.ins), (self.outs, self.ins), (self.rows, self.width))
+            torch.empty(height, columns + apart, dtype=torch.bfloat16, device="cuda")[:, :columns]
+            for height, columns, apart in (
+                (self.rows, self.outs if self.back else self.ins, 0),
+                (self.outs, self.ins, self.apart),
+                (self.rows, self.width, self.apart if self.back else 0),
+            )
         )
         try:
             self.run(tiles, x, w, out)
