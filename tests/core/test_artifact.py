@@ -29,6 +29,13 @@ def test_written_whole_with_sums_and_counts(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y", "z"]
 
 
+def test_a_file_whose_name_is_no_utf8_is_an_input_like_any_other(tmp_path):
+    name = os.fsdecode(b"a\xff.txt")
+    with writing(tmp_path / "x", kind="t", fingerprint="f", head={"inputs": {name: "digest"}}) as draft:
+        (draft.path / "a").write_text("whole")
+    assert Artifact.open(tmp_path / "x").manifest["inputs"] == {name: "digest"}
+
+
 def test_an_exception_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), writing(tmp_path / "x", kind="t", fingerprint="f", head={}) as draft:
         (draft.path / "a").write_text("half")

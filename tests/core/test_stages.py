@@ -134,6 +134,29 @@ def test_the_endpoint_is_part_of_augment_and_its_key_is_not(recipes, monkeypatch
     assert job.head["inputs"]["endpoint"] == "api.example.com" and "secret" not in json.dumps(job.head) and "planted" not in json.dumps(job.head)
 
 
+@pytest.mark.parametrize("address", ["api.example.com/v1", "http://[bad", "ftp://host/v1", "https://", "http://host:port/v1", "https:/host/v1"])
+def test_an_address_that_is_none_is_refused_before_anything_is_sent(recipes, monkeypatch, address):
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL is no address"):
+        plan(recipes).external_input("endpoint")
+
+
+def test_a_workspace_that_is_a_file_is_refused(recipes, tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ConfigError, match="is no folder"):
+            Plan(recipes / "image-intent-tiny.toml", (), root)
+    with pytest.raises(ConfigError, match="file/below"):
+        Plan(tmp_path / "file/below.toml", (), tmp_path)
+
+
+def test_lines_that_name_no_image_change_nothing_and_stop_nothing(tmp_path):
+    lines = ['{"image": "%s"}' % ("iVBORw0KGgo" * 60), '{"image": ' + "[" * 100_000, '{"image": "a\\u0000b"}', "no JSON"]
+    (tmp_path / "photos.jsonl").write_text("\n".join(lines))
+    (tmp_path / "eyes.toml").write_text('name = "f"\n[augment.images]\nfile = "photos.jsonl"\nprompts = ["?"]\n')
+    assert Plan(tmp_path / "eyes.toml", root=tmp_path).external_input("images")["images"] == 0
+
+
 def test_a_parent_must_be_complete_and_its_content_counts(recipes):
     p = plan(recipes)
     with pytest.raises(ArtifactError, match="needs 'augment'"):

@@ -131,7 +131,7 @@ class Telltale(BaseHTTPRequestHandler):
         if status:
             sent = self.headers["Authorization"]
             error = {"message": f"{'x' * (n % 5 * 40)} not with\n{sent}", "type": "odd", "param": sent, "code": sent[7:]}
-            reply = {"error": error, "headers": dict(self.headers)}
+            reply = {"error": error, "headers": dict(self.headers), "choices": None}
         else:
             status, reply = complete(body)
         data = json.dumps(reply).encode()

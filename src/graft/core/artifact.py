@@ -159,7 +159,8 @@ def writing(final: Path, *, kind: str, fingerprint: str, head: dict[str, Any]) -
             "created_unix_s": round(started, 3),
             "wall_s": round(time.time() - started, 3),
         }
-        (path / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
+        # a name of a file that is no UTF-8 becomes escapes, which JSON reads back
+        (path / MANIFEST).write_bytes(json.dumps(manifest, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
         fsync_tree(path)
         os.rename(path, final)
         fsync_dir(final.parent)

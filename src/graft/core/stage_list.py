@@ -30,7 +30,7 @@ def stages(recipe: Recipe) -> list[Stage]:
     if recipe.augment:
         api = _fields("api", "model max_output_tokens output_limit response_format service_tier budget_usd budget_tokens")
         inputs = ("images" if recipe.augment.images else "seeds", "review", "endpoint")
-        out.append(Stage("augment", "graft.data.augment.stage", 2, ("seed", "task", "augment", *api), inputs=inputs))
+        out.append(Stage("augment", "graft.data.augment.stage", 3 if recipe.augment.images else 2, ("seed", "task", "augment", *api), inputs=inputs))
     if recipe.sft is None and recipe.augment:
         return out  # it ends with its rows
     out.append(

@@ -47,6 +47,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.path, self.root = Path(self.path).resolve(), Path(self.root).resolve()
+        if not next(p for p in (self.root, *self.root.parents) if p.exists()).is_dir():
+            raise ConfigError(f"the workspace {self.root} is no folder: give --workspace one, or a place for one")
         self.recipe = load(self.path, self.overrides)
         self.stages = {s.name: s for s in stages(self.recipe)}
         self._commits = self._recorded() if self.hub == "recorded" else {}
@@ -69,8 +71,14 @@ class Plan:
 
     @property
     def endpoint(self) -> str | None:
-        """The API's base URL from the environment, None for the embedded endpoint."""
-        return os.environ.get("OPENAI_BASE_URL") or ("https://api.openai.com/v1" if os.environ.get("OPENAI_API_KEY") else None)
+        """The API's base URL from the environment, None for the embedded endpoint; ConfigError where it is none."""
+        if not (url := os.environ.get("OPENAI_BASE_URL")):
+            return "https://api.openai.com/v1" if os.environ.get("OPENAI_API_KEY") else None
+        with suppress(ValueError):  # what is printed is not the address: it may hold a password
+            address = urlsplit(url)
+            if address.scheme in ("http", "https") and address.hostname and address.port != 0:
+                return url
+        raise ConfigError("OPENAI_BASE_URL is no address of HTTP: write it as https://host/v1 or http://host:port/v1")
 
     # ---- resolving ----------------------------------------------------------------------------------------------
     def resolve(self, stage: str) -> Job:
@@ -319,7 +327,7 @@ class Plan:
         if images.file:
             listing = self.beside(images.file)
             found: dict[str, Any] = {"file": self._digest(listing, "augment.images.file")}
-            local = sorted({p for name in _listed(listing) if "://" not in name and (p := self.beside(name)).is_file()})
+            local = sorted({self.beside(name) for name in _listed(listing) if "://" not in name and os.path.isfile(self.path.parent / name)})
         else:
             folder = self.beside(images.folder or "")
             if not folder.is_dir():
@@ -420,7 +428,7 @@ def _listed(listing: Path) -> Iterator[str]:
     """The images that a JSONL file names; lines that name none are the stage's to reject."""
     with listing.open("rb") as f:
         for line in f:
-            with suppress(ValueError, AttributeError):
+            with suppress(ValueError, AttributeError, RecursionError):
                 if isinstance(name := json.loads(line).get("image"), str):
                     yield name
 

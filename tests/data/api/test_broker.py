@@ -123,6 +123,33 @@ def test_the_cap_counts_what_is_reserved_lost_and_paid(tmp_path):
     with_broker(tmp_path, scenario)
 
 
+def test_a_cap_is_that_of_who_asks(tmp_path):
+    """Another run of the recipe, or a look at a larger budget, lifts nobody's."""
+
+    async def scenario(path):
+        run = Client(path, hello("run", budget_usd=1.0))
+        await run.settle(paid(await run.claim("a", 0.9, 10), "a", usd=0.9))
+        look = Client(path, hello("look", budget_usd=100.0))
+        assert (await look.ask(stats="look"))["spent_usd"] == pytest.approx(0.9), "one account"
+        assert (await run.claim("b", 0.4, 10)).what == "budget" and (await look.claim("b", 0.4, 10)).what == "grant"
+
+    with_broker(tmp_path, scenario)
+
+
+def test_who_waits_for_anothers_request_gets_it_on_whichever_lane(tmp_path):
+    """Though none of its own was ever admitted there."""
+
+    async def scenario(path):
+        a, b = Client(path, hello("a")), Client(path, {**hello("b"), "endpoint": "http://other"})
+        grant = await a.claim("k", 1, 10)
+        waiting = asyncio.create_task(b.claim("k", 1, 10))
+        await asyncio.sleep(0.1)
+        await a.settle(failed(grant, "k"))
+        assert (await waiting).what == "grant"
+
+    with_broker(tmp_path, scenario)
+
+
 def test_a_cap_in_tokens_holds_too(tmp_path):
     async def scenario(path):
         c = Client(path, hello(budget_tokens=100))

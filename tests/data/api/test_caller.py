@@ -2,7 +2,7 @@
 
 import pytest
 
-from graft.data.api.caller import _redacted, _refusal
+from graft.data.api.caller import _is_completion, _redacted, _refusal
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,21 @@ def test_a_refusal_says_what_comes_next_and_whether_it_may_be_billed(status, cod
     found = _refusal(status, code, "made\nto fail")
     assert (found["outcome"], found["state"], found.get("kind")) == (outcome, state, kind)
     assert "made to fail" in found["reason"] and str(status) in found["reason"] and "\n" not in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("body", "is_one"),
+    [
+        ('{"choices": []}', True),
+        (' \n{"id": 1, "choices": [{"mess', True),  # cut off: it was made, and paid
+        ("<html><body>choices</body></html>", False),
+        ('{"error": {"code": 502, "message": "upstream"}}', False),
+        ('["choices"]', False),
+        ("", False),
+    ],
+)
+def test_a_gateways_page_is_no_completion(body, is_one):
+    assert _is_completion(body) == is_one
 
 
 def test_a_key_is_cut_out_before_the_message_is_cut_short(monkeypatch):

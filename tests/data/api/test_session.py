@@ -4,7 +4,9 @@ import json
 import os
 import sqlite3
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,31 @@ def test_one_request_that_is_refused_is_one_failed_answer(ray_local, tmp_path):
         with Session(recipe(in_flight=1), tmp_path / "ledger.sqlite", server.base_url) as session:
             answers = list(session.ask(mixed))
         assert [i for i, a in enumerate(answers) if a.error] == [7] and "400" in answers[7].error and server.report()["requests"] == 20
+
+
+def test_a_gateways_page_is_nobodys_answer_and_an_address_needs_no_path(ray_local, tmp_path):
+    asked = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            asked.append(self.path)
+            text = "<html>one moment</html>" if len(asked) == 1 else json.dumps({"choices": [{"message": {"content": "好"}}]})
+            self.send_response(200)
+            self.send_header("content-length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        with Session(recipe(), tmp_path / "ledger.sqlite", f"http://127.0.0.1:{gateway.server_port}") as session:
+            (answer,) = session.ask(requests(1))
+            assert answer.response["choices"] and session.figures()["presumed"] == 1, "the page may have been paid for"
+        gateway.shutdown()
+    assert asked == ["/chat/completions"] * 2
 
 
 def test_an_outage_is_waited_out_and_a_dead_server_is_given_up(ray_local, tmp_path):

@@ -38,6 +38,22 @@ def drive(loop, answer, budget=10**9):
     return keys
 
 
+def test_what_was_not_answered_judges_no_family():
+    """An outage of one generation retires no family; what the server refused does."""
+    for unanswered in (True, False):
+        loop = SelfInstruct(recipe(rows_per_seed=40), [seed(0), seed(1, "call")])
+        first = loop.requests()
+        answers = [Answer(r.key, strange_model(r.body, 0)) for r in first]
+        of_one = [n for n, r in enumerate(first) if json.loads(r.body["messages"][-1]["content"].splitlines()[-1])["user"] == "一的種子"]
+        for n in of_one:
+            answers[n] = Answer(first[n].key, error="no answer after 4 attempts: 429", unanswered=unanswered)
+        assert len(of_one) == RECIPE.augment.calls_per_generation
+        loop.accept(answers)
+        drive(loop, lambda body: strange_model(body, 0))
+        assert loop.counts()["reasons"]["failed"] == len(of_one)
+        assert loop.counts()["stopped"] == {"text": "target" if unanswered else "saturation", "call": "target"}
+
+
 def grammar(body):
     status, response = complete(body)
     assert status == 200

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.core.errors import CredentialError
+from graft.core.errors import CredentialError, ServeError
 from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
 from graft.data.api.caller import check_credentials
@@ -123,6 +123,25 @@ def test_saturation_and_rounds_are_said(ray_local, tmp_path, monkeypatch, capsys
     same = fill(plan(tmp_path, "augment.novelty=0.01", "augment.rows_per_class=40"))
     assert same.counts["stopped"] == {"call": "saturation", "text": "saturation"} and same.counts["rows"]["call"] < 40
     assert "repeat themselves" in capsys.readouterr().out
+
+
+def test_an_outage_ends_the_run_and_not_the_families(ray_local, server, tmp_path):
+    server.control(faults={"429": 1.0}, retry_after_s=0.01)
+    p = plan(tmp_path, "api.max_retries=1")
+    with pytest.raises(ServeError, match="no request of round 1 was answered: no answer after 2 attempts: 429"):
+        fill(p)
+    assert p.resolve("augment").artifact is None
+    server.control(faults={})
+    assert fill(p).counts["rows"] == {"call": 60, "text": 60}
+
+
+def test_the_grammars_answers_are_not_the_servers(ray_local, server, tmp_path, monkeypatch):
+    with monkeypatch.context() as without:
+        without.delenv("OPENAI_BASE_URL")
+        assert fill(plan(tmp_path)).counts["sent"] > 0
+    asked = fill(plan(tmp_path)).counts["sent"]
+    assert asked == server.report()["unique"] > 0
+    assert {f.name for f in (tmp_path / "data_shards").glob("*.sqlite")} == {"embedded.sqlite", "ledger.sqlite"}
 
 
 def test_a_remote_server_needs_a_key(monkeypatch):

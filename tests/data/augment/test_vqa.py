@@ -122,6 +122,18 @@ def test_given_prompts_become_rows(tmp_path):
     assert not (tmp_path / "questions.jsonl").exists()
 
 
+def test_a_row_that_a_person_rejected_is_none(tmp_path):
+    def made(name, review):
+        (tmp_path / name).mkdir()
+        counts = make_rows(recipe(prompts=["What is it?", "Where?"]), [picture(1)], Model(plain), tmp_path / name, review=review)
+        holds(counts)
+        return counts, *rows_of(tmp_path / name)
+
+    _, before, _ = made("before", {})
+    counts, after, rejected = made("after", {before[0]["id"]: "reject", before[1]["id"]: "keep", "gone": "reject"})
+    assert after == before[1:] and counts["reasons"] == {"rejected by a person": 1} and rejected[0]["request"] == before[0]["request"]
+
+
 def test_questions_are_made_and_then_asked(tmp_path):
     model = Model(plain)
     pictures = [picture(1, prompt="顏色?"), picture(2), picture(1, prompt="其他？")]

@@ -15,18 +15,18 @@ WINDOW_S = 60.0  # of the rates shown
 
 @dataclass
 class Account:
-    """A recipe's budget: what it has spent, what is reserved for requests under way."""
+    """What a recipe has spent, and what is reserved for requests under way."""
 
     spend: Spend
-    usd_cap: float | None = None
-    tokens_cap: int | None = None
     reserved_usd: float = 0.0
     reserved_tokens: int = 0
     under_way: int = 0
 
-    def fits(self, usd: float, tokens: int) -> bool:
-        return (self.usd_cap is None or self.spend.usd + self.reserved_usd + usd <= self.usd_cap) and (
-            self.tokens_cap is None or self.spend.tokens + self.reserved_tokens + tokens <= self.tokens_cap
+    def fits(self, usd: float, tokens: int, limits: dict[str, Any]) -> bool:
+        """Whether a run whose limits these are may spend so much more."""
+        usd_cap, tokens_cap = limits["budget_usd"], limits["budget_tokens"]
+        return (usd_cap is None or self.spend.usd + self.reserved_usd + usd <= usd_cap) and (
+            tokens_cap is None or self.spend.tokens + self.reserved_tokens + tokens <= tokens_cap
         )
 
     def reserve(self, usd: float, tokens: int, n: int = 1) -> None:

@@ -95,8 +95,6 @@ class Broker:
         lane = (hello["endpoint"], hello["model"])
         session = self.sessions.setdefault(peer.session, Session(hello["account"], lane, hello["limits"]))
         session.peers.add(peer)
-        account = self._account(session.account)
-        account.usd_cap, account.tokens_cap = hello["limits"]["budget_usd"], hello["limits"]["budget_tokens"]
         self._set_limits(lane)
         holding = set(hello["holding"])
         for live in [v for v in self.live.values() if v.attempt.owner == peer.owner]:
@@ -135,6 +133,7 @@ class Broker:
         if not limits:
             return
         lane = self.lanes.setdefault(key, Lane(1))
+        self.queues.setdefault(key, deque())
         lane.in_flight_max = min(x["in_flight"] for x in limits)
         for name in ("requests", "tokens"):
             rates = [x[f"{name}_per_minute"] for x in limits if x[f"{name}_per_minute"]]
@@ -257,7 +256,7 @@ class Broker:
                 self.followers[want.key].append(want)
             else:
                 self.followers[want.key] = []
-                self.queues.setdefault(self.sessions[want.peer.session].lane, deque()).append(want)
+                self.queues[self.sessions[want.peer.session].lane].append(want)
 
     def _admit(self, now: float) -> tuple[list[tuple[Want, Live]], float]:
         """The requests that may leave now, in the order they came, and the seconds until the next one might."""
@@ -279,7 +278,7 @@ class Broker:
                     self._promote(want.key)
                     continue
                 account = self._account(session.account)
-                if not account.fits(want.usd, want.tokens):
+                if not account.fits(want.usd, want.tokens, session.limits):
                     if account.under_way:
                         break  # what comes back may cost less than was reserved
                     queue.popleft()

@@ -25,6 +25,7 @@ from graft.data.api.spending import cost_usd, price_of, usage_of, worst_case
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 SECRET_CHARS = 16  # a shorter key is a stand-in, as "none" or "EMPTY" for a local server, and may be a word of an answer
 IMAGE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+UNANSWERED = "unanswered"  # the kind of a failure that may pass
 Row = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ class Caller:
             follow_redirects=False,  # a redirect would carry key and text elsewhere
         )
         self.client = AsyncOpenAI(base_url=self.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0, http_client=http)
-        self.url = f"{self.client.base_url}chat/completions"
+        self.url = f"{self.base_url.rstrip('/')}/chat/completions"
         collect_rarely()
 
     async def _one(self, row: Row) -> Row:
@@ -124,7 +125,7 @@ class Caller:
             if item["outcome"] in ("refused", "fatal"):
                 return {"status": "stopped" if item["outcome"] == "fatal" else "failed", "error": item["reason"], "kind": item["kind"]}
             failure = {"reason": item["reason"], "wait_s": asked_s or 0.0}
-        return {"status": "failed", "error": f"no answer after {self.api.max_retries + 1} attempts: {failure['reason']}"}
+        return {"status": "failed", "kind": UNANSWERED, "error": f"no answer after {self.api.max_retries + 1} attempts: {failure['reason']}"}
 
     async def _send(self, content: bytes) -> Row:
         """One attempt: {"outcome", "state", "headers", …} as the broker takes it.
@@ -139,6 +140,9 @@ class Caller:
         try:
             async with asyncio.timeout(self.api.timeout_s):  # of the whole: the client's own is of one read, a drip never ends it
                 reply = await self.client.post(self.url, cast_to=httpx2.Response, content=content)
+            if not _is_completion(reply.text):  # a gateway's page or error: of another minute, not this request's answer for good
+                reason = f"200 without a completion: {_one_line(reply.text)}"
+                return {"outcome": "server", "state": "lost", "headers": _headers(reply.headers), "reason": reason}
             return {"outcome": "answer", "state": "paid", "headers": _headers(reply.headers), "response": _redacted(reply.text)}
         except APIStatusError as e:
             return {"headers": _headers(e.response.headers), **_refusal(e.status_code, str(e.code or ""), e.message)}
@@ -149,6 +153,11 @@ class Caller:
             never_left = any(isinstance(c, aiohttp.ClientConnectorError) for c in causes)
             reason = f"no connection ({type(causes[-1]).__name__}: {_one_line(str(causes[-1]))})"
             return {"outcome": "connection", "state": "free" if never_left else "lost", "headers": {}, "reason": reason}
+
+
+def _is_completion(text: str) -> bool:
+    """Whether a body is one, whole or cut off: told without parsing, which would take longer than all else."""
+    return text.lstrip().startswith("{") and '"choices"' in text
 
 
 def _refusal(status: int, code: str, message: str) -> Row:

@@ -35,9 +35,11 @@ class Answer:
     response: the server's JSON (`choices`, `usage`, …), None where there is none.
     error: one line saying why there is no response; None where there is one.
     asked: False where the budget ended before the request was sent; such a request may be asked again by a later run.
+    unanswered: True where it was sent, again and again, and the server had no answer to it, for a reason that may pass.
     """
 
     key: str
     response: dict[str, Any] | None = None
     error: str | None = None
     asked: bool = True
+    unanswered: bool = False

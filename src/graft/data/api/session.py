@@ -21,7 +21,8 @@ from typing import Any, Self
 
 from graft.core.errors import CredentialError, DataError, GraftError, ServeError
 from graft.core.recipe import Recipe
-from graft.data.api.caller import Caller
+from graft.core.stages import DATA, Plan
+from graft.data.api.caller import UNANSWERED, Caller
 from graft.data.api.client import Client, collect_rarely
 from graft.data.api.keeper import keep
 from graft.data.api.request import Answer, Request
@@ -32,7 +33,12 @@ BLOCK = 64  # requests handed to an actor together
 FEW = 16  # requests that are worth an actor
 CALLER_CPUS = 0.5  # it mostly waits
 START_S = 120  # within which all actors must be up
-LEDGER = "ledger.sqlite"  # under data_shards/
+LEDGER, EMBEDDED = "ledger.sqlite", "embedded.sqlite"  # under data_shards/; the grammar's answers are no model's and cost nothing
+
+
+def ledger_of(plan: Plan) -> Path:
+    """Where the answers of the endpoint that this environment names are kept."""
+    return plan.root / DATA / (LEDGER if plan.endpoint else EMBEDDED)
 
 
 class Session:
@@ -226,7 +232,7 @@ class _Watch:
 def _answer(key: str, raw: str | None, outcome: dict[str, Any] | None) -> Answer:
     if raw is None:
         assert outcome is not None
-        return Answer(key, error=outcome["error"], asked=outcome["status"] != "budget")
+        return Answer(key, error=outcome["error"], asked=outcome["status"] != "budget", unanswered=outcome["kind"] == UNANSWERED)
     try:
         response = json.loads(raw)
     except ValueError:

@@ -9,9 +9,9 @@ import math
 
 from graft.core.recipe import HELD_OUT
 from graft.core.rows import read_seeds
-from graft.core.stages import DATA, Plan
+from graft.core.stages import Plan
 from graft.data.api.request import Answer, Request
-from graft.data.api.session import LEDGER, Session
+from graft.data.api.session import Session, ledger_of
 from graft.data.api.spending import Estimate, estimate
 from graft.data.augment.review import read_decisions
 from graft.data.augment.self_instruct import SelfInstruct
@@ -21,7 +21,7 @@ from graft.data.augment.vqa import foreseen
 def outlook(plan: Plan) -> list[str]:
     """Lines for a person; nothing is sent and no artifact is made."""
     recipe = plan.recipe
-    with Session(recipe, plan.root / DATA / LEDGER, plan.endpoint or "embedded") as session:
+    with Session(recipe, ledger_of(plan), plan.endpoint or "embedded") as session:
         spent = session.figures()
         history = session.history()
         if recipe.augmentation.images:

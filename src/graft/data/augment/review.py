@@ -30,6 +30,7 @@ from graft.core.errors import ConfigError, DataError
 from graft.core.rows import Row
 from graft.data.augment.novelty import jaccard
 
+BY_A_PERSON = "rejected by a person"  # the reason that a rejected row has
 _DECISIONS = ("keep", "reject", "undecided")
 _KEYS = "k keep   r reject   u undo   space, arrows next and previous   q quit"
 _ARROWS = {"A": "previous", "D": "previous", "B": "next", "C": "next"}

@@ -23,9 +23,8 @@ from graft.core.recipe import Recipe
 from graft.core.rows import Row
 from graft.data.api.request import Answer, Request
 from graft.data.augment.novelty import Gate
+from graft.data.augment.review import BY_A_PERSON
 from graft.data.augment.rewrites import request, rewrites_of, unfit
-
-_BY_A_PERSON = "rejected by a person"
 
 
 @dataclass
@@ -39,11 +38,12 @@ class _Made:
 
 @dataclass
 class _Call:
-    """One request that was answered, or failed. head: its line of the log, less the numbers."""
+    """One request that was answered, or failed. head: its line of the log, less the numbers; unanswered: for a reason that may pass."""
 
     head: Row
     made: list[_Made]
     failed: bool
+    unanswered: bool
 
 
 @dataclass
@@ -216,7 +216,7 @@ class SelfInstruct:
         """Judge what an answer holds, a rewrite at a time; one that holds none counts as one rejected rewrite."""
         a, parent = self.recipe.augmentation, family.plan[k][0]
         lineage = {"request": answer.key, "parent": parent["id"], "family": parent["family"], "label": parent["label"]}
-        call = _Call({**lineage, "round": self.round, "generation": k // a.calls_per_generation}, [], answer.response is None)
+        call = _Call({**lineage, "round": self.round, "generation": k // a.calls_per_generation}, [], answer.response is None, answer.unanswered)
         self._calls.append(call)
         family.calls.append(call)
         for n, (text, reason) in enumerate(rewrites_of(answer)):
@@ -243,7 +243,7 @@ class SelfInstruct:
         family.pool.append(made.row)
         family.size += 1
         if self.review.get(made.row["id"]) == "reject":
-            _drop(family, made, _BY_A_PERSON)
+            _drop(family, made, BY_A_PERSON)
         for other, twin, similarity in like:
             if twin is None or other.number < family.number:
                 _drop(family, made, _similar(similarity, _id(other, twin)))
@@ -253,9 +253,11 @@ class SelfInstruct:
         self._gated.append((family, made))
 
     def _check_saturation(self, family: _Family) -> None:
-        """A family ends after a generation that made too little; what a person refused was made all the same."""
-        made = [m for call in family.calls[-self.recipe.augmentation.calls_per_generation :] for m in call.made]
-        accepted = sum(m.reason in (None, _BY_A_PERSON) for m in made)
+        """A family ends after a generation that made too little; what a person refused was made all the same, what was not answered judges nothing."""
+        calls = [call for call in family.calls[-self.recipe.augmentation.calls_per_generation :] if not call.unanswered]
+        if not (made := [m for call in calls for m in call.made]):
+            return
+        accepted = sum(m.reason in (None, BY_A_PERSON) for m in made)
         family.saturated = accepted == 0 or accepted / len(made) < self.recipe.augmentation.saturation
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from rich import get_console
 
 from graft.core.artifact import Draft
+from graft.core.errors import ServeError
 from graft.core.recipe import HELD_OUT
 from graft.core.rows import read_seeds, write_jsonl
-from graft.core.stages import DATA, Job
+from graft.core.stages import Job
 from graft.data.api.caller import check_credentials
-from graft.data.api.session import LEDGER, Session
+from graft.data.api.session import Session, ledger_of
 from graft.data.augment.diversity import Diversity
 from graft.data.augment.images import gather
 from graft.data.augment.panel import Panel, Progress
@@ -49,9 +50,11 @@ def run(job: Job) -> None:
         url = base_url or stack.enter_context(embedded_endpoint())
         stack.enter_context(ray_cluster())
         panel = stack.enter_context(Panel(console, recipe.name))
-        session = stack.enter_context(Session(recipe, plan.root / DATA / LEDGER, url, panel.watch, embedded=not base_url))
+        session = stack.enter_context(Session(recipe, ledger_of(plan), url, panel.watch, embedded=not base_url))
         before = session.figures()
         made = _from_images(job, draft, session, panel) if recipe.augmentation.images else _from_seeds(job, draft, session, panel)
+        if plan.review_file.is_file():
+            shutil.copyfile(plan.review_file, draft.path / "review.jsonl")
         after = session.figures()
         draft.counts.update(made, endpoint=job.head["inputs"]["endpoint"], sent=session.sent)
         draft.cost.update(
@@ -79,7 +82,12 @@ def _from_seeds(job: Job, draft: Draft, session: Session, panel: Panel) -> dict[
     loop = SelfInstruct(recipe, read_seeds(plan.beside(recipe.augmentation.seeds or ""), recipe.task), read_decisions(plan.review_file))
     while requests := loop.requests():
         panel.progress = _progress(loop)
-        loop.accept(list(session.ask(requests, f"round {loop.round}")))
+        answers = list(session.ask(requests, f"round {loop.round}"))
+        if all(answer.unanswered for answer in answers):
+            raise ServeError(
+                f"augment: no request of round {loop.round} was answered: {answers[0].error}; every answer so far is kept, run again to go on"
+            )
+        loop.accept(answers)
         panel.progress = _progress(loop)
         panel.watch(session.figures())
         if not panel.console.is_terminal:
@@ -97,8 +105,6 @@ def _from_seeds(job: Job, draft: Draft, session: Session, panel: Panel) -> dict[
     write_jsonl(draft.path / "rows.jsonl", loop.rows())
     write_jsonl(draft.path / "rejected.jsonl", loop.rejected)
     write_jsonl(draft.path / "requests.jsonl", loop.log)
-    if plan.review_file.is_file():
-        shutil.copyfile(plan.review_file, draft.path / "review.jsonl")
     counts = loop.counts()
     for label, reason in counts["stopped"].items():
         if reason != "target":
@@ -122,7 +128,7 @@ def _from_images(job: Job, draft: Draft, session: Session, panel: Panel) -> dict
         progress.accepted += accepted
         progress.done["answers"] = progress.accepted
 
-    counts = make_rows(recipe, pictures, session.ask, draft.path, schema, rejected, on_answer)
+    counts = make_rows(recipe, pictures, session.ask, draft.path, schema, rejected, on_answer, read_decisions(plan.review_file))
     if counts["stopped"] == "budget":
         panel.say(f"augment: {counts['unasked']} requests were not sent: {WHY['budget']}")
     return {**counts, "images": found}

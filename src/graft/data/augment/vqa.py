@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ from graft.core.sections import Images
 from graft.data.api.request import Answer, Request
 from graft.data.augment.answers import read, structured
 from graft.data.augment.images import FOLDER, Picture, list_sources
+from graft.data.augment.review import BY_A_PERSON
 
 Ask = Callable[[Iterable[Request], str], Iterator[Answer]]
 
@@ -80,11 +81,13 @@ def make_rows(
     schema: Schema | None = None,
     rejected: Iterable[Row] = (),
     on_answer: Callable[[bool], None] = lambda accepted: None,
+    review: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write `folder`/rows.jsonl, rejected.jsonl and, where the model makes questions, questions.jsonl; returns the counts.
 
     pictures, rejected: of `images.gather`; the rejected come first in rejected.jsonl. folder: holds images/. schema: what an
     answer must satisfy (`json_schema.read_schema`), None for free text. on_answer: called after each answer that should be a row.
+    review: a person's decisions by row (`review.read_decisions`).
     counts: those of _Counts for the rows, the same for making questions under "questions", and "stopped": "end" | "budget".
     A row: {"id", "messages", "family", "source", "prompt_kind": "given" | "made", "request", "parent"}.
     """
@@ -100,6 +103,8 @@ def make_rows(
         with (folder / "rows.jsonl").open("wb") as out:
             for task, answer in _in_order(ask, maker.to_ask(pictures, rows), maker.answer_request, "answers"):
                 row, reason = maker.row(task, answer)
+                if reason is None and review and review.get(row["id"]) == "reject":
+                    reason = BY_A_PERSON
                 if _judged(rows, answer, reason, refused, task):
                     _write(out, row)
                 if answer.asked:
