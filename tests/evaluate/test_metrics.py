@@ -53,14 +53,25 @@ OPTIONS = ["紅色", "藍色", "Green tea", "3"]
         ("3", 3),  # an option's text, before its number
         ("A. 藍色", None), ("E", None), ("", None), ("I do not know", None), ("Blue", None), ("5", None), ("Apple", None), ("紅色或藍色", None),
         ("A dog walks", None), ("2 apples", None), ("C because", None), ("Answer: C because", 2), ("B 藍色", 1), ("A 藍色", None),
+        ("1. 紅色\n2. 藍色\n3. Green tea\n4. 3", None), ("A. 紅色 B. 藍色", None), ("A, B, C, D", None), ("1、2、3、4", None), ("The answer is A or B", None),
+        ("答案是A或B", None), ("(A) or (B)", None), ("A, not B.", None), ("A. 紅色\nas a rose is", 0), ("D. 3", 3), ("2.5", None), ("1,200", None),
     ],
 )  # fmt: skip
 def test_an_option_is_read_or_it_is_not(answer, index):
     assert chosen(answer, OPTIONS) == index
 
 
+def test_the_very_reply_that_was_trained_names_its_option():
+    numbers = ["3", "1", "2", "4"]
+    assert [chosen(str(n + 1), numbers, ["1", "2", "3", "4"]) for n in range(4)] == [0, 1, 2, 3], "though each is another option's text too"
+    assert chosen("1", numbers) == 1 and chosen("D: 4", numbers, "ABCD") == 3 and chosen("1", numbers, "ABCD") == 1
+    assert chosen(".5", [".5", "5"]) == 0 and chosen("5", [".5", "5"]) == 1 and chosen("x", ["a", "b"], ["x", "x"]) is None
+
+
 def test_final_answers():
     pattern = r"####\s*(.+)"
     assert final("so 3\n#### 12\nno, #### 1,250 ", pattern) == "1,250" and final("1,250", pattern) is None
     assert equal("1,250", "1250") and equal("$12.50", "12.5") and equal("１２", "12") and equal("Paris ", "paris.") and not equal("12", "13")
+    assert equal(".5", "0.5") and not equal(".5", "5") and equal("-.5", "-0.50") and equal("$.75", "0.75") and not equal("$.75", "75")
+    assert equal("5%.", "5") and equal("12。", "12") and equal("12.", "12") and equal("１E3", "1000")
     assert not equal("twelve", "12") and final("x=7", r"\d") == "7"

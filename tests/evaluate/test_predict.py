@@ -155,6 +155,12 @@ def test_all_that_is_known_is_kept_and_the_parser_is_the_evaluations(predict, pl
         assert line["prompt"][0]["content"].endswith("red\nblue\ngreen\ngrey")
 
 
+def test_a_reply_by_number_is_no_other_options_text(plan):
+    predictor = Predictor(plan, None, None, None, plan.recipe.tasks["exam"], False, None)
+    row = {"options": ["3", "1", "2", "4"], "replies": ["1", "2", "3", "4"]}
+    assert predictor._parsed(row, ["1"]) == {"parsed": 1} and predictor._parsed(row, ["1, 2, 3, 4"]) == {"parsed": None}
+
+
 def test_the_likeliest_option_is_that_of_the_engine(predict, plan, tmp_path):
     file = write(tmp_path / "test.jsonl", [question(name) for name in NAMED])
     predict("--file", file, "--out", tmp_path / "all.jsonl", "--by", "likelihood")

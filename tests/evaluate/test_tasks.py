@@ -14,7 +14,7 @@ from graft.evaluate import arms, stage
 from graft.evaluate.arms import CALLS
 from graft.evaluate.options import behind, likelihoods, replies
 from graft.evaluate.semantic import Encoder
-from graft.evaluate.tasks import Asker
+from graft.evaluate.tasks import Asker, _of_option
 from graft.model.chat import load_tokenizer
 from graft.report.gather import gather
 
@@ -128,6 +128,11 @@ def test_predictions_are_kept_and_give_the_scores_again(plan, found):
 def engine_of(plan):
     base, revision, adapters = plan.trained()
     return HFEngine(base, revision, "fp32", adapters, load_tokenizer(str(plan.artifact("sft").path)), device="cpu")
+
+
+def test_the_reply_that_was_trained_is_right_though_it_is_another_options_text():
+    row = {"options": ["3", "1", "2", "4"], "replies": ["1", "2", "3", "4"], "right": 0}
+    assert _of_option(row, "1") == {"correct": 1.0, "unreadable": 0.0} and _of_option(row, "3")["correct"] == 0.0
 
 
 def test_a_cloze_is_plain_text_behind_plain_text(plan, found):

@@ -107,7 +107,7 @@ def stages(recipe: Recipe) -> list[Stage]:
     if asked:
         keys = ("seed", "task", *model, "evaluate", *(("shard.image_pixels",) if recipe.asks_of_images else ()))
         inputs = (*external, *(("semantic",) if recipe.evaluate.semantic else ()), *schemas)
-        out.append(Stage("evaluate", "graft.evaluate.stage", 1, keys, {**served, **asked}, inputs, CHECKPOINTS))
+        out.append(Stage("evaluate", "graft.evaluate.stage", 2, keys, {**served, **asked}, inputs, CHECKPOINTS))
     out.append(
         Stage(
             "serve",

@@ -18,8 +18,9 @@ from graft.core.errors import ConfigError
 
 HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 WORD = re.compile(r"[^\W_]+")
-MARKED = re.compile(r"\W*((?:the )?(?:answer|答案|答)(?: is|是|為|:|：)?)?\W*([A-Za-z]|\d{1,2})(?![A-Za-z\d])", re.IGNORECASE)
-CLOSED = re.compile(r"\s*(?:$|[.)\]:,、，。】）])")  # behind a letter that stands for an option, not for a word
+MARKED = re.compile(r"\W*((?:the )?(?:answer|答案|答)(?: is|是|為|:|：)?)?\W*([A-Za-z]|\d{1,2})(?![A-Za-z\d]|[.,]\d)", re.IGNORECASE)
+END = r"\s*(?:$|[.)\]:,、，。】）\n])"  # behind a letter that stands for an option, not for a word
+CLOSED, NAMED = re.compile(END), re.compile(rf"(?<![A-Za-z\d])([A-Za-z]|\d{{1,2}})(?={END})")
 
 
 def words(text: str) -> list[str]:
@@ -66,15 +67,16 @@ def bleu(answers: Sequence[str], wanted: Sequence[str], resamples: int = 0) -> t
     return float(found.score), float(found._ci) if resamples else None
 
 
-def chosen(answer: str, options: Sequence[str]) -> int | None:
-    """Which option an answer names, from 0: by the letter or number that it begins with, or by being one option's text. None where it names no
-    option, or two that disagree."""
+def chosen(answer: str, options: Sequence[str], replies: Sequence[str] = ()) -> int | None:
+    """Which option an answer names, from 0: by being the reply that one would be, or its text, or by the letter or number that it begins with. None
+    where it names no option, or two, as whoever says the whole list does."""
     plain = unicodedata.normalize("NFKC", answer).strip()
-    said = {i for i, option in enumerate(options) if _same(plain, option)}
+    said = {i for i, reply in enumerate(replies) if _same(plain, reply)} or {i for i, option in enumerate(options) if _same(plain, option)}
     if not said and (mark := MARKED.match(plain)):
-        index = int(mark[2]) - 1 if mark[2].isdigit() else ord(mark[2].upper()) - ord("A")
-        rest = plain[mark.end() :]
+        index, rest = _place(mark[2]), plain[mark.end() :]
         said = {i for i, option in enumerate(options) if _same(rest.strip(" .:)、，。]】）"), option)}
+        if said != {index} and {_place(other) for other in NAMED.findall(rest)} & set(range(len(options))) - {index}:
+            return None
         if mark[1] or CLOSED.match(rest) or said == {index}:
             said |= {index}
         elif said:
@@ -82,8 +84,12 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
     return said.pop() if len(said) == 1 and min(said) in range(len(options)) else None
 
 
+def _place(mark: str) -> int:
+    return int(mark) - 1 if mark.isdigit() else ord(mark.upper()) - ord("A")
+
+
 def _same(a: str, b: str) -> bool:
-    return a.strip(" .。") == unicodedata.normalize("NFKC", b).strip(" .。")
+    return a.strip().rstrip(" .。") == unicodedata.normalize("NFKC", b).strip().rstrip(" .。")
 
 
 def final(reply: str, pattern: str) -> str | None:
@@ -101,14 +107,13 @@ def equal(answer: str, wanted: str) -> bool:
 
 def same(answer: str) -> Decimal | str:
     """What an answer has in common with all that are equal to it."""
-    folded = _folded(answer)
-    number = _number(folded)
-    return folded if number is None else number
+    number = _number(answer)
+    return _folded(answer) if number is None else number
 
 
 def _number(text: str) -> Decimal | None:
     try:
-        found = Decimal(unicodedata.normalize("NFKC", text).strip().strip("$€£%. ").replace(",", ""))
+        found = Decimal(unicodedata.normalize("NFKC", text).strip().lstrip("$€£% ").rstrip("$€£%.。 ").replace(",", ""))
     except InvalidOperation:
         return None
     return found if found.is_finite() else None

@@ -144,7 +144,7 @@ class Predictor:
     def _named(self, row: Row, text: str) -> int | str | None:
         if self.task.kind == "exact":
             return metrics.final(text, self.task.final)
-        option = metrics.chosen(text, row["options"])
+        option = metrics.chosen(text, row["options"], row["replies"])
         return None if option is None else option + 1
 
     def _scored(self, rows: list[Row]) -> Iterator[Row]:

@@ -208,7 +208,7 @@ def _of_text(row: dict[str, Any], answer: str) -> dict[str, float]:
 
 
 def _of_option(row: dict[str, Any], answer: str) -> dict[str, float]:
-    given = metrics.chosen(answer, row["options"])
+    given = metrics.chosen(answer, row["options"], row["replies"])
     return {"correct": float(given == row["right"]), "unreadable": float(given is None)}
 
 
