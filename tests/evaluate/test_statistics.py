@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from graft.evaluate.statistics import mean_of, paired, paired_runs
+from graft.evaluate.statistics import RESAMPLES, Clusters, interval, mean_of, other_sign, paired, paired_runs
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
@@ -64,3 +64,33 @@ def test_the_interval_over_runs_holds_the_truth_more_often_than_that_of_rows():
 def test_runs_that_are_not_as_many():
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_runs([[1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]])
+
+
+def test_a_draw_has_as_many_whole_clusters_of_each_stratum():
+    strata, names = [*"xxxyyyy"], [*"aabaacc"]  # a of x is another than a of y
+    drawn = Clusters.drawn(strata, names, 3)
+    assert drawn.of.tolist() == [0, 0, 1, 2, 2, 3, 3] and drawn.times.shape == (RESAMPLES, 4)
+    assert (drawn.times[:, :2].sum(axis=1) == 2).all() and (drawn.times[:, 2:].sum(axis=1) == 2).all()
+    assert set(drawn.sums(np.ones((7, 1)))[:, 0]) == {2 + 4, 3 + 4, 4 + 4}, "families keep their sizes"
+    assert (drawn.times == Clusters.drawn(strata, names, 3).times).all() and (drawn.times != Clusters.drawn(strata, names, 4).times).any()
+
+
+def test_the_interval_over_clusters_holds_the_truth_more_often_than_that_of_rows():
+    rng, held = np.random.default_rng(5), np.zeros(2)
+    names = [str(n // 20) for n in range(240)]
+    for seed in range(100):
+        scores = (rng.random((12, 20)) < rng.beta(4, 2, (12, 1))).ravel().astype(float)
+        means = Clusters.drawn(["x"] * 240, names, seed).sums(scores[:, None])[:, 0] / 240
+        of_rows = mean_of([scores], seed)
+        held += [low <= 4 / 6 <= high for low, high in (interval(means), (of_rows.low, of_rows.high))]
+    assert 84 <= held[0] <= 100 and held[0] > held[1] + 10
+
+
+def test_a_cluster_that_stands_alone_has_its_rows_drawn():
+    scores = np.array([1.0, 0.0, 1.0, 1.0])
+    low, high = interval(Clusters.drawn(["x"] * 4, ["a"] * 4).sums(scores[:, None])[:, 0] / 4)
+    assert low < 0.75 < high, "no interval without a width"
+
+
+def test_the_other_sign():
+    assert other_sign(np.array([1.0, 2.0, 3.0, -1.0])) == 0.5 and other_sign(np.zeros(4)) == 1.0 and other_sign(np.ones(4)) == 0.0

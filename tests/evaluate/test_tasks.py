@@ -94,7 +94,7 @@ def test_every_task_has_its_metrics_of_both_systems_and_their_difference(found):
     assert {"correct", "unreadable", "correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["reading"]["systems"]["base"])
     assert {"correct_loglikelihood", "correct_loglikelihood_per_character"} == set(tasks["next"]["systems"]["base"])
     assert {"bleu", "rouge1", "rouge2", "rougeL", "equal", "semantic"} == set(tasks["chat"]["systems"]["base"])
-    assert "scores" in found and found["rows"] == 3, "calls and texts as before"
+    assert found["rows"] == 3 and found["scores"].keys() == found["intervals"].keys() and found["paired"]["of"] == "adapter less base"
 
 
 def test_the_likelihoods_are_those_of_each_option_alone(plan):
@@ -222,6 +222,8 @@ def test_every_figure_is_one_of_the_table_that_is_tracked(found):
     assert tasks["chat", "base", "rougeL"] == found["tasks"]["chat"]["systems"]["base"]["rougeL"]["mean"]
     assert tasks["chat", "adapter less base", "rougeL"] == found["tasks"]["chat"]["paired"]["rougeL"]["difference"]
     assert tasks["", "adapter", "strict f1"] == found["scores"]["adapter"]["strict"]["f1"]
+    assert tasks["", "adapter less base", "accuracy"] == found["paired"]["accuracy"]["difference"]
+    assert all(low - 1e-6 <= value <= high + 1e-6 for _, system, metric, value, low, high in figures if (system, metric) == ("adapter", "accuracy"))
 
 
 def test_repeats_by_other_seeds_have_a_standard_deviation(tmp_path):

@@ -184,7 +184,10 @@ def _fill(draft, stage, steps, fill):
         }
         scores = {name: score for name in ("adapter", "base", "always-call", "always-text")}
         families = {"call-00": 0.5, "call-01": 1.0, "text-00": 0.75}
-        told = {"rows": len(found), "scores": scores, "confusion": MATRIX, "per_family_accuracy": families, "argument_exact_share": 0.9}
+        sure = {"accuracy": [0.7, 0.8], "strict": {"precision": [0.6, 0.8], "recall": [0.6, 0.8], "f1": [0.65, 0.77]}, "intent": {"f1": [0.7, 0.8]}}
+        apart = {"of": "adapter less base", "strict": {"f1": {"difference": 0.1, "low": -0.02, "high": 0.2, "p": 0.1}}}
+        certain = {"families": 3, "intervals": {name: sure for name in scores}, "paired": apart}
+        told = {"rows": len(found), "scores": scores, **certain, "confusion": MATRIX, "per_family_accuracy": families, "argument_exact_share": 0.9}
         if (folder.parents[3] / "data_shards/made/questions").exists():
             made = fill.get("tasks") or tasks()
             told["tasks"] = {name: of for name, (_, _, of) in made.items()}

@@ -79,7 +79,10 @@ def test_the_evaluation_has_its_tables_and_ten_of_each_kind(finished):
     assert e.scores.columns == ("", "precision", "recall", "F1", "F1 intent", "accuracy") and [r[0] for r in e.scores.rows][2:] == [
         "always-call",
         "always-text",
+        "adapter less base",
     ]
+    assert e.scores.rows[0][3] == "0.725 (0.650 to 0.770)" and e.scores.rows[-1][3:5] == ("+0.100 (-0.020 to +0.200)", "")
+    assert "3 held-out seed families" in e.scores.note and "families" not in str(e.others)
     assert e.families.rows[0] == ("call-00", "6", "50.0%")
     assert len(e.best) == 10 and all(p.right for p in e.best) and {p.label for p in e.best} == {"call", "text"}
     assert len(e.worst) == 6 and not any(p.right for p in e.worst)

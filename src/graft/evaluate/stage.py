@@ -59,11 +59,20 @@ def run(job: Job) -> None:
 
 def _figures(metrics: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float | None, float | None]]:
     """Task ("" of calls and texts), system or pair of systems, metric, its value and its interval where it has one."""
-    for system, scores in metrics.get("scores", {}).items():
-        yield "", system, "accuracy", scores["accuracy"], None, None
-        for judged in ("strict", "intent"):
-            for metric, value in scores[judged].items():
-                yield "", system, f"{judged} {metric}", value, None, None
+    if "scores" in metrics:
+        for system, scores in metrics["scores"].items():
+            sure = metrics["intervals"][system]
+            yield "", system, "accuracy", scores["accuracy"], *sure["accuracy"]
+            for judged in ("strict", "intent"):
+                for metric, value in scores[judged].items():
+                    yield "", system, f"{judged} {metric}", value, *sure[judged][metric]
+        if pair := metrics.get("paired"):
+            apart = {
+                "accuracy": pair["accuracy"],
+                **{f"{judged} {metric}": d for judged in ("strict", "intent") for metric, d in pair[judged].items()},
+            }
+            for metric, d in apart.items():
+                yield "", pair["of"], metric, d["difference"], d["low"], d["high"]
     for task, told in metrics.get("tasks", {}).items():
         pair = told.get("paired", {})
         for system, means in (*told["systems"].items(), *([(pair["of"], pair)] if pair else [])):

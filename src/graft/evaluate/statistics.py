@@ -1,5 +1,6 @@
 """How sure a mean is: percentile bootstrap over rows (Efron 1979, https://doi.org/10.1214/aos/1176344552), and paired where two systems answered the
-same ones (Koehn 2004, https://aclanthology.org/W04-3250), over runs too where there are several. Seeded: the same scores give the same interval."""
+same ones (Koehn 2004, https://aclanthology.org/W04-3250), over runs too where there are several, and over whole clusters where rows are not independent
+(Davison and Hinkley 1997, Bootstrap Methods and their Application, 3.2 and 3.8). Seeded: the same scores give the same interval."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def mean_of(scores: Sequence[Sequence[float]], seed: int = 0) -> Mean:
     """scores: [repeats][rows]; a row's score is its mean over the repeats. ValueError without rows."""
     table = _table(scores)
     rows = table.mean(axis=0)
-    low, high = _interval(rows, seed)
+    low, high = interval(_resampled(rows, seed))
     std = float(table.mean(axis=1).std(ddof=1)) if len(table) > 1 else None
     return Mean(float(rows.mean()), low, high, len(rows), std)
 
@@ -41,8 +42,40 @@ def ratio_of(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> 
     table = _table([parts, wholes])
     rng, rows = np.random.default_rng(seed), table.shape[1]
     drawn = [table[:, rng.integers(0, rows, rows)].sum(axis=1) for _ in range(RESAMPLES)]
-    low, high = np.quantile([a / b for a, b in drawn], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Mean(float(table[0].sum() / table[1].sum()), float(low), float(high), rows)
+    return Mean(float(table[0].sum() / table[1].sum()), *interval([a / b for a, b in drawn]), rows)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Draws of whole clusters of rows. of: [rows], each row's cluster; times: [RESAMPLES, clusters], how often each is in a draw."""
+
+    of: Any
+    times: Any
+
+    @classmethod
+    def drawn(cls, strata: Sequence[str], names: Sequence[str], seed: int = 0) -> Clusters:
+        """strata, names: [rows], the stratum and the cluster in it that a row belongs to. A draw has as many clusters of each stratum as there are.
+
+        A stratum of one cluster has its rows drawn instead, as if they were independent: of other clusters nothing is known. n drawn clusters of n
+        have (n - 1) / n of their variance, so the interval of a few is somewhat narrow.
+        """
+        rng, of, times, first = np.random.default_rng(seed), np.zeros(len(names), np.int64), [], 0
+        for stratum in sorted(set(strata)):
+            rows = [n for n, own in enumerate(strata) if own == stratum]
+            known, own = np.unique([names[n] for n in rows], return_inverse=True)
+            if len(known) == 1:
+                own = np.arange(len(rows))
+            count = int(own.max()) + 1
+            of[rows] = first + own
+            times.append(rng.multinomial(count, np.full(count, 1 / count), RESAMPLES))
+            first += count
+        return cls(of, np.concatenate(times, axis=1))
+
+    def sums(self, table: Any) -> Any:
+        """table: [rows, n] -> [RESAMPLES, n], the sum over the rows of each draw."""
+        whole = np.zeros((self.times.shape[1], table.shape[1]))
+        np.add.at(whole, self.of, table)
+        return self.times @ whole
 
 
 @dataclass(frozen=True)
@@ -89,9 +122,18 @@ def paired_runs(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float
 
 def _paired(apart: Any, means: Any) -> Paired:
     """apart: [rows] differences; means: [RESAMPLES] of their resampled means."""
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    p = min(1.0, 2 * float(min((means <= 0).mean(), (means >= 0).mean())))
-    return Paired(float(apart.mean()), float(low), float(high), p, int((apart > 0).sum()), int((apart < 0).sum()))
+    return Paired(float(apart.mean()), *interval(means), other_sign(means), int((apart > 0).sum()), int((apart < 0).sum()))
+
+
+def interval(found: Any) -> tuple[float, float]:
+    """found: [RESAMPLES]. Between which the middle 95 % of them lie."""
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def other_sign(differences: Any) -> float:
+    """differences: [RESAMPLES]. The share of the sign that fewer have, those without one counted, twice: the p of a `Paired`."""
+    return min(1.0, 2 * float(min((differences <= 0).mean(), (differences >= 0).mean())))
 
 
 def _table(scores: Sequence[Sequence[float]]) -> Any:
@@ -99,11 +141,6 @@ def _table(scores: Sequence[Sequence[float]]) -> Any:
     if table.ndim != 2 or not table.size:
         raise ValueError("there are no rows to take a mean of")
     return table
-
-
-def _interval(rows: Any, seed: int) -> tuple[float, float]:
-    low, high = np.quantile(_resampled(rows, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def _resampled(rows: Any, seed: int) -> Any:

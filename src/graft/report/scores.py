@@ -21,7 +21,7 @@ TEXT = 1500  # code points of a prompt or an answer
 OTHERS = 100  # rows of the table of what else was measured
 NAMES = {"strict.precision": "precision", "strict.recall": "recall", "strict.f1": "F1", "intent.f1": "F1 intent", "accuracy": "accuracy"}
 MEASURES = {"argument_exact_share": "right calls whose argument is exactly the wanted one, share"}
-KNOWN = {"rows", "scores", "confusion", "per_family_accuracy"}
+KNOWN = {"rows", "scores", "intervals", "paired", "families", "confusion", "per_family_accuracy"}
 
 
 def evaluation(folder: Path, test: Path | None, questions: Path | None = None) -> Evaluation:
@@ -39,7 +39,7 @@ def evaluation(folder: Path, test: Path | None, questions: Path | None = None) -
     others = list(flat({MEASURES.get(k, k): v for k, v in metrics.items() if k not in KNOWN}))
     return Evaluation(
         rows=int(metrics.get("rows") or len(found)),
-        scores=_scores(metrics.get("scores") or {}),
+        scores=_scores(metrics),
         confusion=_confusion(metrics.get("confusion") or {}),
         families=_families(metrics.get("per_family_accuracy") or {}, Counter(str(p.get("family")) for p in found)),
         tasks=tuple(task(n, t, folder / f"predictions-{n}.jsonl", questions / f"{n}.jsonl" if questions else None) for n, t in tasks.items()),
@@ -62,13 +62,35 @@ def _metrics(file: Path) -> dict[str, Any]:
     return found
 
 
-def _scores(scores: dict[str, Any]) -> Table | None:
-    """One row a system, the constants and the base among them; a score of an unknown name has a column of its own."""
-    by_system = {name: dict(_leaves(s)) for name, s in scores.items() if isinstance(s, dict)}
+def _scores(metrics: dict[str, Any]) -> Table | None:
+    """One row a system, the constants and the base among them, then the paired difference; a score of an unknown name has a column of its own."""
+    told = metrics.get("scores") or {}
+    by_system = {name: dict(_leaves(s)) for name, s in told.items() if isinstance(s, dict)}
     keys = list(dict.fromkeys(k for s in by_system.values() for k in s))
     keys = [k for k in NAMES if k in keys] + [k for k in keys if k not in NAMES and not k.startswith("intent.")]
-    rows = tuple((name, *(f"{s[k]:.3f}" if k in s else "" for k in keys)) for name, s in by_system.items())
-    return Table("Scores", ("", *(NAMES.get(k, k) for k in keys)), rows, tuple(range(1, len(keys) + 1))) if rows and keys else None
+    sure = metrics.get("intervals") or {}
+    rows = [(name, *(_cell(s[k], _at(sure.get(name), k)) if k in s else "" for k in keys)) for name, s in by_system.items()]
+    if pair := metrics.get("paired"):
+        rows.append((str(pair.get("of", "difference")), *(_apart(_at(pair, k)) for k in keys)))
+    if not rows or not keys:
+        return None
+    note = f"in parentheses the interval of 95 %: the {number(metrics.get('families', ''))} held-out seed families drawn anew" if sure else ""
+    return Table("Scores", ("", *(NAMES.get(k, k) for k in keys)), tuple(rows), tuple(range(1, len(keys) + 1)), note=note)
+
+
+def _cell(value: float, ends: Any) -> str:
+    return f"{value:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if isinstance(ends, list) else "")
+
+
+def _apart(told: Any) -> str:
+    return f"{told['difference']:+.3f} ({told['low']:+.3f} to {told['high']:+.3f})" if isinstance(told, dict) else ""
+
+
+def _at(tree: Any, key: str) -> Any:
+    """What stands under a leaf's name; None where nothing does."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
