@@ -11,6 +11,7 @@ from typing import Any
 
 from graft.core.errors import ServeError
 from graft.engine.protocol import Chunk
+from graft.serve.pieces import Places, key, token_bytes
 from graft.serve.requests import ApiError
 from graft.serve.runner import Ticket
 
@@ -33,7 +34,7 @@ class Reply:
         for index, own in enumerate(chunks):
             text = "".join(c.text for c in own)
             said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            choices.append({"index": index, **said, "logprobs": self._logprobs(own, 0), "finish_reason": own[-1].finish_reason})
+            choices.append({"index": index, **said, "logprobs": self._logprobs(own, Places()), "finish_reason": own[-1].finish_reason})
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": self._usage(sum(len(c.tokens) for own in chunks for c in own))}
 
@@ -52,14 +53,13 @@ class Reply:
         if self.chat:
             for index in range(len(self.tickets)):
                 yield event(choice(index, {"role": "assistant", "content": ""}))
-        shown = [0] * len(self.tickets)  # characters
+        places = [Places() for _ in self.tickets]
         try:
             async with aclosing(_merged(self.tickets)) as bursts:
                 async for index, burst in bursts:
                     tokens += sum(len(c.tokens) for c in burst)
                     text, reason = "".join(c.text for c in burst), burst[-1].finish_reason
-                    logprobs = self._logprobs(burst, shown[index])
-                    shown[index] += len(text)
+                    logprobs = self._logprobs(burst, places[index])
                     if text or (logprobs and logprobs["content" if self.chat else "tokens"]):
                         yield event(choice(index, {"content": text}, None, logprobs))
                     if reason:
@@ -75,25 +75,21 @@ class Reply:
         prompt = len(self.tickets[0].request.prompt_ids)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _logprobs(self, chunks: list[Chunk], offset: int) -> Any:
+    def _logprobs(self, chunks: list[Chunk], places: Places) -> Any:
         if not self.logprobs:
             return None
         told = [pair for c in chunks for pair in zip(c.tokens, c.told, strict=True)]
         if self.chat:
             content = [{**self._token(token, of.logprob), "top_logprobs": [self._token(t, p) for t, p in of.top]} for token, of in told]
             return {"content": content, "refusal": None}
-        texts = [self._text(token) for token, _ in told]
-        starts = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-        tops = [{self._text(t): p for t, p in of.top} for _, of in told]
-        return {"tokens": texts, "token_logprobs": [of.logprob for _, of in told], "top_logprobs": tops, "text_offset": starts}
-
-    def _text(self, token: int) -> str:
-        found: str = self.tokenizer.decode([token])
-        return found
+        pieces = [token_bytes(self.tokenizer, token) for token, _ in told]
+        tops = [{key(token_bytes(self.tokenizer, t)): p for t, p in reversed(of.top)} for _, of in told]  # of equal texts the likeliest stays
+        starts = [places.next(piece) for piece in pieces]
+        return {"tokens": [*map(key, pieces)], "token_logprobs": [of.logprob for _, of in told], "top_logprobs": tops, "text_offset": starts}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
+        piece = token_bytes(self.tokenizer, token)
+        return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
 
 async def _all(ticket: Ticket) -> list[Chunk]:
