@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 
 import pytest
 from starlette.testclient import TestClient
@@ -69,6 +70,33 @@ def test_a_reader_that_leaves_frees_its_row(spec):
         await read(await runner.submit(Request(PROMPT, 1)))
         await wait(lambda: runner.under_way == 0, 5)
         assert ticket.chunks.qsize() < 250 and not runner.engine.busy  # it did not run to its end
+        runner.stop()
+
+    asyncio.run(scene())
+
+
+def test_a_client_that_leaves_while_its_request_is_taken_gives_one_place_back(spec):
+    async def scene():
+        runner = Runner(spec)
+        await wait(lambda: runner.state == "ready")
+        taking, may, add = threading.Event(), threading.Event(), runner.engine.add
+
+        def slow(request):  # as where its adapter is loaded first
+            taking.set()
+            may.wait(10)
+            return add(request)
+
+        runner.engine.add = slow
+        submitting = asyncio.create_task(runner.submit(Request(PROMPT, 4)))
+        await wait(taking.is_set)
+        submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
+        assert runner.under_way == 0
+        may.set()
+        await runner.call(lambda engine: None)
+        await wait(lambda: not runner._tickets)  # the step found that it has left
+        await runner.call(lambda engine: None)
+        assert runner.under_way == 0
         runner.stop()
 
     asyncio.run(scene())

@@ -34,6 +34,7 @@ class Ticket:
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop, deadline: float):
         """deadline: in time.monotonic's seconds."""
         self.request, self.dropped, self.deadline, self.why = request, False, deadline, "the engine stopped while it worked on this request"
+        self.counted = True  # among those that the runner was asked for
         self.loop, self.chunks = loop, asyncio.Queue[Chunk | None]()
         self.begun, self.first, self.tokens = time.monotonic(), 0.0, 0  # first: when the first chunk came; tokens: so far
 
@@ -127,8 +128,7 @@ class Runner:
             await self.call(add)
         except BaseException:
             ticket.dropped = True  # the call may be made all the same
-            with self._lock:
-                self._asked -= 1
+            self._give_back(ticket)
             raise
         return ticket
 
@@ -191,9 +191,13 @@ class Runner:
                 self._done(chunk.row)
 
     def _done(self, row: int) -> None:
-        del self._tickets[row]
+        self._give_back(self._tickets.pop(row))
+
+    def _give_back(self, ticket: Ticket) -> None:
+        """Its place; once, though a client that leaves while the engine takes its request is seen by both threads."""
         with self._lock:
-            self._asked -= 1
+            self._asked -= ticket.counted
+            ticket.counted = False
 
     def _answer_calls(self, engine: Engine, wait: bool) -> bool:
         """Make the calls that wait, at least one that comes within IDLE_S if `wait`; whether the sign to stop was among them."""
