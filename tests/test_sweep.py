@@ -65,6 +65,7 @@ def work(tmp_path, monkeypatch):
         ("sft.lora.r = 8", "sft.lora.r = 128", "arm 'wide': .*sft.lora.r = 128 and serve.max_rank"),
         ('path = "chat.jsonl"', 'path = "gone.jsonl"', "arm 'wide': corpora.other.path names .*gone.jsonl"),
         ('"small.toml"', '"smal.toml"', "no recipe at .*smal.toml: that folder has small.toml, study.toml"),
+        ('"study"', '"base"', "study.toml: arm 'long': .*name = 'base' is what servers call the untrained model"),
         ("match_tokens", "match_token", "did you mean 'arms.match_tokens'"),
     ],
 )

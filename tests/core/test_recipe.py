@@ -113,6 +113,7 @@ def test_warm_up_is_a_share_or_steps():
         ("augment.images={folder='x', prompts=[' ']}", "prompts"),
         ("augment.images={prompts=['?']}", "folder"),
         ("name='served'", "'served' is where the adapters of all recipes are"),
+        ("name='base'", "name = 'base' is what servers call the untrained model: choose another"),
         ("sft.lora={r=128}", "sft.lora.r = 128 and serve.max_rank = 64: what is trained could not be served"),
         ("sft.lora={r=8, use_dora=true}", "unknown key 'sft.lora.use_dora'"),
         ("sft.lora={r=8, modules_to_save=['lm_head']}", "unknown key 'sft.lora.modules_to_save'"),

@@ -34,14 +34,15 @@ def test_the_stage_asks_the_served_adapter_and_keeps_the_reply(tiny, finished, p
     """In a process that has a Ray of its own, which must outlive both a start that fails and one that works."""
     plan = finished(tiny[1]["two"])
     served = spec_of(plan)
-    assert (served.ready, served.base_name, served.base) == (("tiny",), "base", str(plan.root / "base"))
-    assert AdapterStore(Path(served.store)).get("tiny").about["lineage"]["fingerprint"] == plan.artifact("sft").manifest["fingerprint"]
+    own = AdapterStore(Path(served.store)).get("tiny")
+    assert (served.ready, served.own, served.base_name, served.base) == ((own.id,), own.id, "base", str(plan.root / "base"))
+    assert own.about["lineage"]["fingerprint"] == plan.artifact("sft").manifest["fingerprint"]
     assert process(SCENE, plan).wait(150) == 0
     said = (plan.root / "said").read_text()
     assert "cannot be served" in said and "'nobody' does not exist" in said
     made = plan.artifact("serve")
     reply = json.loads((made.path / "reply.json").read_text())
-    assert (reply["model"], reply["prompt"], reply["path"]) == ("tiny", "畫 sea", "/v1/chat/completions")
+    assert (reply["model"], reply["prompt"], reply["path"]) == (own.id, "畫 sea", "/v1/chat/completions")
     assert 0 < reply["first_token_s"] < 10 and made.counts["start_s"] > 0
     assert made.counts["reply"] == reply["reply"] != ""
 
@@ -58,4 +59,5 @@ def test_a_port_in_use_leaves_nothing_half_written(tiny, finished):
 
 def test_a_model_trained_whole_is_served_under_the_recipes_name(spec, finished):
     served = spec_of(finished(spec.base, "lora = false"), port=9)
-    assert (served.base_name, served.ready, served.store, served.port) == ("tiny", (), None, 9) and served.base == served.tokenizer
+    assert (served.base_name, served.own, served.ready, served.store) == ("tiny", "tiny", (), None) and served.port == 9
+    assert served.base == served.tokenizer

@@ -15,6 +15,7 @@ from graft.core.store import AdapterStore
 from graft.evaluate import stage
 from graft.serve.api import build
 from graft.serve.app import spec_of
+from graft.serve.probe import other_than
 from graft.serve.runner import Runner
 
 from ..train.small import small_plan, train
@@ -30,9 +31,14 @@ def plan(tmp_path_factory):
     return plan
 
 
-def test_the_evaluation_through_the_server_equals_the_offline_one(plan, capsys):
+def test_the_evaluation_through_the_server_equals_the_offline_one(plan, tmp_path, capsys):
+    """By its version: the recipe's name is left to another one here, which the gate refuses."""
+    store = AdapterStore(plan.served)
+    own = store.get("small")
+    shutil.copytree(own.folder, tmp_path / "other", ignore=shutil.ignore_patterns("parity.json"))
+    store.add("small", tmp_path / "other", {})
     spec = spec_of(plan)
-    assert spec.ready == ("small",) and spec.store == str(plan.served)
+    assert spec.ready == (own.id,) == (spec.own,) and spec.store == str(plan.served)
     words = ["evaluate", str(plan.path), "--workspace", str(plan.root), *(w for o in plan.overrides for w in ("--set", o)), "--server"]
     with Listening(build(Runner(spec))) as url:
         assert main([*words, url]) == 0
@@ -41,6 +47,7 @@ def test_the_evaluation_through_the_server_equals_the_offline_one(plan, capsys):
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert len({line["answer"] for line in lines}) > 1 and all(line["answer"] for line in lines)
     assert main([*words, url]) == 2 and "did not answer" in capsys.readouterr().err
+    store.alias("small", own.id)
 
 
 def test_a_prediction_from_the_command_line_is_the_evaluations(plan, capsys):
@@ -63,11 +70,14 @@ def test_lineage_and_evaluation_stand_beside_the_model(plan):
 
 def test_what_a_name_stands_for_outlives_a_restart_and_an_evaluation(plan, tmp_path):
     store, trained = AdapterStore(Path(plan.served)), AdapterStore(Path(plan.served)).get("small")
+    assert other_than(spec_of(plan), "small") == []
     shutil.copytree(trained.folder, tmp_path / "other")
     (tmp_path / "other/probes.json").write_text("[]")
     other = store.add("small", tmp_path / "other", {})
-    assert store.publish("small", plan.artifact("sft")) == trained and spec_of(plan).ready == ("small",)
+    assert store.publish("small", plan.artifact("sft")) == trained and spec_of(plan).ready == (trained.id,)
     assert store.get("small").id == other.id != trained.id, "whoever set it back would find it moved"
+    line = f'small answers as {other.id}, not as this recipe\'s {trained.id}: POST /admin/alias {{"alias": "small", "model": "{trained.id}"}}'
+    assert other_than(spec_of(plan), "small") == [f"{line} changes that"]
     (store.root / "small/alias").unlink()  # published, and cut short
     spec_of(plan)
     assert store.get("small") == trained

@@ -35,6 +35,7 @@ from graft.core.sections import (
 M = TypeVar("M", bound=BaseModel)
 
 
+BASE_NAME = "base"  # of the untrained model, where adapters are served beside it
 HELD_OUT = "test"  # the task of the rows of images that prepare held out
 
 
@@ -226,6 +227,8 @@ class Recipe(Section):
                 raise ValueError(f"{section}.corpora names {missing[0]!r}, but [corpora] has {sorted(self.corpora)}")
             if missing := [c for c in train.weights if c not in (*train.corpora, *(["rows"] if section == "sft" else []))]:
                 raise ValueError(f"{section}.weights names {missing[0]!r}, which {section}.corpora does not")
+        if self.sft.lora and self.name == BASE_NAME:
+            raise ValueError(f"name = {self.name!r} is what servers call the untrained model: choose another")
         if self.sft.lora and self.sft.lora.r > self.serve.max_rank:
             raise ValueError(
                 f"sft.lora.r = {self.sft.lora.r} and serve.max_rank = {self.serve.max_rank}: what is trained could not be served; raise it"

@@ -10,6 +10,7 @@ from graft.core.calls import parse_answer
 from graft.core.errors import ConfigError, ServeError
 from graft.core.rows import read_jsonl
 from graft.core.stages import Plan
+from graft.core.store import AdapterStore
 from graft.evaluate.classify import score
 
 AT_ONCE = 16  # requests
@@ -23,7 +24,10 @@ def compare(plan: Plan, url: str) -> tuple[list[str], bool]:
     made = plan.artifact("evaluate")
     offline = list(read_jsonl(made.path / "predictions.jsonl"))
     rows = list(read_jsonl(plan.artifact("prepare").path / "rows" / "test.jsonl"))
-    found = asyncio.run(answers(url, recipe.name, [row["messages"][:-1] for row in rows], recipe.evaluate.max_new_tokens))
+    own = (
+        AdapterStore(plan.served).publish(recipe.name, plan.artifact("sft")).id if plan.trained()[2] else recipe.name
+    )  # the name may stand for another
+    found = asyncio.run(answers(url, own, [row["messages"][:-1] for row in rows], recipe.evaluate.max_new_tokens))
     predicted: list[str] = [parse_answer(text, recipe.task.function, recipe.task.argument).kind for text in found]
     served = score([row["label"] for row in rows], predicted)
     before = score([p["label"] for p in offline], [p["predicted"] for p in offline])

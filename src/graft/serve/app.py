@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.core.errors import ServeError
+from graft.core.recipe import BASE_NAME
 from graft.core.stages import Plan
 from graft.core.store import AdapterStore
 from graft.serve.guard import Keys
@@ -55,11 +56,11 @@ STREAMS_BESIDE = 64  # requests that need no engine (health, models, the page), 
 
 def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
     """What a recipe serves: the model below its adapter as "base", and every adapter of the workspace's store that belongs to that, its own
-    first; a fully trained model alone. Its own is published if it is not there yet."""
+    first; a fully trained model alone. Its own is published if it is not there yet, and asked for by its version: the name
+    may stand for another one."""
     recipe, (base, revision, adapters), sft = plan.recipe, plan.trained(), plan.artifact("sft")
     store = AdapterStore(plan.served)
-    if adapters:
-        store.publish(recipe.name, sft)
+    own = store.publish(recipe.name, sft).id if adapters else None
     return ServeSpec(
         base=base,
         revision=revision,
@@ -67,8 +68,8 @@ def spec_of(plan: Plan, port: int | None = None) -> ServeSpec:
         identity=plan.base_identity() if adapters else sft.digest,
         tokenizer=str(sft.path),
         store=str(plan.served) if adapters else None,
-        ready=(recipe.name,) if adapters else (),
-        base_name="base" if adapters else recipe.name,
+        ready=(own,) if own else (),
+        base_name=BASE_NAME if adapters else recipe.name,
         port=port or recipe.serve.port,
         image_pixels=recipe.shard.image_pixels,
         **{key: getattr(recipe.serve, key) for key in SHARED},

@@ -16,17 +16,18 @@ from typing import Any
 
 from graft.core.errors import ServeError
 from graft.core.stages import Job, Plan
-from graft.core.store import IMAGE
+from graft.core.store import IMAGE, AdapterStore
 from graft.model.pixels import Unusable, shown
 from graft.serve.app import Server, own_key, spec_of, start
 from graft.serve.images import MAX_BYTES, MAX_PIXELS
+from graft.serve.spec import ServeSpec
 
 
 def run(job: Job) -> None:
     """Write reply.json: {model, prompt, image, reply, path, seconds, first_token_s}. About 20 s on two cores."""
-    recipe, image = job.recipe, published_image(job.plan.artifact("sft").path)
-    with job.writing() as draft, start(spec_of(job.plan)) as server:
-        reply = ask(server.url, recipe.name, recipe.serve.prompt, recipe.evaluate.max_new_tokens, recipe.serve.system, image)
+    recipe, image, spec = job.recipe, published_image(job.plan.artifact("sft").path), spec_of(job.plan)
+    with job.writing() as draft, start(spec) as server:
+        reply = ask(server.url, spec.own, recipe.serve.prompt, recipe.evaluate.max_new_tokens, recipe.serve.system, image)
         (draft.path / "reply.json").write_text(json.dumps(reply, ensure_ascii=False, indent=1), encoding="utf-8")
         draft.counts |= {
             "model": reply["model"],
@@ -83,18 +84,27 @@ def ask(url: str, model: str, prompt: str, max_tokens: int, system: str | None =
 
 def serve_forever(plan: Plan, port: int | None = None) -> None:
     """Serve a finished recipe, say where, and stop on SIGINT or SIGTERM."""
-    with start(spec_of(plan, port)) as server:
+    spec = spec_of(plan, port)
+    with start(spec) as server:
         ended = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # for good: a second Ctrl-C must not cut the stopping short
             signal.signal(number, lambda *_: ended.set())
-        print(where(server, plan.recipe.name), flush=True)
+        print("\n".join([*where(server, plan.recipe.name), *other_than(spec, plan.recipe.name), "Ctrl-C stops it"]), flush=True)
         ended.wait()
         print("stopping", flush=True)
 
 
-def where(server: Server, model: str) -> str:
+def where(server: Server, model: str) -> list[str]:
     """What a user needs to know of a running server, a line each."""
     lines = [f"API        {server.url}/v1  (model {model!r})", f"chat page  {server.url}/"]
     if server.dashboard_url:
         lines.append(f"dashboard  {server.dashboard_url}  (asks for the token in ~/.ray/auth_token)")
-    return "\n".join([*lines, "Ctrl-C stops it"])
+    return lines
+
+
+def other_than(spec: ServeSpec, name: str) -> list[str]:
+    """A line where the recipe's name does not answer as what the recipe made: it stays where it was put, by a person or by a later run."""
+    if spec.store is None or (stands := AdapterStore(Path(spec.store)).names().get(name)) == spec.own:
+        return []
+    given = json.dumps({"alias": name, "model": spec.own})
+    return [f"{name} answers as {stands}, not as this recipe's {spec.own}: POST /admin/alias {given} changes that"]
