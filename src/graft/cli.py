@@ -159,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="print one JSON object a line")
     serve = with_recipe(verb("serve", _serve, "serve the recipe's base and adapter, OpenAI-compatible, until Ctrl-C"))
     serve.add_argument("--port", type=int)
+    serve.add_argument(
+        "--override", metavar="WHY", help="have the recipe's adapter answer although it is refused; WHY stands beside it in /v1/models"
+    )
     report = with_recipe(
         verb("report", _report, "write one HTML page of the run: lineage, data, curves, cost, evaluation, best and worst predictions")
     )
@@ -390,7 +393,7 @@ def _predict_texts(args: argparse.Namespace, kept: Path) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from graft.serve.probe import serve_forever
 
-    serve_forever(_plan(args, "recorded"), args.port)
+    serve_forever(_plan(args, "recorded"), args.port, args.override)
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from graft.core import store as stored
-from graft.core.errors import ArtifactError, GraftError
+from graft.core.errors import ArtifactError, GraftError, Unreadable
 from graft.core.store import AdapterStore, UnknownAdapter
 
 
@@ -47,6 +47,25 @@ def test_notes_change_and_versions_do_not(store, tmp_path):
     assert store.note("chat", evaluation={"f1": 0.9}).notes == {"evaluation": {"f1": 0.9}}
     assert store.note(one.id, evaluation=None, withdrawn=True).notes == {"withdrawn": True}
     assert store.verified("chat").about == one.about
+
+
+def test_what_cannot_be_read_is_one_line_and_hides_nothing_else(store, tmp_path):
+    one, two = store.add("chat", make(tmp_path / "one"), {}), store.add("bad", make(tmp_path / "two", 2.0), {})
+    (store.root / "bad/alias").write_bytes(b"\xff\xfe")
+    assert store.names() == {"chat": one.id}
+    with pytest.raises(ArtifactError, match="bad/alias names no version"):
+        store.get("bad")
+    for file in (two.folder / "version.json", two.folder.with_suffix(".json")):
+        file.unlink(missing_ok=True)
+        file.write_text("[]")
+        with pytest.raises(ArtifactError, match=f"{file.name} cannot be read"):
+            store.get(two.id)
+        file.unlink()
+        file.write_text("{}")
+    (two.folder / "version.json").unlink()
+    (two.folder / "version.json").mkdir()  # an OSError of whoever reads it
+    with pytest.raises(Unreadable, match=r"the store cannot be read now: .*version\.json"):
+        store.verified(two.id)
 
 
 def test_modes_are_right_whatever_the_umask(store, tmp_path):

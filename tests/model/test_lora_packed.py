@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from graft.core.errors import ArtifactError, ConfigError
+from graft.core.errors import ArtifactError, ConfigError, Unreadable
 from graft.core.recipe import EmbeddedBase, Lora, Train
 from graft.core.shards import Bin
 from graft.model import lora
@@ -126,5 +126,14 @@ def test_damaged_adapters_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="no readable adapter"):
         read_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff")
+    with pytest.raises(ArtifactError, match="no readable adapter") as e:
+        read_adapter(tmp_path)
+    assert not isinstance(e.value, Unreadable)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "adapter_config.json").mkdir()  # an OSError of whoever reads it
+    for folder in (tmp_path, tmp_path / "unmounted"):
+        with pytest.raises(Unreadable, match="no readable adapter"):
+            read_adapter(folder)
     with pytest.raises(ConfigError, match="'nope'"):
         inject(llama(), Lora(targets=("q_proj", "nope")), torch.float32, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from graft.core import store as stored
 from graft.core.store import AdapterStore
 from graft.serve.api import build
+from graft.serve.probe import overridden
 from graft.serve.runner import Runner
 
 ASK = {"messages": [{"role": "user", "content": "sea"}], "max_tokens": 12, "temperature": 0}
@@ -21,16 +24,17 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def serve(spec, tmp_path):
-    """serve(adapters, **settings) -> (client, store), of a server of its own."""
+    """serve(adapters, its first state, **settings) -> (client, store), of a server of its own."""
     running = []
 
-    def start(adapters, **settings):
+    def start(adapters, state="ready", **settings):
         store = AdapterStore(tmp_path / "store")
         for folder in adapters:
             store.add(folder.name, folder, {})
-        client = TestClient(build(Runner(dataclasses.replace(spec, store=str(store.root), ready=(), **settings))), base_url="http://localhost")
+        own = {"store": str(store.root), "ready": (), **settings}
+        client = TestClient(build(Runner(dataclasses.replace(spec, **own))), base_url="http://localhost")
         running.append(client.__enter__())
-        until(lambda: client.get("/ready").json()["status"] == "ready")
+        assert until(lambda: (found := client.get("/ready").json()["status"]) != "loading" and found) == state
         return client, store
 
     yield start
@@ -126,6 +130,97 @@ def test_unload_takes_an_adapter_off_every_server_and_load_brings_it_back(serve,
     assert said(client, name) == before
     until(lambda: name in [m["id"] for m in other.get("/v1/models").json()["data"]])
     assert said(other, name) == before
+
+
+def test_a_restart_does_without_what_was_withdrawn(serve, eight):
+    client, store = serve(eight[:2])
+    name, own = eight[0].name, store.get(eight[0].name).id
+    assert client.post("/admin/unload", json={"model": name}).status_code == 200
+    again, _ = serve([], ready=(name, own, eight[1].name))
+    assert again.post(CHAT, json={**ASK, "model": own}).status_code == 404 and said(again, eight[1].name)
+    assert again.post("/admin/load", json={"model": name}).status_code == 200 and said(again, own)
+
+
+@pytest.fixture
+def foreign(eight, tmp_path):
+    """A folder of an adapter that the gate refuses."""
+    return shutil.copytree(eight[0], tmp_path / "foreign", ignore=shutil.ignore_patterns("parity.json"))
+
+
+def test_a_server_whose_own_adapter_is_refused_waits_for_an_override(serve, spec, eight, foreign):
+    client, store = serve([foreign], "failed", ready=("foreign",))
+    assert "no parity.json" in (told := client.get("/ready").json()["error"]) and "`graft serve RECIPE --override WHY`" in told
+    store.add("fresh", eight[1], {})
+    until(lambda: states(client).get("fresh") == "ready")
+    overridden(dataclasses.replace(spec, store=str(store.root), ready=(store.get("foreign").id,)), "checked by hand")
+    assert until(lambda: (found := client.get("/ready").json())["status"] == "ready" and found)["error"] is None
+    assert said(client, "foreign") and client.get("/v1/models/foreign").json()["override"] == "checked by hand"
+
+
+def test_every_server_follows_an_override(serve, foreign):
+    (client, store), (other, _) = serve([foreign]), serve([])
+    for server in (client, other):
+        assert server.post(CHAT, json={**ASK, "model": "foreign"}).status_code == 409
+    assert client.post("/admin/load", json={"model": "foreign", "override": "checked by hand"}).status_code == 200
+    until(lambda: states(other)["foreign"] == "ready")
+    assert said(other, "foreign") == said(client, "foreign") and not other.get("/v1/models/foreign").json()["verified"]
+    store.note("foreign", override=None)
+    for server in (client, other):
+        until(lambda server=server: server.post(CHAT, json={**ASK, "model": "foreign"}).status_code == 409)
+
+
+def test_canaries_that_the_engine_cannot_hold_refuse_their_adapter_alone(serve, eight):
+    client, store = serve(eight[:1], kv_tokens=24)
+    until(lambda: states(client)[eight[0].name] == "refused")
+    reply = client.post(CHAT, json={**ASK, "model": eight[0].name, "max_tokens": 1})
+    assert reply.status_code == 409 and "canaries cannot be asked here (DataError: " in reply.json()["error"]["message"]
+    store.add("fresh", eight[1], {})
+    until(lambda: states(client).get("fresh") == "refused")  # so the store is followed still
+    assert client.post("/admin/load", json={"model": "fresh", "override": "why not"}).json()["state"] == "ready"
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_no_refusal(serve, eight, monkeypatch):
+    client, store = serve([])
+    hashed, stale = stored.sha256_file, True
+
+    def on_nfs(file):
+        if stale and file.parent.parent.name == "late":
+            raise OSError(errno.ESTALE, "Stale file handle", str(file))
+        return hashed(file)
+
+    monkeypatch.setattr(stored, "sha256_file", on_nfs)
+    store.add(eight[0].name, eight[0], {})
+    shutil.copytree(store.root / eight[0].name, store.root / "late")
+    store.alias("late", f"late@{store.get(eight[0].name).version}")
+    until(lambda: "late" in client.get("/admin/adapters").json()["aliases"])
+    reply = client.post(CHAT, json={**ASK, "model": "late"})
+    assert reply.status_code == 503 and "Stale file handle" in reply.json()["error"]["message"]
+    until(lambda: states(client)[eight[0].name] == "ready")
+    assert states(client)["late"] == "cold"
+    stale = False
+    until(lambda: states(client)["late"] == "ready")
+
+
+def test_one_bad_file_of_the_store_hides_no_other(serve, eight):
+    client, store = serve(eight[:1])
+    (store.root / "zzz").mkdir()
+    (store.root / "zzz/alias").write_bytes(b"\xff\xfe")
+    store.note(eight[0].name, evaluation={})
+    store.get(eight[0].name).folder.with_suffix(".json").write_text("[]")
+    store.add("late", eight[1], {})
+    until(lambda: states(client).get("late") == "ready")
+    assert client.post("/admin/load", json={"model": "zzz"}).status_code == 409
+
+
+def test_a_store_that_cannot_be_written_says_so(serve, eight):
+    client, store = serve(eight[:1])
+    version = store.get(eight[0].name)
+    version.folder.with_suffix(".json").mkdir()  # where its notes would go
+    (store.root / "prod/alias").mkdir(parents=True)
+    for route, asked in (("unload", {}), ("load", {"override": "why not"}), ("alias", {"alias": "prod"})):
+        reply = client.post(f"/admin/{route}", json={"model": version.id, **asked})
+        assert reply.status_code == 503 and reply.json()["error"]["message"].startswith("the store cannot be written: "), reply.text
+    assert said(client, eight[0].name)
 
 
 def test_a_model_trained_whole_takes_no_adapters(spec):

@@ -110,6 +110,8 @@ SKEWS = {
     ),
     "no record": (lambda f: (f / "parity.json").unlink(), "has no parity.json that can be read"),
     "no canaries": (lambda f: parity(f, canaries=[]), "has no canaries"),
+    "canaries that are none": (lambda f: parity(f, canaries=[{"ids": [1]}]), r"its canaries cannot be asked here \(KeyError: 'at'\)"),
+    "probes that are none": (lambda f: probes(f, lambda p: p[0].pop("ids")), r"is not as training writes it \(KeyError: 'ids'\)"),
     "NaN": (lambda f: tensors(f, lambda t: {k: v * float("nan") for k, v in t.items()}), "not applied as it was trained|as if it were not applied"),
 }
 

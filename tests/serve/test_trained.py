@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -11,11 +12,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from graft.cli import main
+from graft.core.errors import ConfigError
 from graft.core.store import AdapterStore
 from graft.evaluate import stage
 from graft.serve.api import build
 from graft.serve.app import spec_of
-from graft.serve.probe import other_than
+from graft.serve.probe import other_than, overridden
 from graft.serve.runner import Runner
 
 from ..train.small import small_plan, train
@@ -56,6 +58,13 @@ def test_a_prediction_from_the_command_line_is_the_evaluations(plan, capsys):
     assert main([*words, *(line["user"] for line in lines)]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(s["reply"], s["parsed"]["kind"]) for s in said] == [(line["answer"], line["predicted"]) for line in lines]
+
+
+def test_an_override_says_why(plan, capsys):
+    words = ["serve", str(plan.path), "--workspace", str(plan.root), *(w for o in plan.overrides for w in ("--set", o)), "--override"]
+    assert main([*words, " "]) == 2 and "give a reason" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="here is none"):
+        overridden(dataclasses.replace(spec_of(plan), store=None), "why")
 
 
 def test_lineage_and_evaluation_stand_beside_the_model(plan):

@@ -22,6 +22,10 @@ class ArtifactError(GraftError, RuntimeError):
     """An artifact is missing, incomplete or altered."""
 
 
+class Unreadable(ArtifactError):
+    """What the file system does not give now, which says nothing of what it holds: worth another look."""
+
+
 class CredentialError(GraftError, PermissionError):
     """A key that only the environment may hold is absent or refused."""
 

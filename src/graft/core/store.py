@@ -15,15 +15,18 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graft.core.artifact import Artifact, digest_of, fsync_dir, fsync_tree, sha256_file, write_text_atomic
-from graft.core.errors import ArtifactError, ConfigError
+from graft.core.errors import ArtifactError, ConfigError, Unreadable
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[0-9a-f]{12}")
+ID = re.compile(f"{NAME.pattern}@{VERSION.pattern}")
 WEIGHTS = "adapter_model.safetensors"
 IMAGE = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp)")  # named by its SHA-256
 FILES = re.compile(
@@ -52,6 +55,15 @@ class Version:
     @property
     def id(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """An OSError, such as a stale handle of NFS, as Unreadable."""
+    try:
+        yield
+    except OSError as e:
+        raise Unreadable(f"the store cannot be read now: {e}") from None
 
 
 class AdapterStore:
@@ -127,17 +139,19 @@ class AdapterStore:
         return self.get(found.id)
 
     # ---- reading --------------------------------------------------------------------------------------------------------
+    @_reading()
     def get(self, model: str) -> Version:
-        """What `name` stands for, or the version `name@version`; UnknownAdapter where there is none. Hashes nothing."""
+        """What `name` stands for, or the version `name@version`; UnknownAdapter where there is none, ArtifactError where it is damaged, Unreadable
+        where it cannot be looked at. Hashes nothing."""
         name, at, version = model.partition("@")
         _require(NAME, name, "name")
         home = self._plain(self.root / name)
         if not at:
             try:
-                target = (home / ALIAS).read_text(encoding="utf-8").strip()
-            except OSError:
+                target = (home / ALIAS).read_text(encoding="utf-8", errors="replace").strip()
+            except (FileNotFoundError, NotADirectoryError):
                 raise UnknownAdapter(f"the store {self.root} has no adapter {name!r}") from None
-            if "@" not in target:
+            if not ID.fullmatch(target):
                 raise ArtifactError(f"{home / ALIAS} names no version: {target[:40]!r}")
             return self.get(target)
         _require(VERSION, version, "version")
@@ -146,29 +160,35 @@ class AdapterStore:
             about = json.loads((folder / LIST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UnknownAdapter(f"the store {self.root} has no adapter {model!r}") from None
-        except (OSError, ValueError) as e:
-            raise ArtifactError(f"{folder / LIST} cannot be read ({e})") from None
-        notes = folder.with_name(f"{version}.json")
-        try:
-            return Version(name, version, folder, about, json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {})
         except ValueError as e:
-            raise ArtifactError(f"{notes} cannot be read ({e})") from None
+            raise ArtifactError(f"{folder / LIST} cannot be read ({e})") from None
+        file = folder.with_name(f"{version}.json")
+        try:
+            notes = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as e:
+            raise ArtifactError(f"{file} cannot be read ({e})") from None
+        for path, tree in ((folder / LIST, about), (file, notes)):
+            if not isinstance(tree, dict):
+                raise ArtifactError(f"{path} cannot be read (it holds no object)")
+        return Version(name, version, folder, about, notes)
 
     def names(self) -> dict[str, str]:
-        """{name: the version it stands for, as name@version}; what is no plain name is left out."""
+        """{name: the version it stands for, as name@version}; what is no plain name, or stands for none that can be read, is left out."""
         found = {}
         for alias in sorted(self.root.glob(f"*/{ALIAS}")):
-            if NAME.fullmatch(alias.parent.name) and not alias.is_symlink() and not alias.parent.is_symlink():
-                found[alias.parent.name] = alias.read_text(encoding="utf-8").strip()
-        return found
+            with suppress(FileNotFoundError, IsADirectoryError, PermissionError):  # not what passes: a name would be gone until the next look
+                if NAME.fullmatch(alias.parent.name) and not alias.is_symlink() and not alias.parent.is_symlink():
+                    found[alias.parent.name] = alias.read_text(encoding="utf-8", errors="replace").strip()
+        return {name: target for name, target in found.items() if ID.fullmatch(target)}
 
     def versions(self) -> list[str]:
         """All as name@version, the oldest first."""
         found = [f for f in self.root.glob(f"*/*/{LIST}") if NAME.fullmatch(f.parts[-3]) and VERSION.fullmatch(f.parts[-2])]
         return [f"{f.parts[-3]}@{f.parts[-2]}" for f in sorted(found, key=lambda f: f.stat().st_mtime_ns)]
 
+    @_reading()
     def verified(self, model: str) -> Version:
-        """get(), and every file is as it was published; ArtifactError names the first that is not. 1 s a GB."""
+        """get(), and every file is as it was published; ArtifactError names the first that is not, Unreadable one that cannot be looked at. 1 s a GB."""
         found = self.get(model)
         listed = found.about.get("files", {})
         if digest_of(listed)[:12] != found.version:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graft.core.errors import ArtifactError, ConfigError
+from graft.core.errors import ArtifactError, ConfigError, Unreadable
 from graft.core.recipe import Lora
 
 PREFIX = "base_model.model."
@@ -199,12 +199,13 @@ def save_adapter(model: nn.Module, lora: Lora, folder: Path, base: str) -> int:
 
 
 def read_adapter(folder: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
-    """(config, {module name: (A [r, in], B [out, r])}) of a saved adapter; ArtifactError where it is none."""
+    """(config, {module name: (A [r, in], B [out, r])}) of a saved adapter; ArtifactError where it is none, Unreadable where it cannot be read."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = read_tensors(folder / WEIGHTS, torch.device(device))
-    except (FileNotFoundError, json.JSONDecodeError, SafetensorError) as e:
-        raise ArtifactError(f"{folder} holds no readable adapter ({e}): expected {CONFIG} and {WEIGHTS}") from None
+    except (OSError, ValueError, SafetensorError) as e:
+        there = not isinstance(e, OSError) or (isinstance(e, FileNotFoundError) and folder.is_dir())  # else another look may find it
+        raise (ArtifactError if there else Unreadable)(f"{folder} holds no readable adapter ({e}): expected {CONFIG} and {WEIGHTS}") from None
     if config.get("peft_type") != "LORA" or any(config.get(k) for k in NOT_PLAIN) or config.get("bias", "none") != "none":
         raise ArtifactError(f"{folder} is no plain LoRA adapter: {CONFIG} may set none of {', '.join(NOT_PLAIN)} and no bias")
     names = sorted({k.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for k in tensors})

@@ -10,7 +10,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from graft.core.errors import GraftError, ServeError
+from graft.core.errors import GraftError, ServeError, Unreadable
 from graft.core.store import AdapterStore, UnknownAdapter
 from graft.serve.catalog import Catalog, UnknownModel
 from graft.serve.gate import Refused
@@ -26,13 +26,17 @@ def routes(catalog: Catalog) -> list[Route]:
         return catalog.store
 
     async def changed(act: Any, *given: Any, **named: Any) -> Any:
-        """A change of the store; ApiError where it is refused."""
+        """A change of the store, or a look into it; a ServeError where it is refused, or the store cannot be reached."""
         try:
             found = await asyncio.to_thread(act, *given, **named)
         except UnknownAdapter as e:
             raise UnknownModel(str(e)) from None
         except ServeError:
             raise
+        except Unreadable as e:
+            raise ServeError(str(e)) from None
+        except OSError as e:  # as where the server's user may only read it
+            raise ServeError(f"the store cannot be written: {e}") from None
         except GraftError as e:
             raise Refused(str(e)) from None
         await catalog.refresh()

@@ -28,7 +28,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from graft.core.errors import ArtifactError, ConfigError, DataError, ServeError
+from graft.core.errors import ArtifactError, ConfigError, DataError, ServeError, Unreadable
 from graft.engine.prompt import prompt
 from graft.engine.protocol import Request
 from graft.model.chat import IMAGE
@@ -65,7 +65,7 @@ def build(runner: Runner, keys: Keys | None = None) -> ASGIApp:
 
     async def ready(http: HTTPRequest) -> Response:
         error = catalog.error or runner.error
-        state = "failed" if catalog.error else runner.state if runner.state != "ready" else "ready" if catalog.started else "loading"
+        state = "failed" if catalog.failed else runner.state if runner.state != "ready" else "ready" if catalog.started else "loading"
         return JSONResponse({"status": state, "error": error}, 200 if state == "ready" else 503)
 
     async def told(http: HTTPRequest) -> Response:
@@ -197,7 +197,7 @@ class Service:
             raise ApiError(400, str(e), "messages", "invalid_value") from None
         except ArtifactError as e:  # it was whole when the gate saw it
             _drop(tickets)
-            raise Refused(str(e)) from None
+            raise (ServeError if isinstance(e, Unreadable) else Refused)(str(e)) from None
         except BaseException:
             _drop(tickets)
             raise

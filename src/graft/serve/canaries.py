@@ -35,7 +35,7 @@ def fault(version: Version, parity: dict[str, Any], processor: ImageProcessor | 
             return f"lacks the image {image['file']} of its canaries"
         try:
             grid = processor.grid(*shown((version.folder / image["file"]).read_bytes()).size)
-        except (OSError, Unusable) as e:
+        except Unusable as e:
             return f"has an image that cannot be shown, {image['file']}: {e}"
         if list(grid) != image["grid"]:
             return f"was trained on {image['file']} as {image['grid']} patches, here it becomes {list(grid)}"

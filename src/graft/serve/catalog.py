@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from graft.core.errors import ArtifactError, GraftError, ServeError
+from graft.core.errors import GraftError, ServeError, Unreadable
 from graft.core.store import AdapterStore, Version
 from graft.engine.protocol import SlotsBusy
 from graft.model.chat import end_of_turn_ids
@@ -27,6 +27,12 @@ from graft.serve.runner import Runner
 
 T = TypeVar("T")
 SLOT_WAIT_S = 10.0  # for an adapter that is not in memory, until another one is idle
+MALFORMED = (
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)  # what an adapter's JSON may raise; DataError too, of a canary longer than the engine holds
 POLL_S = 1.0  # how soon what was published elsewhere is seen
 
 
@@ -36,7 +42,7 @@ class UnknownModel(ServeError):
 
 @dataclass
 class Entry:
-    """One version, with why it is refused, or what was found of it."""
+    """One version under one override or none, with why it is refused, or what was found of it."""
 
     version: Version
     refused: str | None = None
@@ -56,7 +62,8 @@ class Model:
 
 
 class Catalog:
-    """Lives on the event loop. run() is its task; until it has loaded what the server must have, `started` is false, and `error` may say why."""
+    """Lives on the event loop. run() is its task; until it has loaded what the server must have, `started` is false, `error` may say why, and `failed`
+    whether that stays so until somebody acts."""
 
     error: str | None
 
@@ -65,7 +72,8 @@ class Catalog:
         self.store = AdapterStore(Path(self.spec.store)) if self.spec.store else None
         self.names: dict[str, str] = {}  # name -> version's id, of this base alone
         self.entries: dict[str, Entry] = {}
-        self.started, self.error = False, None
+        self.withdrawn: frozenset[str] = frozenset()  # names and ids
+        self.started, self.failed, self.error = False, False, None
         self._locks: dict[str, asyncio.Lock] = {}
         self._base: Model | None = None
 
@@ -79,16 +87,15 @@ class Catalog:
         except OSError:  # it changes underfoot, or is gone: what is known stays until the next look
             return
         for version in versions:
-            if version.id in self.entries:
-                self.entries[version.id].version = version
-            else:
+            known = self.entries.get(version.id)
+            if known and known.version.notes.get("override") == version.notes.get("override"):
+                known.version = version
+            else:  # a verdict under another override says nothing, nor does one that is on its way
                 other = _base_of(version) not in (None, self.spec.identity)
                 self.entries[version.id] = Entry(version, "it was trained on another base" if other else None)
-        self.names = {
-            name: i
-            for name, i in named.items()
-            if i in self.entries and name != self.spec.base_name and not self.entries[i].version.notes.get("withdrawn")
-        }
+        gone = {i for i, entry in self.entries.items() if entry.version.notes.get("withdrawn")}
+        self.withdrawn = frozenset(gone | {name for name, i in named.items() if i in gone})
+        self.names = {name: i for name, i in named.items() if i in self.entries and i not in gone and name != self.spec.base_name}
 
     @staticmethod
     def _read(store: AdapterStore) -> tuple[dict[str, str], list[Version]]:
@@ -115,7 +122,7 @@ class Catalog:
             return self._base_model()
         entry = self.entry(model)
         if entry.refused or entry.verdict is None:
-            await self.load(entry.version.id)
+            entry = await self.load(entry.version.id)
         candidate = entry.candidate
         assert candidate
         return Model(entry.version.id, entry.version.folder, candidate.tokenizer, candidate.ends)
@@ -134,6 +141,8 @@ class Catalog:
                 version = self.store.get(identity)
                 if not version.notes.get("withdrawn"):
                     self.entries[identity] = Entry(version)
+            except Unreadable as e:
+                raise ServeError(str(e)) from None
             except GraftError:
                 pass
         if identity not in self.entries or self.entries[identity].version.notes.get("withdrawn"):
@@ -141,9 +150,10 @@ class Catalog:
         return self.entries[identity]
 
     async def load(self, identity: str, again: bool = False) -> Entry:
-        """Have a version in memory. again: examined and judged anew, whatever was found before; Refused where it must not answer."""
-        entry = self.entries[identity]
+        """Have a version in memory. again: examined and judged anew, whatever was found before; Refused where it must not answer, another
+        ServeError where that cannot be seen now."""
         async with self._locks.setdefault(identity, asyncio.Lock()):
+            entry = self.entries[identity]
             if entry.refused and not again:
                 raise Refused(entry.refused)
             if entry.verdict and identity in self.runner.adapters and not again:
@@ -151,12 +161,18 @@ class Catalog:
             began = time.perf_counter()
             override = entry.version.notes.get("override")
             try:
-                candidate = entry.candidate if entry.candidate and not again else await self._examine(identity, override)
+                if again or entry.candidate is None:
+                    entry.candidate = await self._examine(identity, override)
+                candidate = entry.candidate
                 verdict = await self._into_the_engine(candidate, None if again else entry.verdict, bool(override), again)
-            except (Refused, ArtifactError) as e:  # not an engine that stops, or whose slots are all in use
+            except (OSError, Unreadable) as e:
+                raise ServeError(f"{identity}: {e}") from None
+            except GraftError as e:
+                if isinstance(e, ServeError) and not isinstance(e, Refused):
+                    raise  # an engine that stops, or whose slots are all in use
                 entry.refused = str(e)
                 raise Refused(str(e)) from None
-            entry.candidate, entry.verdict, entry.refused = candidate, verdict, None
+            entry.verdict, entry.refused = verdict, None
             entry.load_s = time.perf_counter() - began
             return entry
 
@@ -166,9 +182,12 @@ class Catalog:
         try:
             return await asyncio.to_thread(examined, self.store, identity, self.spec, self.runner.tokenizer, processor)
         except Refused as e:
-            if not override:
-                raise
-            return unexamined(self.store, identity, self.runner.tokenizer, str(e))
+            fault = str(e)
+        except MALFORMED as e:
+            fault = f"{identity}: its parity.json or probes.json is not as training writes it ({type(e).__name__}: {e})"
+        if not override:
+            raise Refused(fault)
+        return unexamined(self.store, identity, self.runner.tokenizer, fault)
 
     async def _into_the_engine(self, candidate: Candidate, known: Verdict | None, override: bool, again: bool) -> Verdict:
         """In memory, and judged canary by canary, so that others are answered meanwhile; Refused, or SlotsBusy where no slot is idle for long."""
@@ -182,10 +201,14 @@ class Catalog:
         if known:
             return known
         scores = []
-        for canary in candidate.parity.get("canaries", []) if not candidate.fault else []:
-            images = await asyncio.to_thread(seen, candidate.version, canary, self.runner.ready_engine().processor)
-            scores.append((await ask(partial(_score, canary, images, name)), await ask(partial(_score, canary, images, None))))
-        verdict = judged(candidate, self.spec.precision, scores)
+        try:
+            for canary in candidate.parity.get("canaries", []) if not candidate.fault else []:
+                images = await asyncio.to_thread(seen, candidate.version, canary, self.runner.ready_engine().processor)
+                asked = partial(_score, canary["ids"], min(canary["at"]), images)
+                scores.append((await ask(partial(asked, name)), await ask(partial(asked, None))))
+            verdict = judged(candidate, self.spec.precision, scores)
+        except MALFORMED as e:
+            verdict = Verdict(0.0, 0.0, 0.0, False, f"{name}: its canaries cannot be asked here ({type(e).__name__}: {e})")
         if not verdict.passed and not override:
             await self.unload(name)
             raise Refused(verdict.reason or "")
@@ -200,17 +223,24 @@ class Catalog:
         """Load what the server must have, then follow the store: a new version is loaded as it is published, while slots are free."""
         while self.runner.state == "loading":
             await asyncio.sleep(0.02)
-        try:
-            await self.refresh()
-            for name in self.spec.ready:
-                await self.ready(name)
-            self.started = True
-        except ServeError as e:
-            self.error = str(e)
-            return
+        await self.refresh()
         while True:
+            if not self.started:
+                await self.begin()
             await self.follow()
             await asyncio.sleep(POLL_S)
+
+    async def begin(self) -> None:
+        """Load what the server must have; what somebody has withdrawn it does without, as before it was started anew."""
+        try:
+            for name in self.spec.ready:
+                if name not in self.withdrawn:
+                    await self.ready(name)
+            self.started, self.failed, self.error = True, False, None
+        except Refused as e:
+            self.failed, self.error = True, f"{e} (`graft serve RECIPE --override WHY` has it answer all the same)"
+        except ServeError as e:
+            self.failed, self.error = isinstance(e, UnknownModel), str(e)
 
     async def follow(self) -> None:
         """Once: what is new in the store, and what was withdrawn."""
@@ -235,8 +265,8 @@ def _base_of(version: Version) -> str | None:
         return None  # the gate will say what is wrong with it
 
 
-def _score(canary: dict[str, Any], images: tuple[Seen, ...], adapter: str | None, engine: Any) -> list[float]:
-    found: list[float] = engine.score(canary["ids"], min(canary["at"]), adapter, images)
+def _score(ids: list[int], first: int, images: tuple[Seen, ...], adapter: str | None, engine: Any) -> list[float]:
+    found: list[float] = engine.score(ids, first, adapter, images)
     return found
 
 

@@ -14,7 +14,7 @@ from math import sqrt
 from typing import Any
 
 from graft.core.artifact import digest_of
-from graft.core.errors import GraftError, ServeError
+from graft.core.errors import GraftError, ServeError, Unreadable
 from graft.core.store import AdapterStore, Version
 from graft.model.chat import end_of_turn_ids, load_tokenizer, render, render_prompt, tokenizer_digest
 from graft.model.images import ImageProcessor
@@ -55,11 +55,14 @@ class Verdict:
 
 
 def examined(store: AdapterStore, model: str, spec: ServeSpec, base_tokenizer: Any, processor: ImageProcessor | None) -> Candidate:
-    """The version `model` of the store; Refused says what is not as it was in training. Reads every file of it. processor: the engine's."""
+    """The version `model` of the store; Refused says what is not as it was in training, Unreadable or OSError that this cannot be seen now. Reads
+    every file of it. processor: the engine's."""
     try:
         version = store.verified(model)
         parity = _read(version, "parity.json")
         tokenizer = load_tokenizer(str(version.folder))
+    except Unreadable:
+        raise
     except GraftError as e:
         raise Refused(str(e)) from None
     where = version.id
@@ -149,7 +152,7 @@ def _rms(values: list[float]) -> float:
 def _read(version: Version, name: str) -> Any:
     try:
         return json.loads((version.folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (FileNotFoundError, ValueError) as e:
         raise Refused(
             f"{version.id} has no {name} that can be read ({type(e).__name__}): train it with this graft, or load it with an override"
         ) from None

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from graft.core.errors import ServeError
+from graft.core.errors import ConfigError, ServeError
 from graft.core.stages import Job, Plan
 from graft.core.store import IMAGE, AdapterStore
 from graft.model.pixels import Unusable, shown
@@ -82,9 +82,11 @@ def ask(url: str, model: str, prompt: str, max_tokens: int, system: str | None =
     }
 
 
-def serve_forever(plan: Plan, port: int | None = None) -> None:
-    """Serve a finished recipe, say where, and stop on SIGINT or SIGTERM."""
+def serve_forever(plan: Plan, port: int | None = None, override: str | None = None) -> None:
+    """Serve a finished recipe, say where, and stop on SIGINT or SIGTERM. override: why its adapter may answer although the gate refuses it."""
     spec = spec_of(plan, port)
+    if override is not None:
+        overridden(spec, override)
     with start(spec) as server:
         ended = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # for good: a second Ctrl-C must not cut the stopping short
@@ -92,6 +94,13 @@ def serve_forever(plan: Plan, port: int | None = None) -> None:
         print("\n".join([*where(server, plan.recipe.name), *other_than(spec, plan.recipe.name), "Ctrl-C stops it"]), flush=True)
         ended.wait()
         print("stopping", flush=True)
+
+
+def overridden(spec: ServeSpec, why: str) -> None:
+    """Leave beside the recipe's own adapter what /admin/load leaves with an override; every server of the store follows it. ConfigError."""
+    if spec.store is None or not why.strip():
+        raise ConfigError("--override says why an adapter may answer although it is refused: " + ("give a reason" if spec.store else "here is none"))
+    AdapterStore(Path(spec.store)).note(spec.own, override=why, withdrawn=None)
 
 
 def where(server: Server, model: str) -> list[str]:
