@@ -1,10 +1,12 @@
 """The store takes adapters in whole, reads them as they were published or not at all, and lets no name out of its root."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_notes_change_and_versions_do_not(store, tmp_path):
     assert store.verified("chat").about == one.about
 
 
-def test_what_cannot_be_read_is_one_line_and_hides_nothing_else(store, tmp_path):
+def test_what_cannot_be_read_is_one_line_and_hides_nothing_else(store, tmp_path, monkeypatch):
     one, two = store.add("chat", make(tmp_path / "one"), {}), store.add("bad", make(tmp_path / "two", 2.0), {})
     (store.root / "bad/alias").write_bytes(b"\xff\xfe")
     assert store.names() == {"chat": one.id}
@@ -66,6 +68,14 @@ def test_what_cannot_be_read_is_one_line_and_hides_nothing_else(store, tmp_path)
     (two.folder / "version.json").mkdir()  # an OSError of whoever reads it
     with pytest.raises(Unreadable, match=r"the store cannot be read now: .*version\.json"):
         store.verified(two.id)
+    monkeypatch.setattr(Path, "is_symlink", stale)
+    for look in (store.names, lambda: store.get(one.id)):
+        with pytest.raises(Unreadable, match="Stale file handle"):
+            look()
+
+
+def stale(path):
+    raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
 
 def test_modes_are_right_whatever_the_umask(store, tmp_path):

@@ -172,6 +172,7 @@ class AdapterStore:
                 raise ArtifactError(f"{path} cannot be read (it holds no object)")
         return Version(name, version, folder, about, notes)
 
+    @_reading()
     def names(self) -> dict[str, str]:
         """{name: the version it stands for, as name@version}; what is no plain name, or stands for none that can be read, is left out."""
         found = {}
@@ -181,6 +182,7 @@ class AdapterStore:
                     found[alias.parent.name] = alias.read_text(encoding="utf-8", errors="replace").strip()
         return {name: target for name, target in found.items() if ID.fullmatch(target)}
 
+    @_reading()
     def versions(self) -> list[str]:
         """All as name@version, the oldest first."""
         found = [f for f in self.root.glob(f"*/*/{LIST}") if NAME.fullmatch(f.parts[-3]) and VERSION.fullmatch(f.parts[-2])]

@@ -84,7 +84,7 @@ class Catalog:
             return
         try:
             named, versions = await asyncio.to_thread(self._read, self.store)
-        except OSError:  # it changes underfoot, or is gone: what is known stays until the next look
+        except Unreadable:  # it changes underfoot, or is gone: what is known stays until the next look
             return
         for version in versions:
             known = self.entries.get(version.id)
