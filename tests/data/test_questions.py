@@ -79,6 +79,14 @@ def test_questions_are_evaluation_sets_by_themselves(plan):
     assert plan().external_input("evaluation") != before
 
 
+@pytest.mark.parametrize("override", ["texts.text=body", "maths.layout=qa", "reading.mcq.article=question"])
+def test_how_a_task_is_read_decides_what_is_kept_out_of_training(plan, override):
+    as_it_is, otherwise = plan(), plan(f"evaluate.tasks.{override}")
+    assert otherwise.resolve("prepare").fingerprint != as_it_is.resolve("prepare").fingerprint
+    same = plan("evaluate.tasks.maths.rows=1", "evaluate.tasks.maths.max_new_tokens=9")
+    assert same.resolve("prepare").fingerprint == as_it_is.resolve("prepare").fingerprint, "how much is asked is no matter of the gate"
+
+
 @pytest.mark.parametrize(
     ("override", "error", "words"),
     [

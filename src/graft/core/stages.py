@@ -251,7 +251,8 @@ class Plan:
             } | {f"{c}.images": self.images_digest(f"corpora.{c}", s.images) for c, s in self.recipe.corpora.items() if s.images}
         if name == "evaluation":
             tasks = self.external_input("tasks").values()
-            return [*(self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets), *tasks]
+            read = {n: t.model_dump(mode="json", include={"layout", "text", "mcq"}) for n, t in self.recipe.evaluate.tasks.items()}
+            return [*(self._digest(self.beside(p), "decontaminate.sets") for p in self.recipe.decontaminate.sets), *tasks, read]
         if name == "template":
             return self._digest(self.beside(self.recipe.model.template_file or ""), "model.chat_template")
         if name == "tasks":
