@@ -63,6 +63,20 @@ def test_only_what_matters_changes_the_fingerprint(recipes):
     assert plan(recipes).resolve("augment").fingerprint != first
 
 
+def test_the_share_that_is_held_out_is_a_key_of_the_stage_that_holds_it_out(recipes):
+    def of(share):
+        p = Plan(recipes / "finetome-tiny.toml", (f"prepare.validation={share}",), recipes.parents[1] / "ws")
+        for stage in ("prepare", "init"):
+            if p.resolve(stage).artifact is None:
+                with p.resolve(stage).writing() as draft:  # of corpora alone: the same documents, however many are held out
+                    (draft.path / "corpora").mkdir()
+                    (draft.path / ("corpora/x" if stage == "prepare" else "tokenizer.json")).write_text("same")
+        return {stage: p.resolve(stage).fingerprint for stage in ("shard-base", "shard-sft")}
+
+    few, many = of(0.1), of(0.4)
+    assert few["shard-sft"] != many["shard-sft"] and few["shard-base"] == many["shard-base"]
+
+
 def test_an_edited_strategy_file_is_never_skipped_over(recipes):
     p = plan(recipes)
     before = p.external_input("deepspeed")

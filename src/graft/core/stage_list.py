@@ -73,7 +73,7 @@ def stages(recipe: Recipe) -> list[Stage]:
                 f"shard-{stage}",
                 "graft.data.shard",
                 2,
-                ("shard", "model.chat_template", f"{section}.corpora", f"{section}.weights", f"{section}.pack"),
+                ("shard", "model.chat_template", *_fields(section, "corpora weights pack"), *(("prepare.validation",) if stage == "sft" else ())),
                 {"prepare": reads, **{k: "tokenizer*" for k in tokenizer}},
                 model_input,
             )
