@@ -63,6 +63,15 @@ def test_questions_are_read_as_their_kind_needs_them(plan):
     assert counts["maths"]["refused"] == {"no final answer": 1, '"question" is empty': 1, "no JSON": 1} and counts["reading"]["rows"] == 2
 
 
+def test_a_set_of_questions_alone_is_an_evaluation_set(plan):
+    held_back = plan().path.parent / "held_back.jsonl"
+    held_back.write_text(json.dumps({key: value for key, value in READING.items() if key != "answer"}))
+    assert [own["layout"] for own in evaluation_sets(plan('decontaminate.sets=["held_back.jsonl"]'))] == ["mcq", "qa", "mcq", "messages", "text"]
+    held_back.write_text('{"body": 1}')
+    with pytest.raises(ConfigError, match=r"^decontaminate.sets: held_back.jsonl: no layout fits records with the keys 'body'"):
+        evaluation_sets(plan('decontaminate.sets=["held_back.jsonl"]'))
+
+
 def test_a_cloze_is_asked_without_a_conversation(plan):
     templates = {"prompt": '"{article}{question}"', "reply": '"{text}"'}
     job = plan("evaluate.tasks.reading.kind=cloze", *(f"evaluate.tasks.reading.mcq.{k}={v}" for k, v in templates.items())).resolve("questions")

@@ -6,10 +6,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from graft.core.errors import DataError
 from graft.core.rows import read_jsonl, write_jsonl
-from graft.core.sections import Clean, Corpus, Decontaminate, Dedup
+from graft.core.sections import Clean, Corpus, Decontaminate, Dedup, Mcq
+from graft.data.decontaminate import Gate
 from graft.data.dedup import KEYS, SIGNATURES
 from graft.data.readers.files import pieces
+from graft.data.readers.layouts import to_messages
 from graft.data.reading import read_pieces, write_evaluation_texts
 
 EXAM = "What is the weight of a cubic metre of dry snow that has just fallen on the hill behind the old school?"
@@ -78,5 +81,64 @@ def test_evaluation_texts_are_questions_and_texts_once_each(tmp_path):
     files = {"messages": tmp_path / "chats.jsonl", "text": tmp_path / "texts.jsonl"}
     sets = [{"corpus": {"path": "x"}, "layout": layout, "pieces": [list(p) for p in pieces(path)]} for layout, path in files.items()]
     (tmp_path / "out").mkdir()
-    assert write_evaluation_texts({"texts": ["zero", "two"], "sets": sets, "sent": None}, tmp_path / "out") == {"texts": 4}
+    report = write_evaluation_texts({"texts": ["zero", "two"], "sets": sets, "sent": None}, tmp_path / "out")
+    assert report == {"texts": 4, "refused": {'"text" is null': 1, "no JSON": 1}}
     assert [r["text"] for r in read_jsonl(tmp_path / "out/texts.jsonl")] == ["zero", "two", "one", "three"]
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """gate(records, layout, **corpus): of an evaluation set with these records."""
+
+    def made(records, layout, **corpus):
+        write_jsonl(tmp_path / "set.jsonl", records)
+        own = {"corpus": {"path": "set.jsonl", **corpus}, "layout": layout, "pieces": [list(p) for p in pieces(tmp_path / "set.jsonl")]}
+        write_evaluation_texts({"texts": [], "sets": [own], "sent": None}, tmp_path)
+        return Gate.of_file(tmp_path / "texts.jsonl", Decontaminate())
+
+    return made
+
+
+def exam(n, **answer):
+    article, question = (" ".join(f"{key}{n}{word}" for word in "abcdefghijklmnopqrst") for key in ("told", "asked"))
+    return {"article": article, "question": question, **{f"option{i}": f"{n} or {i}" for i in range(1, 5)}, **answer}
+
+
+def talk(*turns):
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]}
+
+
+@pytest.mark.parametrize(
+    ("record", "layout"),
+    [(exam(1, answer=None), "mcq"), (exam(1), "mcq"), (exam(1, answer="none of them"), "mcq"), (talk(exam(1)["article"]), "messages")],
+)
+def test_questions_without_answers_are_kept_out_of_training_too(gate, record, layout):
+    assert gate([record], layout).hits([f"so: {exam(1)['article']}!", exam(2)["article"]]).tolist() == [True, False]
+
+
+def test_a_set_that_protects_nothing_is_one_line(gate):
+    with pytest.raises(DataError, match=r"^set.jsonl: no question and no text .* \(refused: {'unbalanced roles': 2}\): mend the file") as e:
+        gate([talk(), talk()], "messages")
+    assert "\n" not in str(e.value)
+    with pytest.raises(DataError, match="refused: nothing, it is empty"):
+        gate([], "text")
+
+
+def test_a_prompts_template_is_no_evaluation_text(gate):
+    mcq = Mcq(
+        prompt="Read the following article with care and then answer the question by giving the letter alone.\n{article}\nAsked is: {question}\n{options}"
+    )
+    short = {"article": "The ferry to Penghu left at dawn.", "question": "When did the ferry leave?", "option1": "at noon"}
+    found = gate([exam(1, answer=1), exam(2, answer=2) | short], "mcq", mcq=mcq.model_dump())
+    training = [exam(3, answer=3), exam(1, answer=1), exam(4, answer=3) | short]
+    assert found.hits([to_messages(r, "mcq", mcq)[0][0]["content"] for r in training]).tolist() == [False, True, True]
+
+
+def test_short_turns_of_a_conversation_are_sought_in_no_other_text(gate):
+    long = "Explain why the sky over the harbour of Keelung is so often grey in the winter months."
+    found = gate(
+        [talk(long, "The monsoon.", "Really?", "Yes.", "Continue.", "So."), talk("Who wrote that play?", "He.", "And then?", "He slept.")], "messages"
+    )
+    assert not found.hits(["The list continues, and it is really long.", "And then? Continue."]).any()
+    leaks = [f"{long} Wind. Really? It is.", "Who wrote that play? Another one did. And then? Nothing."]
+    assert found.hits(leaks).all(), "the same turns between other answers"

@@ -37,7 +37,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         Stage(
             "prepare",
             "graft.data.prepare",
-            2,
+            3,
             (*(["seed"] if recipe.augment else []), "task", "prepare", "corpora", "dedup", "decontaminate", "shard.part_mib"),  # it splits rows alone
             {"augment": "rows.jsonl"} if recipe.augment else {},
             ("corpora", "evaluation", "machine"),

@@ -54,6 +54,10 @@ def run(job: Job) -> None:
         held_out = [text for row in rows if row["family"] in test for text in told_by(row, recipe.prepare, recipe.task)]
         sent = recipe.augment.images.model_dump(include={"max_side", "max_bytes"}) if recipe.augment and recipe.augment.images else None
         gate = parts.make(write_evaluation_texts, VERSION, [{"texts": held_out, "sets": evaluation_sets(job.plan), "sent": sent}], store)
+        if refused := gate[0].report["refused"]:
+            console.print(
+                f"prepare: {sum(refused.values()):,} records of evaluation sets cannot be read and are not kept out: {refused}", soft_wrap=True
+            )
         read = parts.make(read_pieces, VERSION, _specs(found, gate[0].path / TEXTS, recipe), store)
         kept, apart = _keep(found, read, recipe, store)
         draft.counts["corpora"] = _place(found, read, kept, draft.path)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from graft.core.errors import DataError
 from graft.core.rows import in_texts, is_unicode, write_jsonl
 from graft.core.sections import Clean, Corpus, Decontaminate, Dedup
 from graft.data.cleaning.document import clean_document
@@ -29,10 +30,12 @@ from graft.data.parts import Spec
 from graft.data.pictures import FOLDER, Pictures
 from graft.data.readers.files import Piece, Record, records
 from graft.data.readers.layouts import excerpt, to_messages, to_text
+from graft.data.readers.mcq import Refused, text_of
+from graft.data.readers.mcq import texts as mcq_texts
 from graft.model.chat import files_of
 from graft.model.pixels import Unusable, normalise
 
-VERSION = 2
+VERSION = 3
 DOCUMENTS, REJECTED, TEXTS = "documents.parquet", "rejected.jsonl", "texts.jsonl"
 BATCH = 1000  # documents
 PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_statistics": False}
@@ -166,23 +169,45 @@ def write_evaluation_texts(spec: Spec, folder: Path) -> dict[str, Any]:
     """The part of the evaluation sets: TEXTS, which every gate is built from; of a question that shows images these by their SHA-256, not its words.
 
     spec: texts; sets, each as a reading part's (corpus, layout, pieces, digest, images); sent: max_side and max_bytes of the images that augment
-    makes rows of, whose files are others than those it is given, or None.
+    makes rows of, whose files are others than those it is given, or None. Questions need no answers. Reports how many records were `refused`, by
+    reason; DataError for a set of which nothing can be read.
     """
-    found = list(spec["texts"])
+    found, refused = list(spec["texts"]), Counter[str]()
     for own in spec["sets"]:
         corpus, layout = Corpus.model_validate(own["corpus"]), own["layout"]
         pictures = Pictures(folder / FOLDER, Path(own["images"]["path"]) if "images" in own else None, Counter()) if corpus.shows_images else None
+        before, unread = len(found), Counter[str]()
         for _, record in _records(own["pieces"], corpus):
-            if record.value is None:
-                continue
-            if layout == "text":
-                found += filter(None, to_text(record.value, corpus.text)[:1])
-                continue
-            messages = (pictures.messages if pictures else to_messages)(record.value, layout, corpus.mcq)[0] or []
-            shown = [name for file in files_of(messages) for name in _known_by(folder / FOLDER / file, spec["sent"])]
-            found += shown or [m["content"] for m in messages if m["role"] == "user"]
+            try:
+                found += _protected(record, corpus, layout, pictures, spec["sent"])
+            except Refused as e:
+                unread[str(e)] += 1
+        if len(found) == before:
+            raise DataError(
+                f"{corpus.path}: no question and no text of this evaluation set can be read, so nothing would be kept out of training "
+                f"(refused: {dict(unread) or 'nothing, it is empty'}): mend the file, or how the recipe says it is read"
+            )
+        refused += unread
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    return {"texts": write_jsonl(folder / TEXTS, ({"text": text} for text in dict.fromkeys(found)))}
+    texts = write_jsonl(folder / TEXTS, ({"text": text} for text in dict.fromkeys(found)))
+    return {"texts": texts, "refused": dict(sorted(refused.items()))}
+
+
+def _protected(record: Record, corpus: Corpus, layout: str, pictures: Pictures | None, sent: dict[str, int] | None) -> list[str]:
+    """What no training text may hold of an evaluation record; Refused where it cannot be read."""
+    if record.value is None:
+        raise Refused(record.reason)
+    if layout == "text":
+        return [text_of(record.value, corpus.text)]
+    messages, reason = (pictures.messages if pictures else to_messages)(record.value, layout, corpus.mcq, answered=False)
+    if messages is None:
+        raise Refused(reason)
+    if shown := [name for file in files_of(messages) for name in _known_by(pictures.folder / file, sent)] if pictures else []:
+        return shown
+    # without the template, which training rows of another content have too
+    turns = mcq_texts(record.value, corpus.mcq) if layout == "mcq" else [m["content"] for m in messages if m["role"] == "user"]
+    # together, so that "Continue." is not sought in every text; the longest by itself, as short turns with answers between have no n-gram
+    return ["\n".join(turns), max(turns, key=len)]
 
 
 def _known_by(image: Path, sent: dict[str, int] | None) -> Iterator[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graft.core.errors import ConfigError
 from graft.core.hub import HUB
@@ -53,9 +54,19 @@ def evaluation_sets(plan: Plan) -> list[Spec]:
             continue
         path = plan.beside(corpus.path)
         cut = pieces(path, piece_bytes=1 << 62)
-        read = {"layout": layout_of(corpus, sample(cut)), "pieces": [list(piece) for piece in cut], "digest": plan.digests([path])[path]}
+        read = {"layout": _layout(key, corpus, sample(cut)), "pieces": [list(piece) for piece in cut], "digest": plan.digests([path])[path]}
         found.append({"corpus": corpus.model_dump(mode="json", include={"path", "images", "text", "mcq"}), **read, **_shown(plan, key, corpus)})
     return found
+
+
+def _layout(key: str, corpus: Corpus, values: list[dict[str, Any]]) -> str:
+    """Of an evaluation set that the recipe names at `key`, whose answers may be held back."""
+    with suppress(ConfigError):
+        return layout_of(corpus, values)
+    try:
+        return layout_of(corpus, values, answered=False)
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {corpus.path}: {e}") from None
 
 
 def as_corpus(task: EvalTask) -> Corpus:

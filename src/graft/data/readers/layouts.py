@@ -101,7 +101,7 @@ def to_text(value: dict[str, Any], key: str) -> tuple[str, str]:
 def to_messages(value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = True) -> tuple[Messages | None, str]:
     """(messages, "") or (None, reason): an optional system message, then user and assistant in turn, none of them empty.
 
-    answered: else a record of another layout than mcq may lack its last answer, and the messages end with the user's. Tool calls, images and turns
+    answered: else a record may lack its last answer, and the messages end with the user's, those of mcq always. Tool calls, images and turns
     marked as not to be trained are refused, as leaving them out would change what is learned.
     """
     try:
@@ -159,6 +159,8 @@ def _ms_swift(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
 
 
 def _mcq(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
+    if not answered:
+        return [{"role": "user", "content": reading_comprehension.asked(value, mcq)[0]}]
     prompt, reply = reading_comprehension.render(value, mcq)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
 

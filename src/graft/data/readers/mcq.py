@@ -82,6 +82,11 @@ def asked(value: dict[str, Any], mcq: Mcq) -> tuple[str, list[str], list[str]]:
     return prompt, [mcq.reply.format_map(mark) for mark in marks], options
 
 
+def texts(value: dict[str, Any], mcq: Mcq) -> list[str]:
+    """Article, question and options of a record, which may lack its answer, without the template; Refused as above."""
+    return [text_of(value, mcq.article), text_of(value, mcq.question), *(_plain(value, key) for key in mcq.options)]
+
+
 def answer_index(value: dict[str, Any], key: str, options: list[str]) -> int:
     """Which option is right, from 0."""
     text = _plain(value, key).strip()
