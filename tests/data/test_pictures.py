@@ -116,7 +116,7 @@ def test_rows_reach_no_file_outside_of_the_folder(pictures):
     for name in ("http://localhost/a.png", "data:image/png;base64,AAAA", "file:///etc/passwd"):
         assert read(pictures, name) == "an image that is no file"
     assert read(pictures, "none.png") == "image not found" and read(pictures, ".") == "image not found"
-    assert read(pictures, 3) == "an image that is no path"
+    assert read(pictures, 3) == read(pictures, "a\0.png") == read(pictures, "\ud800.png") == "an image that is no path"
 
 
 def test_an_absolute_path_inside_is_taken_and_equal_images_are_one_file(pictures):

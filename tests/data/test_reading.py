@@ -1,6 +1,7 @@
 """The reading part, called directly: records to documents, each kept or rejected with a reason."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,17 +15,20 @@ from graft.data.dedup import KEYS, SIGNATURES
 from graft.data.readers.files import pieces
 from graft.data.readers.layouts import to_messages
 from graft.data.reading import read_pieces, write_evaluation_texts
+from graft.data.sources import _together
 
 EXAM = "What is the weight of a cubic metre of dry snow that has just fallen on the hill behind the old school?"
 
 
 @pytest.fixture
 def read(tmp_path):
-    """read(records, layout, **corpus): (texts, rejected, report) of a JSONL file with these records."""
+    """read(records, layout, **corpus): (texts, rejected, report) of a JSONL file with these records, or of `file`."""
 
-    def run(records, layout="text", **corpus):
-        file, gate, folder = tmp_path / "in.jsonl", tmp_path / "gate.jsonl", tmp_path / "out"
-        file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8")
+    def run(records, layout="text", file=None, **corpus):
+        gate, folder = tmp_path / "gate.jsonl", tmp_path / "out"
+        if file is None:
+            file = tmp_path / "in.jsonl"
+            file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8")
         write_jsonl(gate, [{"text": EXAM}])
         folder.mkdir()
         spec = {
@@ -52,6 +56,20 @@ def test_a_long_text_becomes_documents_and_every_record_is_accounted_for(read):
     assert [r["number"] for r in rejected] == [1, 2, 3, 4, 5] and rejected[0]["reason"] == "too short"
     assert rejected[-1]["reason"] == "contaminated" and rejected[-1]["file"] == "in.jsonl"
     assert report["records"] == 6 and sum(report["rejected"].values()) == len(rejected) and report["changed"]["segment.documents"] == 1
+
+
+def test_a_record_nested_too_deep_to_be_shown_is_rejected_like_any_other(read):
+    deep = '{"text": null, "x": ' + "[" * 1000 + "]" * 1000 + "}"
+    table, rejected, _ = read([deep, {"text": "a text"}], clean=Clean(min_chars=2))
+    assert table["text"].to_pylist() == ["a text"] and rejected[0]["reason"] == '"text" is null' and rejected[0]["text"] == '["text", "x"]'
+
+
+def test_a_file_whose_name_is_no_utf8_is_read_like_any_other(read, tmp_path):
+    name = tmp_path / os.fsdecode(b"\xb7s.jsonl")
+    name.write_text('{"text": null}\n{"text": "a text"}\n')
+    assert [len(group) for group in _together(pieces(name))] == [1]
+    table, rejected, _ = read([], file=name, clean=Clean(min_chars=2))
+    assert table["text"].to_pylist() == ["a text"] and rejected[0]["file"] == "\\xb7s.jsonl"
 
 
 def test_neighbours_of_one_title_are_one_text(read):

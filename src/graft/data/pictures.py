@@ -62,7 +62,10 @@ class Pictures:
     def _read(self, name: str) -> bytes:
         if self.root is None or "://" in name or name.startswith("data:"):
             raise Refused("an image that is no file")
-        path = Path(os.path.realpath(self.root / name))
+        try:
+            path = Path(os.path.realpath(self.root / name))
+        except ValueError:  # NUL, or a lone surrogate
+            raise Refused("an image that is no path") from None
         if not path.is_relative_to(self.root):
             raise Refused("an image outside of the corpus's folder of images")
         try:

@@ -7,6 +7,7 @@ The work of a part (see parts.py). `documents.parquet` has a row a document, wit
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -87,7 +88,8 @@ def read_pieces(spec: Spec, folder: Path) -> dict[str, Any]:
 def _records(pieces: list[list[Any]], corpus: Corpus) -> Iterator[tuple[str, Record]]:
     """(file name, record) of all pieces, or of the corpus that is made."""
     for piece in pieces:
-        yield from ((Path(piece[0]).name, record) for record in records(Piece(*piece)))
+        name = os.fsencode(Path(piece[0]).name).decode("utf-8", "backslashreplace")  # one that is no UTF-8 can be written so
+        yield from ((name, record) for record in records(Piece(*piece)))
     if not pieces:
         yield from ((corpus.kind, Record(n, value, "", "")) for n, value in enumerate(made(corpus)))
 

@@ -7,6 +7,7 @@ smaller neighbours share a part, whose border depends on the file before it, so 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -121,7 +122,7 @@ def _together(cut: Iterable[Piece]) -> Iterator[list[Piece]]:
             yield [piece]
             continue
         group.append(piece)
-        if len(group) == 4 * NEIGHBOURS or hashlib.sha256(Path(piece.path).name.encode()).digest()[0] % NEIGHBOURS == 0:
+        if len(group) == 4 * NEIGHBOURS or hashlib.sha256(os.fsencode(Path(piece.path).name)).digest()[0] % NEIGHBOURS == 0:
             yield group
             group = []
     if group:

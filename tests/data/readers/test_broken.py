@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -232,3 +233,16 @@ def test_a_record_of_200_mb_is_never_in_memory(tmp_path: Path) -> None:
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
     assert [got for _, got in lines] == ["['a', 'a record of 200.0 MiB, over 64 MiB', 'b']"] * len(LARGE)
     assert sum(int(used_mib) for used_mib, _ in lines) < 160
+
+
+@pytest.mark.parametrize(("name", "write"), [("n.parquet", pq.write_table), ("n.arrow", feather.write_feather)])
+def test_a_table_with_a_wrong_bit_anywhere_in_its_schema_is_read_or_told(tmp_path: Path, name: str, write: Callable[..., None]) -> None:
+    path = tmp_path / name
+    write(pa.table({"n": [1, 2, 3]}), path)
+    whole = path.read_bytes()
+    start = whole.index(b"ARROW:schema") if name == "n.parquet" else 0
+    reasons = set()
+    for at in range(start, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 2]) + whole[at + 1 :])
+        reasons.update(r.reason for piece in pieces(path) for r in records(piece))
+    assert any("corrupt" in reason for reason in reasons) and "" in reasons

@@ -123,8 +123,11 @@ def to_messages(value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = T
 
 
 def excerpt(value: dict[str, Any]) -> str:
-    """The first 200 characters of a record as JSON, for one that is refused."""
-    return json.dumps(value, ensure_ascii=False, default=str)[:_EXCERPT]
+    """The first 200 characters of a record as JSON, of its keys where it is nested too deep, for one that is refused."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)[:_EXCERPT]
+    except RecursionError:  # it is nested deeper than Python writes, though it could be read
+        return json.dumps(list(value), ensure_ascii=False)[:_EXCERPT]
 
 
 # ---- the layouts -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH_BYTES = 4 << 20  # of rows that are Python objects at a time
-_BROKEN = (OSError, ValueError)  # what pyarrow raises on a file that is not as it should be; ArrowInvalid is a ValueError
 
 
 def parquet_pieces(path: Path, piece_bytes: int) -> list[Piece]:
@@ -28,7 +27,7 @@ def parquet_pieces(path: Path, piece_bytes: int) -> list[Piece]:
 
     try:
         meta = pq.read_metadata(path)
-    except _BROKEN:
+    except _broken():
         return [Piece(str(path), "parquet", 0, 1)]
     return _runs(path, "parquet", [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)], piece_bytes)
 
@@ -40,7 +39,7 @@ def row_groups(piece: Piece) -> Iterator[Outcome]:
     open(piece.path, "rb").close()  # an OSError of this is no broken file
     try:
         file = pq.ParquetFile(piece.path, buffer_size=1 << 20)  # streams a column chunk rather than reading it whole
-    except _BROKEN:
+    except _broken():
         raise BrokenFile("truncated or corrupt Parquet") from None
     with file:
         for i in range(piece.start, piece.end):
@@ -51,7 +50,7 @@ def row_groups(piece: Piece) -> Iterator[Outcome]:
                 for batch in file.iter_batches(few, row_groups=[i], use_threads=False):
                     yield from _rows(batch)
                     read += batch.num_rows
-            except _BROKEN:
+            except _broken():
                 yield None, "corrupt Parquet row group", f"{group.num_rows - read:,} rows"
 
 
@@ -64,7 +63,7 @@ def arrow_pieces(path: Path, piece_bytes: int) -> list[Piece]:
         with _stream_of(path) as source:
             messages = pa.ipc.MessageReader.open_stream(source)
             sizes.extend(m.body.size for m in messages if m.type == "record batch")
-    except _BROKEN:
+    except _broken():
         sizes.append(0)  # the batch that cannot be read
     return _runs(path, "arrow", sizes, piece_bytes)
 
@@ -83,8 +82,15 @@ def batches(piece: Piece) -> Iterator[Outcome]:
                     yield from _valid_rows(batch)
         except StopIteration:
             return
-        except _BROKEN:
+        except _broken():
             raise BrokenFile("truncated or corrupt Arrow") from None
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What is raised on a file that is not as it should be; Arrow's kinds include those of types, keys and memory that are none."""
+    import pyarrow as pa
+
+    return OSError, ValueError, pa.ArrowException
 
 
 def _runs(path: Path, format: str, sizes: list[int], piece_bytes: int) -> list[Piece]:
