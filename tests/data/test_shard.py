@@ -3,10 +3,12 @@ import shutil
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from graft.core.errors import DataError
 from graft.core.rows import read_jsonl
-from graft.core.shards import ShardSet
+from graft.core.shards import Image, ShardSet
 from graft.core.stages import Plan
 from graft.data import init, prepare, shard
 from graft.model.chat import load_tokenizer, render, tokenizer_digest
@@ -100,6 +102,20 @@ def test_parts_are_made_once_and_shards_are_the_same_on_every_run(prepared, tmp_
         shutil.rmtree(before.path)
         shutil.rmtree(store)
         assert made(prepared, stage).digest == before.digest
+
+
+@settings(deadline=None)
+@given(st.lists(st.sets(st.integers(0, 40), max_size=3), min_size=20, max_size=40), st.sampled_from([0.001, 0.1, 0.5]))
+def test_rows_that_share_an_image_with_others_are_on_one_side(rows, share):
+    by = shard.by_image([tuple(Image(f"{n}.png", (1, 2, 2)) for n in row) for row in rows], [f"row {n}" for n in range(len(rows))])
+    groups: list[set[int]] = []  # of images that rows have in common, slowly
+    for row in filter(None, rows):
+        groups = [g for g in groups if not g & row] + [row.union(*(g for g in groups if g & row))]
+    alone = sum(not row for row in rows)
+    assert len(set(by)) == len(groups) + alone, "and nobody else is with them"
+    held_out, _ = shard.split_of(by, None, share, 1.0)
+    train, validation = ({n for row, held in zip(rows, held_out, strict=True) if held == side for n in row} for side in (False, True))
+    assert not train & validation and held_out.any() == (len(groups) + alone > 1) and not held_out.all()
 
 
 def test_weights_repeat_and_thin_out(prepared):

@@ -72,7 +72,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             Stage(
                 f"shard-{stage}",
                 "graft.data.shard",
-                2,
+                3 if recipe.stage_shows_images(stage) else 2,
                 ("shard", "model.chat_template", *_fields(section, "corpora weights pack"), *(("prepare.validation",) if stage == "sft" else ())),
                 {"prepare": reads, **{k: "tokenizer*" for k in tokenizer}},
                 model_input,

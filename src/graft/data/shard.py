@@ -37,7 +37,7 @@ from graft.data.tokens import Tokens, tokenize_chats, tokenize_texts
 from graft.model.chat import Messages, image_parts, load_tokenizer, render, tokenizer_digest
 from graft.model.images import ImageProcessor
 
-VERSION = 1
+VERSION = 2
 VALIDATION = 0.02  # share of the documents of a text corpus that is held out
 FEW = 20  # documents; a part of fewer holds out none unless the draw says so
 PROBES = 3  # of a source, and as many again that show images
@@ -185,10 +185,7 @@ def shard_documents(spec: Spec, folder: Path) -> dict[str, Any]:
         bad = [n for n, reason in enumerate(tokens.reasons) if reason]
         rejected += [{"source": file["name"], "number": n, "reason": tokens.reasons[n], "text": texts[n][:200]} for n in bad]
         usable = np.array([not reason for reason in tokens.reasons], bool)
-        by = (
-            [" ".join(i.file for i in row) or text for row, text in zip(images, texts, strict=True)] if images else texts
-        )  # no image is on both sides
-        held_out, repeats = split_of(by, file["split"], spec["held_out"], file["weight"])
+        held_out, repeats = split_of(by_image(images, texts) if images else texts, file["split"], spec["held_out"], file["weight"])
         for split in SPLITS:
             rows = np.flatnonzero(usable & (held_out if split == "validation" else ~held_out))
             rows = np.repeat(rows, repeats[rows] if split == "train" else 1)
@@ -206,10 +203,27 @@ def _images_of(chats: list[Messages], processor: ImageProcessor) -> tuple[Images
     return found, [[processor.tokens(image.grid) for image in row] for row in found]
 
 
-def split_of(texts: list[str], split: str | None, share: float, weight: float) -> tuple[np.ndarray, np.ndarray]:
-    """(held out [n] bool, how often each document is trained on [n] int), decided by each text's own hash.
+def by_image(images: Images, texts: list[str]) -> list[str]:
+    """By what each row of a file is drawn, so that no image is on both sides: the first name among the images that it shares, directly or
+    through other rows, with others; its text where it shows none."""
+    above: dict[str, str] = {}  # another image of the same rows whose name comes before
 
-    split: where prepare has decided already; share: of the texts to hold out, at least one of FEW and more; weight: 0.25
+    def first(name: str) -> str:
+        while (up := above.setdefault(name, name)) != name:
+            above[name] = above[up]
+            name = up
+        return name
+
+    for row in images:
+        names = [first(image.file) for image in row]
+        above.update(dict.fromkeys(names, min(names, default="")))
+    return [first(row[0].file) if row else text for row, text in zip(images, texts, strict=True)]
+
+
+def split_of(texts: list[str], split: str | None, share: float, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """(held out [n] bool, how often each document is trained on [n] int), decided by each text's own hash: equal ones alike.
+
+    split: where prepare has decided already; share: of the texts to hold out, of FEW and more at least one and never all; weight: 0.25
     takes a quarter of the texts once, 2.5 each twice and half of them once more.
     """
     hashes = (hashlib.sha256(t.encode()).digest() for t in texts)
@@ -219,7 +233,9 @@ def split_of(texts: list[str], split: str | None, share: float, weight: float) -
     else:
         held_out = draws[:, 0] >= 1 - share
         if share and len(texts) >= FEW and not held_out.any():
-            held_out[draws[:, 0].argmax()] = True
+            held_out = draws[:, 0] == draws[:, 0].max()
+        if len(texts) >= FEW and held_out.all():  # one image is in all rows
+            held_out[:] = False
     whole = int(weight)
     return held_out, whole + (draws[:, 1] < weight - whole)
 
