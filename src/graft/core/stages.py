@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from graft.core.artifact import MANIFEST, Artifact, Draft, digest_of, point, sha256_file, write_text_atomic, writing
 from graft.core.errors import ArtifactError, ConfigError
+from graft.core.files import files_at
 from graft.core.hub import HUB, UNREACHABLE, Kind, OutOfReach, commit_of, dataset_of
 from graft.core.json_schema import Schema, read_schema
 from graft.core.recipe import Recipe, load, pick
@@ -279,16 +279,9 @@ class Plan:
         return {p.name: self._digest(p, key) for p in sorted(folder.iterdir()) if p.is_file()}
 
     def _corpus_files(self, corpus: str) -> list[Path]:
-        """The files of a corpus in the order they are read, hidden ones left out; ConfigError where there are none."""
-        name = self.recipe.corpora[corpus].path or ""
-        path = self.beside(name)
-        if path.is_file():
-            return [path]
-        found = path.rglob("*") if path.is_dir() else map(Path, glob(str(path), recursive=True))
-        files = sorted(
-            p for p in found if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path if path.is_dir() else p.parent).parts)
-        )
-        if not files:
+        """The files of a corpus as they are read; ConfigError where there are none."""
+        path = self.beside(self.recipe.corpora[corpus].path or "")
+        if not (files := files_at(path)):
             raise ConfigError(f"corpora.{corpus}.path names {path}, where no file is: mend the path (it is relative to {self.path.parent})")
         return files
 

@@ -11,15 +11,13 @@ read comes as a record with its reason. Cutting costs a look at a few places of 
 
 from __future__ import annotations
 
-import glob
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from graft.core.errors import ConfigError, DataError
+from graft.core.files import files_at
 from graft.core.sections import Corpus
 from graft.data.readers import csv_rows, jsonl, tables, text
 from graft.data.readers.streams import CODECS, MAX_RECORD_BYTES, BrokenFile, Outcome, Piece, codec_of
@@ -70,15 +68,11 @@ class Record(NamedTuple):
 
 
 def find(corpus: Corpus, beside: Callable[[str], Path]) -> list[Path]:
-    """The files of `corpus.path`, sorted: a file, a folder with all below it, or a pattern.
-
-    Of what `Dataset.save_to_disk` wrote, the Arrow files; hidden files and folders are left out. Raises ConfigError in one
-    line where nothing is found or a name tells no known format, DataError where a `datasets` folder lacks its files.
-    """
+    """The files of `corpus.path`, as `files_at` finds them. Raises its errors, and ConfigError in one line where nothing is found or a name
+    tells no known format."""
     assert corpus.path is not None  # the recipe demands it of files
     path = beside(corpus.path)
-    places = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
-    found = sorted({file for place in places for file in (_below(place) if place.is_dir() else [place])})
+    found = files_at(path)
     if corpus.format == "dataset" and not all(file.suffix == ".arrow" for file in found):
         raise ConfigError(f"{path} is no folder that Dataset.save_to_disk wrote: name one, or leave format out")
     if not found:
@@ -138,24 +132,3 @@ def sample(found: Iterable[Piece], count: int = 100) -> list[dict[str, Any]]:
 
 def _unreadable(path: Path | str, error: OSError) -> DataError:
     return DataError(f"{path} cannot be read ({error.strerror or error}): mend the path in [corpora], or the file's permissions")
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """All files of a folder; of a `datasets` folder the Arrow files that it names."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if {"state.json", "dataset_info.json"} <= set(names):
-            yield from _saved(Path(place))
-        elif "dataset_dict.json" not in names:  # beside that stand the splits, each a folder
-            yield from (Path(place, name) for name in names if not name.startswith("."))
-
-
-def _saved(folder: Path) -> list[Path]:
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        found = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{folder / 'state.json'} cannot be read ({e!r}): save the dataset again") from None
-    if missing := [file for file in found if not file.is_file()]:
-        raise DataError(f"{missing[0]} is missing, which state.json beside it names: save the dataset again")
-    return found
