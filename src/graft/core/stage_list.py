@@ -50,7 +50,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         held_out = (
             {"prepare": f"rows/{HELD_OUT}.jsonl"} if recipe.augment and recipe.augment.images else {}
         )  # whose images are named by their content
-        out.append(Stage("questions", "graft.data.questions", 1, ("evaluate.tasks",), held_out, ("tasks", *schemas)))
+        out.append(Stage("questions", "graft.data.questions", 2, ("evaluate.tasks",), held_out, ("tasks", *schemas)))
     tokenizer = {}
     if recipe.base:
         shape = _fields("base", "vocab_size hidden_size intermediate_size layers heads kv_heads" + (" vision" if recipe.base.vision else ""))

@@ -42,6 +42,9 @@ def test_images_stand_where_the_record_places_them(value, layout, wanted):
     ("value", "reason"),
     [
         ({"messages": [user("<image><image>"), ANSWER], "images": ["1"]}, "2 images are to be shown and 1 are given"),
+        ({"messages": [user("<image>a"), ANSWER], "images": []}, "1 images are to be shown and 0 are given"),
+        ({"messages": [user("<image>a"), ANSWER], "image": None}, "1 images are to be shown and 0 are given"),
+        ({"messages": [{**user("a"), "images": ["1"]}, ANSWER]}, "images, audio or video"),
         ({"messages": [user([{"type": "image"}]), ANSWER]}, "1 images are to be shown and 0 are given"),
         ({"messages": [user("a"), {"role": "assistant", "content": "<image>"}], "images": ["1"]}, "an image that is not the user's"),
         ({"messages": [user(f"a{AN_IMAGE}"), ANSWER]}, "a message holds U+FFFC, which stands for an image"),

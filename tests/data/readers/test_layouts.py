@@ -22,6 +22,8 @@ GOOD: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [
     ("messages", {"messages": [{"role": "system", "content": ""}, U, {**A, "weight": 1, "tool_calls": None}], "tools": "[]", "images": []}, [U, A]),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "問"}]}, A]}, [U, A]),
     ("messages", {"messages": [{**U, "weight": 0}, {**A, "weight": 1.0}]}, [U, A]),
+    ("messages", {"messages": [{**U, "images": []}, {**A, "reasoning_content": None, "thinking": "\n"}]}, [U, A]),
+    ("messages", {"messages": [{"role": "user", "content": "<image>?"}, A]}, [{"role": "user", "content": "<image>?"}, A]),
     ("messages", {"prompt": "問", "completion": "答"}, [U, A]),
     ("messages", {"prompt": [S, U], "completion": [A]}, [S, U, A]),
     ("sharegpt", {"conversations": [{"from": "human", "value": "問"}, {"from": "gpt", "value": "答"}], "system": "你是助手"}, [S, U, A]),
@@ -80,6 +82,13 @@ BAD: list[tuple[str, Any, str]] = [
     ("messages", {"messages": [U, A], "images": ["a.png"]}, "images, audio or video"),
     ("messages", {"messages": [U, {**A, "weight": 0}]}, "a turn that is not to be trained"),
     ("messages", {"messages": [U, {**A, "loss": False}]}, "a turn that is not to be trained"),
+    ("messages", {"messages": [U, {**A, "reasoning_content": "因為"}]}, "reasoning beside the answer"),
+    ("messages", {"prompt": [U], "completion": [{**A, "thinking": "因為"}]}, "reasoning beside the answer"),
+    ("sharegpt", {"conversations": [U, {**A, "reasoning": ["因為"]}]}, "reasoning beside the answer"),
+    ("messages", {"messages": [{**U, "images": ["a.png"]}, A]}, "images, audio or video"),
+    ("messages", {"messages": [{**U, "audio": {"path": "a.wav"}}, A]}, "images, audio or video"),
+    ("messages", {"messages": [{"role": "user", "content": "<image>何？"}, A], "images": []}, "<image> in a text, and no image beside"),
+    ("mcq", {**MCQ, "image": "a.png"}, "images, audio or video"),
     ("messages", {"messages": [U, {"role": "assistant", "content": "\ud800"}]}, "lone surrogate"),
     ("messages", {"prompt": "問"}, 'no "completion"'),
     ("sharegpt", {"conversations": [{"from": "human", "value": "問"}, {"from": "function_call", "value": "{}"}]}, "tool calls"),
@@ -104,6 +113,13 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("layout", "value", "reason"), BAD)
 def test_what_cannot_be_used_has_a_short_reason(layout: str, value: dict[str, Any], reason: str) -> None:
     assert to_messages(value, layout, Mcq()) == (None, reason)
+
+
+def test_of_a_question_alone_nothing_is_learned() -> None:
+    for own in ({"reasoning_content": "因為"}, {"weight": 0}):
+        assert to_messages({"messages": [U, {**A, **own}]}, "messages", Mcq(), answered=False) == ([U, A], "")
+    asked = {key: value for key, value in MCQ.items() if key != "answer"}
+    assert to_messages(asked, "mcq", Mcq(), answered=False) == ([{"role": "user", "content": "文\n\n何？\nA. 甲\nB. 乙\nC. 丙\nD. 丁"}], "")
 
 
 @pytest.mark.parametrize("answer", [2, 2.0, "2", "B", "b", "(B)", "B.", "Ｂ", "２", "②", "乙", " 乙 "])

@@ -24,8 +24,8 @@ def to_messages_and_images(value: dict[str, Any], layout: str, mcq: Mcq, answere
     answered: as for `to_messages`. An image is as the record names it: a path, or {"path", "bytes"}. The reasons are those of `to_messages`, and what
     is wrong with the images.
     """
-    column = value.get("images") or value.get("image") or []
-    column = column if isinstance(column, list) else [column]
+    column = value.get("images") or value.get("image") or ([] if "images" in value or "image" in value else None)
+    column = column if column is None or isinstance(column, list) else [column]
     inline: list[Any] = []  # of the parts; None: the column's next
     try:
         plain = {key: [_marked(m, inline) for m in v] if _is_list_of_parts(v) else v for key, v in value.items() if key not in ("images", "image")}
@@ -73,9 +73,10 @@ def _marked(message: Any, inline: list[Any]) -> Any:
     return {**message, "content": "".join(texts)}
 
 
-def _placed(messages: Messages, column: list[Any], inline: list[Any]) -> list[Any]:
+def _placed(messages: Messages, column: list[Any] | None, inline: list[Any]) -> list[Any]:
     """Make every marker AN_IMAGE; the images in the order they are shown. Without a column, `<image>` is a text like any other."""
-    mark = _MARK if column else _OF_PARTS
+    mark = _OF_PARTS if column is None else _MARK
+    column = column or []
     if sum(m["content"].count(AN_IMAGE) for m in messages) != len(inline):
         raise Refused("a message holds U+FFFC, which stands for an image")
     if any(mark.search(m["content"]) for m in messages if m["role"] != "user"):

@@ -34,6 +34,7 @@ ROLES = {
 }
 _TOOLS = {"tool", "tools", "function", "function_call", "function_response", "observation", "tool_call", "tool_response"}
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # beside the content, as servers of reasoning models write them
 _EXCERPT = 200  # characters
 
 
@@ -101,13 +102,15 @@ def to_text(value: dict[str, Any], key: str) -> tuple[str, str]:
 def to_messages(value: dict[str, Any], layout: str, mcq: Mcq, answered: bool = True) -> tuple[Messages | None, str]:
     """(messages, "") or (None, reason): an optional system message, then user and assistant in turn, none of them empty.
 
-    answered: else a record may lack its last answer, and the messages end with the user's, those of mcq always. Tool calls, images and turns
-    marked as not to be trained are refused, as leaving them out would change what is learned.
+    answered: else nothing is learned of it: a record may lack its last answer, and the messages end with the user's, those of mcq always. Tool calls
+    and images are refused, and of what is learned reasoning beside an answer and turns marked as not to be trained, as leaving them out would change it.
     """
     try:
         messages = _CONVERSIONS[layout](value, mcq, answered)
     except Refused as e:
         return None, str(e)
+    if ("images" in value or "image" in value) and any("<image>" in m["content"] for m in messages):
+        return None, "<image> in a text, and no image beside"
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
         del messages[0]  # as exports write a conversation without one
     open_end: Messages = []
@@ -134,11 +137,11 @@ def excerpt(value: dict[str, Any]) -> str:
 def _openai(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     if "messages" not in value and "prompt" in value:
         return _prompt_and_completion(value, answered)
-    return _conversation(value, "messages")
+    return _conversation(value, "messages", answered)
 
 
 def _sharegpt(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
-    return _conversation(value, "conversations")
+    return _conversation(value, "conversations", answered)
 
 
 def _alpaca(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
@@ -149,7 +152,7 @@ def _alpaca(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
 
 def _ms_swift(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
     if "messages" in value:
-        return _conversation(value, "messages")
+        return _conversation(value, "messages", answered)
     _no_media_or_tools(value)
     if "query" in value or "response" in value:
         return _turns(value, text_of(value, "query"), "response", answered)
@@ -162,6 +165,7 @@ def _ms_swift(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
 
 
 def _mcq(value: dict[str, Any], mcq: Mcq, answered: bool) -> Messages:
+    _no_media_or_tools(value)
     if not answered:
         return [{"role": "user", "content": reading_comprehension.asked(value, mcq)[0]}]
     prompt, reply = reading_comprehension.render(value, mcq)
@@ -183,10 +187,10 @@ _CONVERSIONS: dict[str, Callable[[dict[str, Any], Mcq, bool], Messages]] = {
 }
 
 
-def _conversation(value: dict[str, Any], key: str) -> Messages:
+def _conversation(value: dict[str, Any], key: str, answered: bool) -> Messages:
     """A list of {role, content} or {from, value}, behind a system column where there is one."""
     _no_media_or_tools(value)
-    return _system(value) + [_message(m) for m in _list_of(value, key)]
+    return _system(value) + [_message(m, answered) for m in _list_of(value, key)]
 
 
 def _prompt_and_completion(value: dict[str, Any], answered: bool) -> Messages:
@@ -194,7 +198,7 @@ def _prompt_and_completion(value: dict[str, Any], answered: bool) -> Messages:
     _no_media_or_tools(value)
     if isinstance(value["prompt"], list):
         completion = _list_of(value, "completion") if answered or value.get("completion") else ()
-        return [_message(m) for m in (*_list_of(value, "prompt"), *completion)]
+        return [_message(m, answered) for m in (*_list_of(value, "prompt"), *completion)]
     return _turns(value, text_of(value, "prompt"), "completion", answered)
 
 
@@ -216,7 +220,7 @@ def _system(value: dict[str, Any]) -> Messages:
     return [{"role": "system", "content": content}] if content.strip() else []
 
 
-def _message(message: Any) -> dict[str, str]:
+def _message(message: Any, learned: bool) -> dict[str, str]:
     if not isinstance(message, dict):
         raise Refused("a message is no object")
     name = message.get("role", message.get("from"))
@@ -225,8 +229,12 @@ def _message(message: Any) -> dict[str, str]:
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise Refused("unknown role")
-    if role == "assistant" and any(message.get(key, 1) in (0, False) for key in ("train", "weight", "loss")):
+    if any(message.get(key) for key in _MEDIA):
+        raise Refused("images, audio or video")
+    if learned and role == "assistant" and any(message.get(key, 1) in (0, False) for key in ("train", "weight", "loss")):
         raise Refused("a turn that is not to be trained")
+    if learned and any(str(message.get(key) or "").strip() for key in _REASONING):
+        raise Refused("reasoning beside the answer")
     return {"role": role, "content": _content(message.get("content", message.get("value")))}
 
 
