@@ -79,6 +79,14 @@ def test_neighbours_of_one_title_are_one_text(read):
     assert table["number"].to_pylist() == [0, 2, 3, 4] and report["records"] == 5
 
 
+def test_an_empty_title_is_none_and_a_refused_record_cuts_no_article(read, tmp_path):
+    file = tmp_path / "articles.csv"
+    file.write_text('title,text\n,first alone\n,second alone\nA,one\nA,""\nB,\nA,two\nB,other\n')
+    table, rejected, _ = read([], file=file, clean=Clean(min_chars=2, merge_by="title"))
+    assert table["text"].to_pylist() == ["first alone", "second alone", "one\n\ntwo", "other"]
+    assert table["number"].to_pylist() == [0, 1, 2, 6] and [(r["number"], r["reason"]) for r in rejected] == [(n, '"text" is empty') for n in (3, 4)]
+
+
 def test_chats_are_compared_by_equality_and_texts_by_likeness(read, tmp_path):
     article = "那天清早，漁船回到港口，碼頭上的人忙著卸貨。" * 10
 

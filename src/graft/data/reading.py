@@ -124,16 +124,19 @@ def _documents(
 
 
 def _texts(source: Iterator[tuple[str, Record]], key: str, merge_by: str | None) -> Iterator[tuple[str, int, str, str]]:
-    """(file, record number, text, reason); neighbours of one title are one text, numbered as their first."""
+    """(file, record number, text, reason); neighbours of one title are one text, numbered as their first, a refused record between them or not."""
     group: tuple[str, int, Any, list[str]] | None = None
     for file, record in source:
         text, reason = to_text(record.value, key) if record.value is not None else ("", record.reason)
-        title = record.value.get(merge_by) if merge_by and record.value is not None and not reason else None
+        if reason:
+            yield file, record.number, _excerpt(record), reason
+            continue
+        title = (record.value or {}).get(merge_by) or None if merge_by else None  # an empty cell of a CSV file is no title
         if group and (title is None or (file, title) != (group[0], group[2])):
             yield group[0], group[1], "\n\n".join(group[3]), ""
             group = None
         if title is None:
-            yield file, record.number, text or _excerpt(record), reason
+            yield file, record.number, text, ""
         elif group:
             group[3].append(text)
         else:
