@@ -11,6 +11,7 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -27,11 +28,13 @@ def own() -> str:
     return os.environ.get(VARIABLE) or f"{socket.gethostname()}:{os.getpid()}"
 
 
-def hold(run: Path) -> IO[str]:
+def hold(run: Path, waiting: Callable[[], None] = lambda: None) -> IO[str]:
     """The right to write into a run's directory, for as long as the file is open, by rank 0.
 
     Waits for who holds it, which may still be saving. An earlier attempt of the same job is told to leave; beside another job
     this one leaves after OTHER_JOB_S, by TrainError. On NFS and Lustre the file system must have locks.
+
+    waiting: called again and again while this waits.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / "lock").open("a", encoding="utf-8")
@@ -50,6 +53,7 @@ def hold(run: Path) -> IO[str]:
             write_text_atomic(run / FILE, own())
         elif os.environ.get(VARIABLE) and time.monotonic() - began > OTHER_JOB_S:
             raise TrainError(f"{run}: {_job(holder)} is training here already: follow it by `graft status`, or end it first")
+        waiting()
         time.sleep(0.2)
 
 

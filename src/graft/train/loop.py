@@ -71,8 +71,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
         splits = {"train": shards, "validation": held_out}
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], job.plan, stage)
     watch = watch_of(job, config)
-    held = fence.hold(job.run_directory) if accelerator.process_index == 0 else None
-    watch.holds = held is not None
+    held = watch.hold()
     begin = start_of(job, allow_data_change)
     if begin is None:
         if accelerator.process_index == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from graft.core.metrics import read_metrics
+from graft.train import fence
 from graft.train.checkpoint import newest
 from graft.train.launch import command
 from graft.train.nodes.alarm import Answer, blame
@@ -168,6 +169,30 @@ def test_only_the_process_that_a_rank_was_is_signalled():
         assert child.wait(10) < 0 and state(peer) == GONE
     finally:
         child.kill()
+
+
+def watched(run, how):
+    program = [sys.executable, str(Path(__file__).with_name("watched.py")), str(run), how]
+    return subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {fence.VARIABLE: "7.0" if how == "unreadable" else ""}
+    )
+
+
+def test_a_disk_that_fails_for_a_moment_ends_no_watch(tmp_path):
+    process = watched(tmp_path, "unreadable")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "job 7 (attempt 1) has taken this run over" in said and "Traceback" not in said, said
+
+
+def test_another_run_is_waited_for_as_long_as_it_takes(tmp_path, monkeypatch):
+    monkeypatch.delenv(fence.VARIABLE, raising=False)
+    held = fence.hold(tmp_path)
+    process = watched(tmp_path, "waits")
+    assert "waiting for it to leave" in process.stdout.readline()
+    time.sleep(6)  # more than SLOW times its hang_timeout_s, and two looks
+    held.close()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
 
 
 def test_a_mark_costs_nothing():

@@ -106,7 +106,7 @@ def within(limit_s: float, act: Callable[[], T]) -> T | None:
     done: list[T] = []
 
     def run() -> None:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # of the disk, of the store
             done.append(act())
 
     thread = threading.Thread(target=run, daemon=True)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from graft.core.errors import NodeFault
+from graft.train.nodes.alarm import within
 from graft.train.nodes.faults import places
 from graft.train.preempt import leave
 
@@ -49,6 +50,8 @@ class Roll:
             with suppress(dist.DistStoreError):  # not yet; in short waits, for one that waits keeps the store from the watching thread
                 self.store.wait([f"all at {step}"], timedelta(seconds=1))
                 break
+            while time.monotonic() > self._until:  # the store is the watching thread's, which ends this process
+                time.sleep(1)
         self._began.append(time.monotonic())
         self._until = self._began[-1] + self.deadline_s
 
@@ -63,7 +66,9 @@ class Roll:
     def _watch(self) -> None:
         while not self._over.wait(0.1):
             if time.monotonic() > self._until:
-                leave(f"preflight: {self.held_up()}", NodeFault.exit_code)
+                # the launcher's machine may be what hangs, and whoever asks the store then waits for good
+                said = within(self.deadline_s, self.held_up) or f"the launcher at {_launcher()} does not answer: its machine or its process is lost"
+                leave(f"preflight: {said}", NodeFault.exit_code)
 
     def held_up(self) -> str:
         """By whom."""
@@ -76,24 +81,34 @@ class Roll:
         absent = [rank for rank in range(self.world) if rank not in came]
         steps = [at for _, at in came.values()]
         late = absent or [rank for rank, (_, at) in came.items() if at == min(steps) < max(steps)]
-        within = f"within {self.deadline_s:.0f} s (GRAFT_PREFLIGHT_S)"
+        in_time = f"within {self.deadline_s:.0f} s (GRAFT_PREFLIGHT_S)"
         if not late:
-            return f"no rank came past {self.steps[min(steps)]} {within}: look at the network between the nodes"
+            return f"no rank came past {self.steps[min(steps)]} {in_time}: look at the network between the nodes"
         names = places((rank, host_of.get(rank // each, f"node {rank // each} of the launch")) for rank in late)
         missed = "did not start" if absent else f"did not come past {self.steps[min(steps)]}"
         hosts = dict.fromkeys(host_of.get(rank // each, "HOST") for rank in late)
-        return f"{names} {missed} {within} of the others: look there, or take the node out with --exclude={','.join(hosts)}"
+        return f"{names} {missed} {in_time} of the others: look there, or take the node out with --exclude={','.join(hosts)}"
+
+
+def _launcher() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 def _store(timeout_s: float) -> dist.Store:
     """The launcher's, by a connection of its own; of a process that was not launched, one for itself."""
     if "RANK" not in os.environ:
         return dist.HashStore()
-    try:
-        return next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
-    except dist.DistError as e:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        why = str(e).splitlines()[0]
+
+    def connect() -> dist.Store | str:
+        try:
+            return next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+        except dist.DistError as e:
+            return str(e).splitlines()[0]
+
+    found = within(2 * timeout_s, connect)  # who takes the connection and then says nothing has no timeout
+    if found is None or isinstance(found, str):
         raise NodeFault(
-            f"preflight: {socket.gethostname()} does not reach the launcher at {where} ({why}): is the port open between nodes?"
-        ) from None
+            f"preflight: {socket.gethostname()} does not reach the launcher at {_launcher()} ({found or 'it does not answer'}): "
+            "is the port open between nodes?"
+        )
+    return found

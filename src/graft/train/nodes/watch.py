@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from graft.core.errors import NodeFault, TrainError
 from graft.train import fence
@@ -49,7 +49,7 @@ class Watch:
     def __init__(self, store: Store, rank: int, world: int, stage: str, run: Path, hang_timeout_s: float, collectives: Callable[[], int]):
         self.rank, self.world, self.stage, self.run, self.hang_timeout_s = rank, world, stage, run, hang_timeout_s
         self._store, self._collectives, self._process = store, collectives, this_process()
-        self.holds = False  # the run's directory: rank 0 sets it, and looks from then on whether a later attempt took it over
+        self._taken: str | None = None  # why this attempt may write nothing any more
         self._peers: dict[int, Process] = {}
         self._seen = self._mark = Mark("starting", slow=True)
         self._age_s = self._excused_s = 0.0  # of the mark, and at which age another rank was last seen at a slow place
@@ -63,6 +63,25 @@ class Watch:
         for thread in self._threads:
             thread.start()
         Watch.running = self
+
+    def hold(self) -> IO[str] | None:
+        """The right to write into the run's directory (fence.hold), on rank 0; all ranks at once, however long another run is waited for."""
+
+        def waiting() -> None:  # each time another mark: whoever says so lives
+            self.at("waiting for another run", slow=True)
+
+        held = None
+        if self.rank == 0:
+            held = fence.hold(self.run, waiting)
+            threading.Thread(target=self._look_for_a_later_attempt, daemon=True).start()
+        with suppress(RuntimeError):  # of the store, which is the other threads' to judge
+            if held:
+                self._store.set("held", "")
+            while not self._store.check(["held"]):  # not in a collective, which has an end
+                waiting()
+                time.sleep(0.2)
+        self.at("starting", slow=True)
+        return held
 
     def at(self, where: str, slow: bool = False) -> None:
         """The main thread begins something. slow: it may take SLOW times hang_timeout_s."""
@@ -78,6 +97,12 @@ class Watch:
         Watch.running = None
 
     # ---- polling ----------------------------------------------------------------------------------------------------
+    def _look_for_a_later_attempt(self) -> None:
+        """In a thread of its own: the disk may fail, or hang, and the rest of the watch goes on."""
+        while not self._taken and not self._closed.wait(POLL_S):
+            with suppress(OSError):  # such as ESTALE, of NFS, where another host just put its own name there: the next look reads it
+                self._taken = fence.lost(self.run)
+
     def _talk(self) -> None:
         last, lost = time.monotonic(), None
         while not self._closed.is_set():
@@ -105,8 +130,8 @@ class Watch:
         if not self._store.check([OVER]) and not self._closed.is_set():
             if self._own:
                 self._say(OVER, self._own)
-            elif self.holds and (line := fence.lost(self.run)):
-                self._say(OVER, self._verdict(line, TrainError.exit_code, self.world))
+            elif self._taken:
+                self._say(OVER, self._verdict(self._taken, TrainError.exit_code, self.world))
             elif gone:
                 who = ", ".join(f"{ranks([r])} on {self._peers[r].host}" for r in gone)
                 line = f"{self.stage}: {who} {'is' if len(gone) == 1 else 'are'} gone (killed? out of memory?), {self._last()}"
