@@ -67,6 +67,16 @@ def test_a_thousand_flipped_bits_and_cuts_are_each_refused_by_the_files_name(tmp
     assert refused == 1000 and newest(tmp_path)[0] == tmp_path / "step-00000010"
 
 
+def test_one_that_cannot_be_read_is_passed_over_by_name(tmp_path, capsys):
+    make(tmp_path, 5)
+    tensors = make(tmp_path, 10) / RANK
+    tensors.unlink()
+    tensors.symlink_to("/proc/self/mem")  # reading it is an input/output error, as of a bad block
+    assert newest(tmp_path) == (tmp_path / "step-00000005", [f"step-00000010 is passed over: {RANK} cannot be read (Input/output error)"])
+    assert main(["checkpoints", "verify", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().out
+
+
 def test_training_does_not_wait_for_the_removal_of_the_oldest(tmp_path, monkeypatch):
     for step in (5, 10):
         make(tmp_path, step)
@@ -109,6 +119,15 @@ def test_what_the_next_steps_change_is_not_in_a_checkpoint_that_is_written_slowl
     assert writer.finish() is None
     (folder,) = steps(tmp_path)
     assert cursor_of(folder)["guard"] == {"losses": [1.0]}
+
+
+def test_what_others_left_half_written_goes_when_training_begins(tmp_path, alone):
+    make(tmp_path, 5)
+    (make(tmp_path, 10) / RANK).rename(tmp_path / "metrics.jsonl")
+    (tmp_path / "step-00000010").rename(tmp_path / ".step-00000010.writing")
+    optimizer = SimpleNamespace(bit16_groups=[], single_partition_of_fp32_groups=[])
+    Writer(SimpleNamespace(optimizer=optimizer, module=torch.nn.Linear(1, 1), device=torch.device("cpu")), tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000005"]
 
 
 class Trap:

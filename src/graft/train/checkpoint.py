@@ -86,6 +86,8 @@ class Writer:
         self._removal: threading.Thread | None = None  # of those that are no longer kept
         self._step: int | None = None  # of the one that is being written
         self._engine = engine
+        if self.rank == 0:  # which holds the run's directory: what others left half written is nobody's
+            _remove(list(run.glob(".step-*.writing")))
         self._copies = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
         prepared(engine.optimizer)
         try:
@@ -274,17 +276,20 @@ def fault(folder: Path) -> str | None:
         return f"{SUMS} names no {CURSOR} or no tensors: it is of another format than {FORMAT}"
     for name, expected in sums.items():
         file = folder / Path(name).name
-        if not file.is_file():
-            return f"{name} is missing"
-        if sha256_file(file) != expected:
-            return f"{name} was altered"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if sha256_file(file) != expected:
+                return f"{name} was altered"
+        except OSError as e:
+            return f"{name} cannot be read ({e.strerror or e})"
     try:
         form = cursor_of(folder).get("format")
         if form != FORMAT:
             return f"it is of format {form}, this graft reads {FORMAT}"
         for file in _files(folder):
             _starts(file)
-    except (SafetensorError, ValueError, TypeError, KeyError) as e:
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as e:
         return f"what it holds cannot be read ({e})"
     return None
 
