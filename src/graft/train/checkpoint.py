@@ -26,7 +26,7 @@ from torch import Tensor
 
 from graft.core.artifact import fsync_dir, fsync_file, sha256_file
 from graft.core.errors import TrainError
-from graft.train import fence
+from graft.train import fence, preempt
 
 FORMAT = 3
 CURSOR, SUMS = "cursor.json", "sha256.json"
@@ -97,6 +97,7 @@ class Writer:
             raise TrainError(f"a checkpoint passes through {gib:.1f} GiB of host memory of each process, which cannot be had: {e}") from None
         if self._copies:
             engine.optimizer.optimizer.register_step_pre_hook(partial(_wait_for, self._copies))
+        preempt.begins(run)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, _, states in fragments(self._engine):

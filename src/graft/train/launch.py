@@ -17,33 +17,42 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
-from graft.core.errors import NodeFault, Preempted, TrainError
-from graft.train.preempt import EXIT_CODE_FILE, SIGNALS
+from graft.core.environment import number
+from graft.core.errors import ConfigError, GraftError, NodeFault, Preempted, TrainError
+from graft.train.preempt import EXIT_CODE_FILE, RUN_FILE, SIGNALS
 
 CPU_PROCESSES = 2
 PR_SET_PDEATHSIG = 1
+# of what slurm/train.sbatch warns ahead all but the 10 s that launchers and the job need to leave: a whole 8B model takes two thirds to save
+SAVING_S = 170
 GPUS = "GRAFT_GPUS"  # of the environment: how many the ranks of this machine must see
 
 
 def processes_per_node() -> int:
     """GRAFT_PROCESSES, or the GPUs that this process may use, or two on the CPU."""
-    if given := os.environ.get("GRAFT_PROCESSES"):
-        return int(given)
-    return _gpus() or CPU_PROCESSES
+    return number("GRAFT_PROCESSES", _gpus() or CPU_PROCESSES, 1)
 
 
 def _gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len([g for g in visible.split(",") if g]) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None:
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    # CUDA stops at the first that is none; NoDevFiles is SLURM's for a job without GPUs
+    return len(list(takewhile(lambda gpu: gpu not in ("", "-1", "NoDevFiles"), map(str.strip, visible.split(",")))))
 
 
 def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(argv, environment) of the launch on this node."""
-    each, nodes = processes_per_node(), int(os.environ.get("NUM_NODES", "1"))
+    """(argv, environment) of the launch on this node; ConfigError where what the environment says of it is wrong."""
+    each, nodes, rank, port = processes_per_node(), number("NUM_NODES", 1, 1), number("NODE_RANK", 0, 0), number("MASTER_PORT", 0, 1)
+    if nodes > 1 and (missing := [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]):
+        raise ConfigError(f"NUM_NODES = {nodes}, but no {', '.join(missing)}: set them on each node, as slurm/job.sh does")
+    if rank >= nodes:
+        raise ConfigError(f"NODE_RANK = {rank}, but NUM_NODES = {nodes}: nodes are counted from 0")
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", str(each * nodes), "--num_machines", str(nodes)]
-    argv += ["--machine_rank", os.environ.get("NODE_RANK", "0"), "--main_process_port", os.environ.get("MASTER_PORT") or str(free_port())]
+    argv += ["--machine_rank", str(rank), "--main_process_port", str(port or free_port())]
     argv += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the loop sets precision from the recipe
     if nodes > 1:
         argv += [
@@ -64,7 +73,7 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torchrun passes these on to the ranks, and gives them the time to save
     environment.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2")
-    environment.setdefault("PET_SHUTDOWN_TIMEOUT", "120")
+    environment.setdefault("PET_SHUTDOWN_TIMEOUT", str(SAVING_S))
     return [*argv, "-m", "graft.train", *arguments], environment
 
 
@@ -77,10 +86,13 @@ def launch(arguments: list[str], log: Path) -> None:
     """
     argv, environment = command(arguments)
     _require_free(os.environ.get("MASTER_PORT"))
-    told = log.with_suffix(".code")
-    told.unlink(missing_ok=True)
+    told, begun = log.with_suffix(".code"), log.with_suffix(".run")
+    for file in (told, begun):
+        file.unlink(missing_ok=True)
     with log.open("w", encoding="utf-8") as stderr, _passing_on() as asked:
-        process = subprocess.Popen(argv, env=environment | {EXIT_CODE_FILE: str(told)}, stderr=stderr, preexec_fn=_end_with_parent)
+        process = subprocess.Popen(
+            argv, env=environment | {EXIT_CODE_FILE: str(told), RUN_FILE: str(begun)}, stderr=stderr, preexec_fn=_end_with_parent
+        )
         asked.process = process
         if asked.by:
             process.terminate()
@@ -90,13 +102,24 @@ def launch(arguments: list[str], log: Path) -> None:
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
-    left = told.read_text(encoding="utf-8") if told.exists() else ""
-    told.unlink(missing_ok=True)
+    left, run = (file.read_text(encoding="utf-8") if file.exists() else "" for file in (told, begun))
+    for file in (told, begun):
+        file.unlink(missing_ok=True)
     if code and asked.by and not left:
-        raise Preempted(f"asked to leave ({asked.by}) before the first step: the same command starts again")
+        raise _cut_off(asked.by, run)
     if code:
         kind = next((kind for kind in (TrainError, Preempted) if left == str(kind.exit_code)), NodeFault)
         raise kind(_reason(log) or f"training left with exit code {code}: see {log}")
+
+
+def _cut_off(by: str, run: str) -> TrainError:
+    """Of ranks that were asked to leave and could say nothing more. run: its directory, "" where training had not begun."""
+    metrics = Path(run, "metrics.jsonl")
+    if not run or not metrics.is_file() or not metrics.stat().st_size:
+        return Preempted(f"asked to leave ({by}) before the first step: the same command starts again")
+    kept = max(Path(run).glob("step-????????"), default=None)  # as checkpoint.steps, which would load torch
+    newest = f"the newest checkpoint in {run} is {kept.name}" if kept else f"{run} holds no checkpoint yet"
+    return NodeFault(f"asked to leave ({by}), and killed before its checkpoint was whole; {newest}: the same command goes on")
 
 
 class _Asked:
@@ -159,7 +182,7 @@ def main() -> int:
         log = Path(f.name)
     try:
         launch(sys.argv[1:], log)
-    except TrainError as error:
+    except GraftError as error:
         print(f"graft: {error}", file=sys.stderr)
         return error.exit_code
     log.unlink()

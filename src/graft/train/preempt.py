@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 EXIT_CODE_FILE = "GRAFT_EXIT_CODE_FILE"  # of the environment: where a rank that refuses or leaves writes its exit code
+RUN_FILE = "GRAFT_RUN_FILE"  # of the environment: where a rank that begins to train writes its run's directory
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL takes
 
 
@@ -27,6 +29,12 @@ class Asked:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.by = self.by or signal.Signals(number).name
+
+
+def begins(run: Path) -> None:
+    """Tell the launcher that training begins there; who is killed as he saves could not say it any more."""
+    if told := os.environ.get(RUN_FILE):
+        Path(told).write_text(str(run), encoding="utf-8")
 
 
 def leave(line: str | None, code: int) -> NoReturn:

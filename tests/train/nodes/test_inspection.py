@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from graft.core.errors import ConfigError
 from graft.train.launch import _reason
 from graft.train.nodes import probes
 from graft.train.nodes.faults import Measured, faults, places, summary
-from graft.train.nodes.inspection import STEPS
+from graft.train.nodes.inspection import STEPS, inspected
 
 from ..small import environment, small_plan, start
 
@@ -127,6 +128,12 @@ def test_the_stored_sums_are_those_of_exact_arithmetic(size):
     assert a.abs().max() == b.abs().max() == 8 and size * 8 * 8 < 2**24, "every partial sum is exact in fp32"
     exact = a @ b
     assert probes.SUMS[size] == {"float32": probes._checksum(exact), "bfloat16": probes._checksum(exact.bfloat16())}
+
+
+def test_a_deadline_that_is_no_number_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_PREFLIGHT_S", "2m")
+    with pytest.raises(ConfigError, match="^GRAFT_PREFLIGHT_S = '2m': give a number from 1 on$"), inspected(tmp_path):
+        pass
 
 
 # ---- two ranks ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from graft.core.artifact import write_text_atomic
+from graft.core.environment import number
 from graft.core.errors import NodeFault, TrainError
 from graft.train.launch import GPUS
 from graft.train.nodes import probes
@@ -41,7 +42,7 @@ def inspected(run_directory: Path, deadline_s: float | None = None) -> Iterator[
     Raises TrainError, the same on all ranks, on what forbids training. Rank 0 prints what was measured and writes `nodes.json`.
     deadline_s: of each step; where one outlasts it, the process ends with a line, for an exception reaches no hanging collective.
     """
-    roll = Roll(STEPS, deadline_s or float(os.environ.get("GRAFT_PREFLIGHT_S", DEADLINE_S)))
+    roll = Roll(STEPS, deadline_s or number("GRAFT_PREFLIGHT_S", DEADLINE_S, 1.0))
     try:
         roll.begin("the matmul and the disk")
         started = time.perf_counter()
