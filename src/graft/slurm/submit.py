@@ -7,7 +7,7 @@ evaluation and the probe of the server take one node. What can be found wrong is
 from __future__ import annotations
 
 import json
-import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from graft import pipeline
 from graft.core.artifact import write_text_atomic
+from graft.core.environment import number
 from graft.core.errors import ConfigError
 from graft.core.stages import DATA, Plan
 from graft.slurm.site import project, site
@@ -75,6 +76,8 @@ def submit(plan: Plan, sizes: Sizes, until: str | None = None) -> list[SlurmJob]
         raise ConfigError("there is no sbatch on this machine: run this on a login node of the cluster")
     folder = project()
     settings = site(folder)
+    for kind in ("data", "train"):
+        _counts(_sizes(kind, sizes, settings)[0])
     pipeline.check(plan, until)
     if running := [job for job in submitted(plan) if state_of(job.id).get("JobState") in ALIVE]:
         ids = ", ".join(f"{job.id} ({job.kind})" for job in running)
@@ -120,6 +123,14 @@ def _sizes(kind: str, sizes: Sizes, settings: dict[str, str]) -> tuple[str, int]
     return "1", min(gpus, 1)
 
 
+def _counts(nodes: str) -> range:
+    """Every number of nodes that a job may get; ConfigError where `nodes` is neither a number nor a range."""
+    least, _, most = nodes.partition("-")
+    if not re.fullmatch("[1-9][0-9]*(-[1-9][0-9]*)?", nodes) or int(most or least) < int(least):
+        raise ConfigError(f"{nodes!r} nodes: give a number from 1 on, or a range such as 1-2")
+    return range(int(least), int(most or least) + 1)
+
+
 def _options(kind: str, sizes: Sizes, settings: dict[str, str]) -> list[str]:
     nodes, gpus = _sizes(kind, sizes, settings)
     data = kind == "data"
@@ -153,14 +164,21 @@ def _require_gpus(plan: Plan, stages: list[str], sizes: Sizes, settings: dict[st
     from graft.train.split import micro_batch_of
 
     nodes, gpus = _sizes("train", sizes, settings)
-    least, _, most = nodes.partition("-")
-    each = gpus or int(os.environ.get("GRAFT_PROCESSES", CPU_PROCESSES))
+    counts = _counts(nodes)
+    each = gpus or number("GRAFT_PROCESSES", CPU_PROCESSES, 1)
     for stage in stages:
-        for count in {int(least), int(most or least)}:
-            micro_batch_of(plan.recipe.train_stage(stage).global_batch, count * each, 1)
+        bins = plan.recipe.train_stage(stage).global_batch
+        for count in counts:
+            if bins % (count * each) and len(counts) > 1:  # SLURM may give any number of a range
+                usable = [n for n in range(1, bins // each + 1) if bins % (n * each) == 0]
+                raise ConfigError(
+                    f"of {nodes} nodes {stage} may get {count}, and its global_batch = {bins} bins cannot be split over {count * each} processes: "
+                    f"{each} a node can use {usable} nodes: ask for one of these, for a range of nothing else, or set another global_batch"
+                )
+            micro_batch_of(bins, count * each, 1)
     if gpus and "GPU" in settings:
         from graft.train.sizing.check import report
 
-        lines, fits = report(plan, f"{int(least) * gpus}x{settings['GPU']}", None)
+        lines, fits = report(plan, f"{counts[0] * gpus}x{settings['GPU']}", None)
         if not fits:
-            raise ConfigError(f"{least} nodes of {gpus} {settings['GPU']} are too few: {next(line for line in lines if 'does not fit' in line)}")
+            raise ConfigError(f"{counts[0]} nodes of {gpus} {settings['GPU']} are too few: {next(line for line in lines if 'does not fit' in line)}")

@@ -132,7 +132,7 @@ def test_the_stored_sums_are_those_of_exact_arithmetic(size):
 
 def test_a_deadline_that_is_no_number_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAFT_PREFLIGHT_S", "2m")
-    with pytest.raises(ConfigError, match="^GRAFT_PREFLIGHT_S = '2m': give a number from 1 on$"), inspected(tmp_path):
+    with pytest.raises(ConfigError, match=r"^GRAFT_PREFLIGHT_S = '2m': give a number from 1 on$"), inspected(tmp_path):
         pass
 
 
