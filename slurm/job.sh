@@ -13,7 +13,8 @@ site_enter || exit 2
 # once a node; said here, for a job that says it gets the fewest nodes of a range
 once=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none)
 linger_s="${site[LINGER_S]:-60}" # a node that is lost keeps srun waiting, --wait notwithstanding; so both look at the time
-EARLY_S=20   # who is asked to leave sooner after the start than this has failed, as far as RESTARTS goes
+EARLY_S=20       # who is asked to leave sooner after the start than this has failed, as far as RESTARTS goes
+REQUEUE_TRIES=30 # 10 s apart
 KILLED="137 143 130"
 
 # on each node before anything else. $1: the attempt's folder
@@ -91,8 +92,7 @@ run_nodes() { # FOLDER COMMAND …; sets `code`
     ${site[CONTAINER]-} bash -c "$on_node" _ "$folder" "$@" &
   step=$!
   while kill -0 "$step" 2>/dev/null; do
-    sleep 1 &
-    wait "$!" || true
+    pause 1
     if [ -n "$(codes "$folder")" ]; then left=$((left + 1)); fi
     if [ "$left" -gt "$linger_s" ]; then
       echo "some node has not left $linger_s s after another did: not waiting for it"
@@ -119,11 +119,24 @@ verdict() { # of the nodes' exit codes and srun's: a refusal outweighs a wish to
 }
 
 again() { # after $1 seconds, on nodes that are then free
+  local tries=1 ended=''
+  trap 'ended=1' TERM # from the requeue itself, or, while that was not heard, from who cancels the job
+  until scontrol requeue "$SLURM_JOB_ID"; do # slurmctld may be starting anew, or moving to its backup
+    if [ "$tries" = "$REQUEUE_TRIES" ]; then
+      echo "graft: SLURM did not requeue job $SLURM_JOB_ID in $tries attempts: submit it again, it goes on where it was" >&2
+      exit 75
+    fi
+    tries=$((tries + 1))
+    pause 10
+    [ -z "$ended" ] || exit 75
+  done
   echo "requeued$([ "$1" = 0 ] || echo ", to start in $1 s at the earliest")"
-  trap : TERM
-  scontrol requeue "$SLURM_JOB_ID"
   if [ "$1" -gt 0 ]; then scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$1" || true; fi
-  sleep 30 & # until the job is taken away: a script that ends by itself would count as its end
-  wait "$!" || true
+  pause 30 # until the job is taken away: a script that ends by itself would count as its end
   exit 75
+}
+
+pause() { # SECONDS, less where a signal comes: bash hears of it only while it waits so
+  sleep "$1" &
+  wait "$!" || true
 }
