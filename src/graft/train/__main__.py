@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
 
 from graft.core import tracking
-from graft.core.errors import ConfigError, GraftError
+from graft.core.errors import ConfigError, GraftError, TrainError
 from graft.core.stages import Job, Plan
 from graft.train.nodes.watch import Watch
 from graft.train.preempt import leave
@@ -57,6 +58,8 @@ def _first_missing(plan: Plan) -> Job:
 def _leave_with(error: Exception) -> None:
     """A GraftError's line or a bug's traceback, from every rank: the first to leave ends the others, and it may not be 0; the launcher says the line once."""
     sys.stdout.flush()
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):  # safetensors says it in words
+        error = TrainError(f"the disk is full ({error}): make room and start again, what is complete stays")
     line, code = (str(error), error.exit_code) if isinstance(error, GraftError) else (None, 1)
     if line is None:
         traceback.print_exception(error)

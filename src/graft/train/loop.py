@@ -187,12 +187,12 @@ def _train(
         }
         if validation is not None and (ends or (config.validate_every and done % config.validate_every == 0)):
             metrics["validation_loss"] = _validate(engine, validation, micro, device, watch, feed.collate)
-            best.validated(metrics["validation_loss"], done, save)
+            _report_unsaved(best.validated(metrics["validation_loss"], done, save), config, stage, run_dir)
             ends = ends or best.stop
         step_time_s = time.perf_counter() - started
         device_s += step_time_s * world
         if report:
-            report.step({**metrics, "step_time_s": step_time_s})
+            _report_unsaved(report.step({**metrics, "step_time_s": step_time_s}), config, stage, run_dir)
         if profiler:
             profiler.step(done - first)
         if guard.state["in_a_row"] >= config.max_skipped:
@@ -228,7 +228,7 @@ def _train(
 
 
 def _report_unsaved(why: str | None, config: Train, stage: str, run_dir: Path) -> None:
-    """On all ranks: stop with the line on a checkpoint that could not be written, or print it where the recipe says to go on."""
+    """Stop with the line on what could not be written, or print it where the recipe says to go on. Of a checkpoint all ranks are told, else rank 0."""
     if why is None:
         return
     line = f"{stage}: {why}; {_kept(run_dir)}"

@@ -43,8 +43,11 @@ class Reporter:
         )
         self.progress.start()
 
-    def step(self, metrics: dict[str, Any]) -> None:
-        """metrics: of one step, with step_time_s, tokens and mean_document_tokens; adds throughput, MFU and memory."""
+    def step(self, metrics: dict[str, Any]) -> str | None:
+        """metrics: of one step, with step_time_s, tokens and mean_document_tokens; adds throughput, MFU and memory.
+
+        Returns why the disk does not take them (core/metrics.py).
+        """
         seconds = metrics["step_time_s"]
         flop_rate = self.flops.per_step(metrics["tokens"], metrics["mean_document_tokens"]) / seconds / self.world
         metrics |= self.plan.numbers | {
@@ -56,7 +59,7 @@ class Reporter:
             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
             "ended_unix_s": time.time(),  # from one step's to the next is all that passed, saves too
         }
-        self.writer.write(metrics)
+        unwritten = self.writer.write(metrics)
         if "skipped" in metrics:
             self.progress.console.print(f"train {self.stage}: step {metrics['step']} is left out: {metrics['skipped']}; bins {metrics['bins']}")
         if self.tracker:
@@ -66,11 +69,13 @@ class Reporter:
         if "skipped" not in metrics:
             self.last |= {k: v for k, v in metrics.items() if v is not None}
         self.progress.update(self.bar, advance=1, numbers=f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s")
+        return unwritten
 
     def finish(self) -> dict[str, Any]:
         """Close all but wandb; the numbers for the manifest. Rates are of this launch, without its start."""
         self.progress.stop()
-        self.writer.close()
+        if unwritten := self.writer.close():
+            Console().print(f"train {self.stage}: {unwritten}; its last lines are lost")
         counts: dict[str, Any] = {
             k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib", "mfu_nominal", "mfu_measured") if k in self.last
         }
