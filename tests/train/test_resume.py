@@ -162,7 +162,7 @@ def test_who_is_asked_to_leave_saves_the_step_at_hand_and_exits_with_75(tmp_path
 
 
 def test_changed_data_is_refused_while_a_run_is_unfinished_and_goes_on_where_that_is_allowed(tmp_path):
-    settings = ("sft.save_every=2", "sft.max_steps=9", "sft.epochs=99")
+    settings = ("sft.save_every=2", "sft.max_steps=9", "sft.epochs=3")
     plan = small_plan(tmp_path, *settings)
     first = train(plan)
     before = curve(first.path)
@@ -181,6 +181,13 @@ def test_changed_data_is_refused_while_a_run_is_unfinished_and_goes_on_where_tha
     (line,) = {line for line in said.splitlines() if line.startswith("graft: ")}
     assert "the data changed" in line and str(left) in line and "--allow-data-change" in line
     assert fault(left) is None and not steps(other.resolve("sft").run_directory)
+
+    fewer = small_plan(tmp_path, *settings, "shard.bins_per_shard=5", bins=list(random_bins(2, 32, 5)))
+    process = start(fewer, 1, "--allow-data-change")
+    said, _ = process.communicate(timeout=200)
+    (line,) = {line for line in said.splitlines() if line.startswith("graft: ")}
+    assert process.returncode == 2 and f"{at} steps are taken in {run}, the new data make 1: nothing to train; delete it or raise sft.epochs" in line
+    assert not (fewer.resolve("sft").run_directory / "metrics.jsonl").exists(), "nothing was brought over"
 
     artifact = train(other, 1, "--allow-data-change")  # with another number of processes, too
     (change,) = artifact.counts["data_changes"]

@@ -72,7 +72,8 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
         refuse_misfits([(folder / name, split) for name, split in splits.items() if split], job.plan, stage)
     watch = watch_of(job, config)
     held = watch.hold()
-    begin = start_of(job, allow_data_change)
+    total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
+    begin = start_of(job, allow_data_change, total)
     if begin is None:
         if accelerator.process_index == 0:
             print(f"train {stage}: complete at {job.directory}", flush=True)
@@ -86,7 +87,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
     if plan.line and accelerator.process_index == 0:
         print(f"train {stage}: {plan.line}", flush=True)
     with plan.explaining(stage):
-        _train(job, accelerator, shards, held_out, plan, begin, asked, watch, profile, ceiling_tflop_per_s)
+        _train(job, accelerator, shards, held_out, total, plan, begin, asked, watch, profile, ceiling_tflop_per_s)
     if held:
         held.close()
 
@@ -96,6 +97,7 @@ def _train(
     accelerator: Accelerator,
     shards: ShardSet,
     held_out: ShardSet | None,
+    total: int,
     plan: MemoryPlan,
     begin: Start,
     asked: Asked,
@@ -121,7 +123,6 @@ def _train(
     engine.set_gradient_accumulation_boundary(True)  # the loop holds a step's micro-batches together, DeepSpeed need not count them
 
     run_dir = job.run_directory
-    total = total_steps(len(shards), config.epochs, config.global_batch, config.max_steps)
     cursor = checkpoint.load(engine, begin.checkpoint, begin.expected) if begin.checkpoint else None
     first = cursor["step"] if cursor else 0
     tokens_seen, device_s = (cursor["tokens"], cursor["device_s"]) if cursor else (0, 0.0)  # of all ranks

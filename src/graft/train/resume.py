@@ -32,15 +32,16 @@ class Start(NamedTuple):
         return {"but_data": self.same["but_data"]} if self.changes and self.changes[-1]["to"] == self.same["shards"] else self.same
 
 
-def start_of(job: Job, allow_data_change: bool) -> Start | None:
+def start_of(job: Job, allow_data_change: bool, total: int) -> Start | None:
     """Rank 0 chooses, all ranks go on from its choice; None where another process has completed the stage meanwhile.
 
-    TrainError where an unfinished run of this stage is of other data, unless that is allowed.
+    total: steps of the whole run over these data. TrainError where an unfinished run of this stage is of other data, unless that is
+    allowed and some steps are left for them.
     """
     choice: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            choice = [None if job.artifact else _chosen(job, allow_data_change)]
+            choice = [None if job.artifact else _chosen(job, allow_data_change, total)]
         except TrainError as e:
             choice = [e]
     dist.broadcast_object_list(choice)
@@ -49,7 +50,7 @@ def start_of(job: Job, allow_data_change: bool) -> Start | None:
     return Start(*choice[0]) if choice[0] else None
 
 
-def _chosen(job: Job, allow_data_change: bool) -> Start:
+def _chosen(job: Job, allow_data_change: bool, total: int) -> Start:
     shards = f"shard-{job.stage.name}"
     parents = {name: parent["digest"] for name, parent in job.head["parents"].items() if name != shards}
     but_data = digest_of({**{key: job.head[key] for key in ("stage_version", "keys", "inputs")}, "parents": parents})
@@ -64,6 +65,11 @@ def _chosen(job: Job, allow_data_change: bool) -> Start:
     if other is None:
         return Start(None, same, [])
     cursor = checkpoint.cursor_of(other)
+    if cursor["step"] >= total:
+        raise TrainError(
+            f"{job.stage.name}: {cursor['step']} steps are taken in {other.parent}, the new data make {total}: nothing to train; "
+            f"delete it or raise {job.stage.name}.epochs, either of which starts over"
+        )
     if not allow_data_change:
         raise TrainError(
             f"{job.stage.name}: the data changed since {other} (shards {cursor['shards'][:12]}, now {same['shards'][:12]}): go on from it over "
