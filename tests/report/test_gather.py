@@ -68,6 +68,15 @@ def test_resumes_and_steps_left_out_are_told(tmp_path):
     assert report.trainings[0].charts[0].series[0].ys[7] is None
 
 
+def test_a_validation_is_no_pause_and_not_of_the_pace(tmp_path):
+    lines = list(metrics(100, resumed_at=49))
+    lines[49]["validation_s"] = 40.0
+    training = gather(make(plan_in(tmp_path), metrics=lines)).trainings[0]
+    facts = dict(training.facts)
+    assert not training.marks and training.steps_s == pytest.approx(90)
+    assert facts["throughput"] == "2k tokens/s" and "40 s of it in validations" in facts["time in steps"]
+
+
 def test_cost_adds_up(finished):
     assert dict(finished.cost.api)["spent by this recipe so far"] == "$ 1.25" and dict(finished.cost.api)["spent in this run"] == "$ 0.5"
     assert finished.cost.gpu and finished.cost.device_hours == 10.5 and finished.cost.devices.rows[0] == ("base", "2", "0:02:30", "3.50")

@@ -34,6 +34,25 @@ def test_it_learns_and_says_what_it_did(undisturbed):
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= set(artifact.manifest["files"])
 
 
+def test_a_steps_time_is_without_its_validation_and_devices_are_counted_for_both(undisturbed):
+    _, artifact = undisturbed
+    lines = list(read_metrics(artifact.path / "metrics.jsonl"))
+    assert [m["step"] for m in lines if "validation_s" in m] == [3, 6]
+    spent_s = sum(m["step_time_s"] + m.get("validation_s", 0.0) for m in lines)
+    assert artifact.counts["device_hours"] * 3600 == pytest.approx(2 * spent_s, rel=5e-3)
+    assert artifact.counts["steps_s"] == pytest.approx(spent_s)
+
+
+def test_a_run_that_was_killed_before_it_published_tells_what_it_did(undisturbed, tmp_path):
+    root, whole = undisturbed
+    shutil.copytree(root, tmp_path / "copy", symlinks=True)
+    plan = small_plan(tmp_path / "copy")
+    shutil.rmtree(plan.resolve("sft").directory)
+    again = train(plan)
+    figures = ("steps", "loss", "validation_loss", "step_time_s", "tokens_per_s", "steps_s", "device_hours")
+    assert {key: again.counts.get(key) for key in figures} == {key: whole.counts[key] for key in figures}
+
+
 def test_checkpoints_hold_no_frozen_base(undisturbed):
     root, artifact = undisturbed
     run = root / artifact.counts["checkpoints"]

@@ -23,7 +23,7 @@ def training(stage: str, file: Path, counts: dict[str, Any] | None) -> Training 
         return None
     total = int(metrics[-1].get("total_steps") or len(metrics))
     marks = [*_left_out(metrics), *_pauses(metrics)]
-    spent_s = sum(m.get("step_time_s") or 0.0 for m in metrics)
+    spent_s = sum(map(_spent_s, metrics))
     return Training(
         stage=stage,
         complete=counts is not None,
@@ -34,6 +34,11 @@ def training(stage: str, file: Path, counts: dict[str, Any] | None) -> Training 
         charts=tuple(_charts(metrics)),
         marks=tuple(marks[:MARKS]),
     )
+
+
+def _spent_s(m: dict[str, Any]) -> float:
+    """In a step and the validation after it."""
+    return (m.get("step_time_s") or 0.0) + (m.get("validation_s") or 0.0)
 
 
 def _series(metrics: list[dict[str, Any]], key: str, name: str, sparse: bool = False) -> Series | None:
@@ -81,7 +86,7 @@ def _pauses(metrics: list[dict[str, Any]]) -> list[Mark]:
     found = []
     for before, after in pairwise(metrics):
         if before.get("ended_unix_s") and after.get("ended_unix_s"):
-            idle_s = after["ended_unix_s"] - before["ended_unix_s"] - (after.get("step_time_s") or 0.0)
+            idle_s = after["ended_unix_s"] - before["ended_unix_s"] - _spent_s(after)
             if idle_s > max(PAUSE_S, PAUSE_STEPS * usual_s):
                 found.append(Mark(after["step"], "pause", f"{duration(idle_s)} passed before step {after['step']}: a resume, or a slow save"))
     return found
@@ -96,6 +101,7 @@ def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Ma
     mfu, of_measured = ([m[key] for m in metrics if m.get(key) is not None] for key in ("mfu_nominal", "mfu_measured"))
     peak = [m["peak_mem_gib"] for m in metrics if m.get("peak_mem_gib") is not None]
     stalled_s = sum(m.get("data_s") or 0.0 for m in metrics)
+    trained_s = sum(m.get("step_time_s") or 0.0 for m in metrics)
     left_out = [m for m in marks if m.kind == "left out"]
     pauses = len(marks) - len(left_out)
     changes = counts.get("data_changes") or []
@@ -104,13 +110,13 @@ def _facts(metrics: list[dict[str, Any]], counts: dict[str, Any], marks: list[Ma
         "loss": f"{trained[-1]:.4g}" if trained else None,
         "validation loss": f"{losses[-1]:.4g}" + (f", lowest {min(losses):.4g}" if min(losses) < losses[-1] else "") if losses else None,
         "tokens": f"{tokens:,}",
-        "throughput": f"{said(tokens / spent_s)} tokens/s" if spent_s else None,
+        "throughput": f"{said(tokens / trained_s)} tokens/s" if trained_s else None,
         "median step": f"{median(m.get('step_time_s') or 0.0 for m in metrics):.3g} s",
-        "time in steps": duration(spent_s),
+        "time in steps": duration(spent_s) + (f", {duration(spent_s - trained_s)} of it in validations" if spent_s > trained_s else ""),
         "MFU": f"{median(mfu):.1%}" if mfu else None,
         "MFU to the measured matmul": f"{median(of_measured):.1%}" if of_measured else None,
         "peak memory": f"{max(peak):.1f} GiB" + (f", predicted {last['predicted_mem_gib']:.1f}" if last.get("predicted_mem_gib") else "") if peak else None,
-        "waiting for data": f"{stalled_s / spent_s:.2%} of the time" if spent_s else None,
+        "waiting for data": f"{stalled_s / trained_s:.2%} of the time" if trained_s else None,
         "processes": number(counts["processes"]) if counts.get("processes") else None,
         "micro batch": f"{last['micro_batch']} bins" if last.get("micro_batch") else None,
         "activation checkpointing": last.get("activation_checkpointing"),

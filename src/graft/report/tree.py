@@ -98,7 +98,7 @@ class Training:
     complete: bool
     steps: int
     total_steps: int
-    steps_s: float  # spent in steps, in all launches
+    steps_s: float  # spent in steps and validations, in all launches
     facts: tuple[Pair, ...]
     charts: tuple[Chart, ...]
     marks: tuple[Mark, ...] = ()

@@ -185,15 +185,16 @@ def _train(
             **({"images": batch.images} if shards.of_images else {}),
             "data_s": waited_s,
             "compilations": compilations(),
+            "step_time_s": time.perf_counter() - started,
         }
         if validation is not None and (ends or (config.validate_every and done % config.validate_every == 0)):
             metrics["validation_loss"] = _validate(engine, validation, micro, device, watch, feed.collate)
             _report_unsaved(best.validated(metrics["validation_loss"], done, save), config, stage, run_dir)
+            metrics["validation_s"] = time.perf_counter() - started - metrics["step_time_s"]
             ends = ends or best.stop
-        step_time_s = time.perf_counter() - started
-        device_s += step_time_s * world
+        device_s += (time.perf_counter() - started) * world
         if report:
-            _report_unsaved(report.step({**metrics, "step_time_s": step_time_s}), config, stage, run_dir)
+            _report_unsaved(report.step(metrics), config, stage, run_dir)
         if profiler:
             profiler.step(done - first)
         if guard.state["in_a_row"] >= config.max_skipped:

@@ -18,6 +18,9 @@ from graft.core.stages import Job
 from graft.train.flops import Flops, peak_flops
 from graft.train.sizing.memory import MemoryPlan
 
+MFU = ("mfu_nominal", "mfu_measured")
+PACE = ("tokens", "step_time_s", "validation_s", *MFU)  # of a step, what the rates of a run are made of
+
 
 class Reporter:
     """One object a run, on rank 0 only."""
@@ -30,9 +33,12 @@ class Reporter:
         self.ceiling_tflop_per_s = ceiling_tflop_per_s if torch.cuda.is_available() else None  # the CPU's is of fp32
         self.stage, self.plan = job.stage.name, plan
         self.last: dict[str, Any] = {}
-        self.step_times_s: list[float] = []
-        self.tokens, self.steps = 0, first  # steps: of the whole run so far
+        self.paces: list[dict[str, Any]] = []
+        self.steps = first  # of the whole run so far
         self.writer = MetricsWriter(run_dir / "metrics.jsonl", first)
+        for before in self.writer.kept:
+            self._note(before)
+        self.before = len(self.paces)
         self.tracker = tracking.begin(job, run_dir / "metrics.jsonl")
         console = Console()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
@@ -44,7 +50,7 @@ class Reporter:
         self.progress.start()
 
     def step(self, metrics: dict[str, Any]) -> str | None:
-        """metrics: of one step, with step_time_s, tokens and mean_document_tokens; adds throughput, MFU and memory.
+        """metrics: of one step, with step_time_s (without its validation, validation_s), tokens and mean_document_tokens; adds throughput, MFU and memory.
 
         Returns why the disk does not take them (core/metrics.py).
         """
@@ -64,24 +70,28 @@ class Reporter:
             self.progress.console.print(f"train {self.stage}: step {metrics['step']} is left out: {metrics['skipped']}; bins {metrics['bins']}")
         if self.tracker:
             self.tracker.log(metrics)
-        self.step_times_s.append(seconds)
-        self.tokens, self.steps = self.tokens + metrics["tokens"], metrics["step"] + 1
-        if "skipped" not in metrics:
-            self.last |= {k: v for k, v in metrics.items() if v is not None}
+        self._note(metrics)
+        self.steps = metrics["step"] + 1
         self.progress.update(self.bar, advance=1, numbers=f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s")
         return unwritten
 
+    def _note(self, metrics: dict[str, Any]) -> None:
+        self.paces.append({key: metrics.get(key) for key in PACE})
+        if "skipped" not in metrics:
+            self.last |= {k: v for k, v in metrics.items() if v is not None}
+
     def finish(self) -> dict[str, Any]:
-        """Close all but wandb; the numbers for the manifest. Rates are of this launch, without its start."""
+        """Close all but wandb; the numbers for the manifest. Rates are of this launch's training, without its start; where no step was left for it, of the run's."""
         self.progress.stop()
         if unwritten := self.writer.close():
             Console().print(f"train {self.stage}: {unwritten}; its last lines are lost")
-        counts: dict[str, Any] = {
-            k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib", "mfu_nominal", "mfu_measured") if k in self.last
-        }
-        if self.step_times_s:
-            total_s = sum(self.step_times_s)
-            counts |= {"step_time_s": median(self.step_times_s), "tokens_per_s": self.tokens / total_s, "steps_s": total_s}
+        counts: dict[str, Any] = {k: self.last[k] for k in ("loss", "validation_loss", "peak_mem_gib") if k in self.last}
+        paces = self.paces[self.before :] or self.paces
+        of = {key: [pace[key] for pace in paces if pace[key] is not None] for key in PACE}
+        counts |= {key: median(of[key]) for key in MFU if of[key]}
+        if times_s := of["step_time_s"]:
+            counts |= {"step_time_s": median(times_s), "tokens_per_s": sum(of["tokens"]) / sum(times_s)}
+            counts["steps_s"] = sum(times_s) + sum(of["validation_s"])
         Console().print(f"train {self.stage}: " + ", ".join(f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in counts.items()))
         if (peak := counts.get("peak_mem_gib")) and (predicted := self.plan.predicted_gib):
             Console().print(f"train {self.stage}: peak {peak:.1f} GiB, predicted {predicted:.1f} ({predicted / peak - 1:+.1%})")
