@@ -80,7 +80,7 @@ def run(job: Job, profile: bool = False, allow_data_change: bool = False) -> Non
         watch.close()
         dist.destroy_process_group()
         return
-    plan = agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint)["setting"] if begin.checkpoint else {})
+    plan = agreed(job, accelerator.device, checkpoint.cursor_of(begin.checkpoint) if begin.checkpoint else {})
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         deepspeed_split(config.global_batch, accelerator.num_processes, plan.setting.micro_batch)
     )

@@ -1,5 +1,7 @@
 """What a run says before its weights are loaded, and when a GPU's memory runs out nonetheless."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,6 +40,31 @@ def test_within_the_error_it_is_only_warned_of():
     assert "error" not in planned("sft", fixed, of(139)).line
     tight = planned("sft", fixed, of(needed * (1 - ERROR["peak_gib"] / 2)))
     assert "if it runs out, set micro_batch = 2" in tight.line and tight.setting == Setting(4, "none")
+
+
+def test_a_resumed_run_keeps_its_setting_where_it_fits_and_else_takes_what_does():
+    """8B whole, from 8 GPUs to 4, each of which holds twice the optimizer's states."""
+    work, room = Work(WORK.shape, "bf16", Train(lora=False, global_batch=16), 4096, gpus=8), of(78.0)
+    fewer, before = replace(work, gpus=4), planned("sft", work, room).setting._asdict()
+    again = planned("sft", work, room, before)
+    assert again.setting._asdict() == before and "(auto)" not in again.line and "before" not in again.line
+    less = {"micro_batch": 1, "activation_checkpointing": "full"}
+    assert planned("sft", fewer, room, less, moved=True).setting._asdict() == less, "a run goes on as it began, also where another were faster"
+    with pytest.raises(TrainError, match="does not fit"):
+        planned("sft", replace(fewer, train=fewer.train.model_copy(update=before)), room)
+    found, fresh = planned("sft", fewer, room, before, moved=True), planned("sft", fewer, room)
+    assert found.setting == fresh.setting != Setting(**before) and found.predicted_gib < 78.0
+    assert found.line == f"{fresh.line}; before it was micro_batch 2, activation_checkpointing none, which may not fit here"
+    named = replace(fewer, train=fewer.train.model_copy(update={"activation_checkpointing": "none", "micro_batch": 2}))
+    with pytest.raises(TrainError, match="does not fit"):
+        planned("sft", named, room, {}, moved=True)
+
+
+def test_a_setting_that_fits_within_the_error_is_kept_only_where_it_ran():
+    work, before = Work(WORK.shape, "bf16", Train(lora=False, global_batch=16), 2048, gpus=4), {"micro_batch": 2, "activation_checkpointing": "none"}
+    kept, other = planned("sft", work, of(78.0), before), planned("sft", work, of(78.0), before, moved=True)
+    assert kept.setting == Setting(**before) and "within the prediction's error" in kept.line
+    assert other.setting == Setting(1, "none") and "error" not in other.line and "before it was micro_batch 2" in other.line
 
 
 def test_running_out_is_one_line_with_what_needs_less():

@@ -1,7 +1,8 @@
 """The memory plan of a run: the setting that all ranks go by, what it is predicted to need, and what to say where that is too much.
 
 A recipe's "auto" becomes a number on rank 0, for the GPU with the least free memory; a resumed run goes on with the numbers
-of the run it resumes, unless the recipe names others. On the CPU "auto" is one bin a forward and nothing computed again.
+of the run it resumes, unless the recipe names others or they do not fit the GPUs that are there now. On the CPU "auto" is one bin
+a forward and nothing computed again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from graft.core.errors import ConfigError, TrainError
-from graft.core.recipe import Train
 from graft.core.stages import Job
 from graft.model.frozen import fp8_works
 from graft.train.flops import PEAK_BF16_FLOPS, known
@@ -50,13 +50,14 @@ class MemoryPlan:
             raise TrainError(f"{stage}: {why}; peak {peak_gib:.1f} GiB{predicted}, with {with_what}: {self.smaller}") from None
 
 
-def agreed(job: Job, device: torch.device, before: dict[str, Any]) -> MemoryPlan:
-    """The plan of this run, the same on every rank. before: the setting in the cursor of the run that is resumed.
+def agreed(job: Job, device: torch.device, cursor: dict[str, Any]) -> MemoryPlan:
+    """The plan of this run, the same on every rank. cursor: of the run that is resumed, or empty.
 
     Raises TrainError, on rank 0, where the step is predicted not to fit: before any weight is loaded.
     """
-    train = job.recipe.train_stage(job.stage.name)
-    train = train.model_copy(update={key: value for key, value in before.items() if getattr(train, key) == AUTO})
+    own = job.recipe.train_stage(job.stage.name)
+    before = {key: value for key, value in cursor.get("setting", {}).items() if getattr(own, key) == AUTO}
+    train = own.model_copy(update=before)
     micro = micro_batch_of(train.global_batch, dist.get_world_size(), train.micro_batch if isinstance(train.micro_batch, int) else 1)
     plain = Setting(micro, "none" if train.activation_checkpointing == AUTO else train.activation_checkpointing)
     if device.type != "cuda":
@@ -65,12 +66,12 @@ def agreed(job: Job, device: torch.device, before: dict[str, Any]) -> MemoryPlan
     dist.all_reduce(room, op=dist.ReduceOp.MIN)
     found = [MemoryPlan(plain)]
     if dist.get_rank() == 0:
-        found = [_on_gpu(job, train, gpu_at(device, room.item()), plain)]
+        found = [_on_gpu(job, before, cursor.get("processes"), gpu_at(device, room.item()), plain)]
     dist.broadcast_object_list(found)
     return found[0]
 
 
-def _on_gpu(job: Job, train: Train, gpu: Gpu, plain: Setting) -> MemoryPlan:
+def _on_gpu(job: Job, before: dict[str, Any], gpus_before: int | None, gpu: Gpu, plain: Setting) -> MemoryPlan:
     stage = job.stage.name
     try:
         shape = Shape.at(*job.plan.base_model(stage))
@@ -79,14 +80,29 @@ def _on_gpu(job: Job, train: Train, gpu: Gpu, plain: Setting) -> MemoryPlan:
     zero = Zero.of(strategy_of(job.plan))
     shard, seen = job.recipe.shard, job.recipe.stage_shows_images(stage)
     work = Work(
-        shape, job.recipe.train_precision(stage), train, shard.seq_len, dist.get_world_size(), zero, image_pixels=shard.image_pixels if seen else 0
+        shape,
+        job.recipe.train_precision(stage),
+        job.recipe.train_stage(stage),
+        shard.seq_len,
+        dist.get_world_size(),
+        zero,
+        image_pixels=shard.image_pixels if seen else 0,
     )
-    return planned(stage, work, gpu)
+    return planned(stage, work, gpu, before, moved=gpus_before != work.gpus)
 
 
-def planned(stage: str, work: Work, gpu: Gpu) -> MemoryPlan:
-    """What `work` runs with on such a GPU; TrainError where it does not fit."""
-    choice = choose(work, gpu)
+def planned(stage: str, work: Work, gpu: Gpu, before: dict[str, Any] | None = None, moved: bool = False) -> MemoryPlan:
+    """What `work` runs with on such a GPU; TrainError where it does not fit.
+
+    before: what the run that is resumed had in the place of "auto", kept where it fits. moved: that was on another number of GPUs.
+    """
+    as_before = replace(work, train=work.train.model_copy(update=before or {}))
+    choice = choose(as_before, gpu)
+    anew = bool(before) and (choice is None or (choice.tight and moved))  # where it ran already it may be tight again
+    if anew:
+        choice = choose(work, gpu)
+    else:
+        work = as_before
     if choice is None:
         least = smallest(work, gpu)
         raise TrainError(
@@ -99,6 +115,8 @@ def planned(stage: str, work: Work, gpu: Gpu) -> MemoryPlan:
     line = f"{described(work, setting)}: predicted peak {need.peak_gib:.1f} of {gpu.room_gib:.1f} GiB"
     if tight:
         line += f", within the prediction's error of {ERROR['peak_gib']:.0%}; if it runs out, {smaller}"
+    if before and anew and before.items() - setting._asdict().items():
+        line += f"; before it was {', '.join(f'{key} {value}' for key, value in before.items())}, which may not fit here"
     return MemoryPlan(setting, need.peak_gib, line, smaller)
 
 
