@@ -316,13 +316,14 @@ def _check(args: argparse.Namespace) -> int:
 
     plan = _plan(args, "look")
     pipeline.check(plan)
+    from graft.train.sizing.check import report, report_here, trains_alike
+
+    told = trains_alike(plan)
     print(f"{args.recipe}: {'nothing wrong in what was looked at' if plan.unseen else 'ok'}, stages {', '.join(plan.stages)}")
     for name, why in plan.unseen.items():
         print(f"not looked at: {name} ({why})")
-    from graft.train.sizing.check import report, report_here
-
     lines, fits = report(plan, args.gpus, args.price) if args.gpus else (report_here(plan, args.price), True)
-    for line in lines:
+    for line in [*told, *lines]:
         print(line)
     return 0 if fits else 2
 

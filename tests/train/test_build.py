@@ -45,6 +45,15 @@ def test_fp8_without_such_a_gpu_is_refused(base):
         build(base, None, "fp8", Train(), 0, CPU)
 
 
+def test_a_head_with_a_bias_is_refused(tmp_path):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    PhiForCausalLM(PhiConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has a head with a bias, which graft does not compute"):
+        build(str(tmp_path), None, "fp32", Train(lora=None), 0, CPU)
+
+
 def test_a_model_without_known_layers_trains_plainly_and_refuses_the_rest(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 

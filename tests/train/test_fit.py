@@ -9,6 +9,7 @@ import pytest
 from graft.core.errors import ConfigError
 from graft.core.shards import ShardSet
 from graft.train.fit import refuse_misfits
+from graft.train.sizing.check import trains_alike
 
 from .small import environment, small_plan
 
@@ -47,6 +48,26 @@ def test_a_document_longer_than_the_base_has_positions(plan, folder):
     refuse(plan, folder)
     edit(plan.root / "base/config.json", max_position_embeddings=longest - 1)
     with pytest.raises(ConfigError, match=rf"of {longest} tokens, .*max_position_embeddings = {longest - 1}: set shard\.seq_len to {longest - 1} at"):
+        refuse(plan, folder)
+
+
+def test_a_document_longer_than_a_layer_sees(plan, folder):
+    longest, config = int(ShardSet.open(folder).doc_lens().max()), plan.root / "base/config.json"
+    edit(config, model_type="starcoder2", sliding_window=longest)
+    refuse(plan, folder)
+    edit(config, sliding_window=longest - 1)
+    with pytest.raises(
+        ConfigError, match=rf"train has a document of {longest} tokens, .* = {longest - 1}, .*: set shard\.seq_len to {longest - 1} at"
+    ):
+        refuse(plan, folder)
+    again = small_plan(plan.root)  # of the changed base, as `graft check` finds them
+    with pytest.raises(ConfigError, match=rf"train has a document of {longest} tokens, model\.base = '.*base' sliding_window = {longest - 1}"):
+        trains_alike(again)
+
+
+def test_a_head_that_is_not_computed(plan, folder):
+    edit(plan.root / "base/config.json", model_type="granite", logits_scaling=8.0)
+    with pytest.raises(ConfigError, match=r"model\.base = '.*base' has logits_scaling = 8\.0, which graft does not compute"):
         refuse(plan, folder)
 
 

@@ -37,6 +37,8 @@ def build(base: str, revision: str | None, precision: str, config: Train, seed: 
         lm = load_base(base, revision, precision, device)
         if config.lora:
             inject(lm, config.lora, DTYPES[precision], seed, config.train_vision)
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+        raise ConfigError(f"{base} has a head with a bias, which graft does not compute: it would train as another model; name another base")
     eyes = tower(lm)
     if config.train_vision and not eyes:
         raise ConfigError(f"train_vision = true, and {base} has no vision tower: leave it out, or name a Qwen2.5-VL model")

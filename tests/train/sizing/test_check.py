@@ -39,6 +39,17 @@ def test_the_command_says_it_without_torch(tmp_path, like):
     assert tight.returncode == 2 and "does not fit: set micro_batch = 2" in tight.stdout
     own = check()
     assert own.returncode == 0 and own.stdout.count("\n") >= 2, "what auto is on this machine"
+    config = dict(SHAPES[like])
+    text = config.get("text_config", config)
+    for more, code, said in (
+        ({"sliding_window": 1024}, 0, "sliding_window = 1024: longer documents are refused, set shard.seq_len to 1024 at most"),
+        ({"logits_scaling": 8.0}, 2, "has logits_scaling = 8.0, which graft does not compute"),
+    ):
+        changed = config | ({"text_config": text | more} if text is not config else more)
+        (tmp_path / "base/config.json").write_text(json.dumps(changed))
+        found = check()
+        assert found.returncode == code and said in found.stdout + found.stderr and "Traceback" not in found.stderr, found.stderr
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
     wrong = check("--gpus", "8xB300")
     assert wrong.returncode == 2 and "is not like 8xH100" in wrong.stderr and "Traceback" not in wrong.stderr
 

@@ -5,6 +5,7 @@ Without --gpus it is the GPUs of this machine, as nvidia-smi lists them, that ar
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,8 +13,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 from graft.core.errors import ArtifactError, ConfigError
+from graft.core.hub import model_folder
+from graft.core.shards import ShardSet
 from graft.core.stages import Plan
 from graft.model.shapes import ON_THE_HUB, SHAPES
+from graft.train.alike import refuse_long, refuse_unlike, window
 from graft.train.flops import PEAK_BF16_FLOPS, known
 from graft.train.launch import processes_per_node
 from graft.train.sizing.choice import AUTO, choose, described, mend, smallest
@@ -42,6 +46,28 @@ def report_here(plan: Plan, price_usd: float | None) -> list[str]:
         stage for stage in stages if AUTO in (plan.recipe.train_stage(stage).micro_batch, plan.recipe.train_stage(stage).activation_checkpointing)
     ]
     return [f'{", ".join(autos)}: no GPU here, where "auto" is micro_batch 1 and activation_checkpointing none'] if autos else []
+
+
+def trains_alike(plan: Plan) -> list[str]:
+    """ConfigError where the trainer would refuse the base by its config.json, or with it shards that are made; a line where it may refuse those to come."""
+    if not plan.recipe.train_stages() or plan.recipe.base or plan.recipe.model.base in plan.unseen:
+        return []
+    base, revision = plan.external_base()
+    whole = json.loads((model_folder(base, revision) / "config.json").read_text(encoding="utf-8"))
+    config, name = whole.get("text_config") or whole, f"model.base = {base!r}"
+    refuse_unlike(config, name)
+    missing = False
+    for stage in plan.recipe.train_stages():
+        try:
+            folders = [folder for split in ("train", "validation") if (folder := plan.artifact(f"shard-{stage}").path / split).is_dir()]
+        except (ArtifactError, KeyError):
+            missing = True
+            continue
+        for folder in folders:
+            refuse_long(ShardSet.open(folder, verify=False), folder, config, name)
+    if missing and (seen := window(config)) and plan.recipe.shard.seq_len > seen:
+        return [f"{name} sliding_window = {seen}: longer documents are refused, set shard.seq_len to {seen} at most where there may be some"]
+    return []
 
 
 def _report(plan: Plan, count: int, gpu: Gpu, price_usd: float | None) -> tuple[list[str], bool]:
