@@ -109,6 +109,15 @@ def model_folder(base: str, revision: str | None, weights: bool = False, key: st
     return folder
 
 
+def config_file(base: str, revision: str | None) -> Path:
+    """A base's config.json, on the hub's side the one that commit_of() has brought here; OSError where it is not there."""
+    if revision is None:
+        return Path(base) / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(base, "config.json", revision=revision, local_files_only=True))
+
+
 def weight_files(folder: Path) -> list[str]:
     """The names of a model's safetensors files, in order."""
     index = folder / "model.safetensors.index.json"

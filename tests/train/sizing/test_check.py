@@ -49,6 +49,8 @@ def test_the_command_says_it_without_torch(tmp_path, like):
         (tmp_path / "base/config.json").write_text(json.dumps(changed))
         found = check()
         assert found.returncode == code and said in found.stdout + found.stderr and "Traceback" not in found.stderr, found.stderr
+    (tmp_path / "base/config.json").write_text("{")
+    assert check().returncode == 2 and "has a config.json that cannot be read" in check().stderr and "Traceback" not in check().stderr
     (tmp_path / "base/config.json").write_text(json.dumps(config))
     wrong = check("--gpus", "8xB300")
     assert wrong.returncode == 2 and "is not like 8xH100" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -1,4 +1,4 @@
-"""`graft check RECIPE --gpus 8xH100`: what each training stage will need before anything is allocated. Imports no torch.
+"""`graft check RECIPE --gpus 8xH100`: what each training stage will need before anything is allocated, and whether its base can be trained. Imports no torch.
 
 Without --gpus it is the GPUs of this machine, as nvidia-smi lists them, that are asked about.
 """
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from graft.core.errors import ArtifactError, ConfigError
-from graft.core.hub import model_folder
+from graft.core.hub import config_file
 from graft.core.shards import ShardSet
 from graft.core.stages import Plan
 from graft.model.shapes import ON_THE_HUB, SHAPES
@@ -53,8 +53,12 @@ def trains_alike(plan: Plan) -> list[str]:
     if not plan.recipe.train_stages() or plan.recipe.base or plan.recipe.model.base in plan.unseen:
         return []
     base, revision = plan.external_base()
-    whole = json.loads((model_folder(base, revision) / "config.json").read_text(encoding="utf-8"))
-    config, name = whole.get("text_config") or whole, f"model.base = {base!r}"
+    name = f"model.base = {base!r}"
+    try:
+        whole = json.loads(config_file(base, revision).read_text(encoding="utf-8"))
+        config = whole.get("text_config") or whole
+    except (OSError, ValueError, AttributeError) as e:
+        raise ConfigError(f"{name} has a config.json that cannot be read ({e}): mend it, or name another base") from None
     refuse_unlike(config, name)
     missing = False
     for stage in plan.recipe.train_stages():
