@@ -52,8 +52,9 @@ def test_the_command_says_it_without_torch(tmp_path, like):
     (tmp_path / "base/config.json").write_text("{")
     assert check().returncode == 2 and "has a config.json that cannot be read" in check().stderr and "Traceback" not in check().stderr
     (tmp_path / "base/config.json").write_text(json.dumps(config))
-    wrong = check("--gpus", "8xB300")
-    assert wrong.returncode == 2 and "is not like 8xH100" in wrong.stderr and "Traceback" not in wrong.stderr
+    for gpus in ("8xB300", "²xH100"):
+        wrong = check("--gpus", gpus)
+        assert wrong.returncode == 2 and "is not like 8xH100" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_an_embedded_base_is_asked_about_by_its_recipe(tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 from contextlib import suppress
 from dataclasses import replace
 
+from graft.core.environment import number
 from graft.core.errors import ArtifactError, ConfigError
 from graft.core.hub import config_file
 from graft.core.shards import ShardSet
@@ -39,7 +40,7 @@ def report_here(plan: Plan, price_usd: float | None) -> list[str]:
     stages = plan.recipe.train_stages()
     if gpu := _here():
         try:
-            return _report(plan, processes_per_node() * int(os.environ.get("NUM_NODES", "1")), gpu, price_usd)[0]
+            return _report(plan, processes_per_node() * number("NUM_NODES", 1, 1), gpu, price_usd)[0]
         except ConfigError as e:
             return [f"memory: {e}"]
     autos = [
@@ -125,7 +126,7 @@ def _shape(plan: Plan) -> tuple[Shape | None, str]:
 def _gpus(text: str) -> tuple[int, str]:
     count, _, kind = text.partition("x")
     found = next((name for name in MEMORY_GIB if name.replace(" ", "").lower() == kind.replace(" ", "").replace("-", "").lower()), None)
-    if not count.isdigit() or not int(count) or found is None:
+    if not count.isdecimal() or not int(count) or found is None:
         raise ConfigError(f"--gpus {text!r} is not like 8xH100: a number, x, and one of {', '.join(MEMORY_GIB)}")
     return int(count), found
 
