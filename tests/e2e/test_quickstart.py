@@ -12,6 +12,7 @@ from graft.core.artifact import Artifact
 from graft.core.calls import parse_answer
 from graft.core.metrics import read_metrics
 from graft.core.stages import Plan, lineage
+from graft.core.store import AdapterStore
 from graft.data import grammar
 from graft.train.launch import free_port
 
@@ -89,7 +90,7 @@ def test_training_learned_and_the_merge_is_faithful(plan):
 
 def test_the_server_answered_with_a_call(plan):
     reply = json.loads((plan.artifact("serve").path / "reply.json").read_text())
-    assert reply["model"] == "image-intent-tiny"
+    assert reply["model"] == AdapterStore(plan.served).names()["image-intent-tiny"]
     assert parse_answer(reply["reply"], "generate_image", "prompt").kind == "call"
 
 

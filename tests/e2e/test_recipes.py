@@ -13,6 +13,7 @@ import pytest
 
 from graft.core.metrics import read_metrics
 from graft.core.stages import Plan
+from graft.core.store import AdapterStore
 from graft.train.checkpoint import cursor_of, steps
 from graft.train.launch import free_port
 
@@ -64,7 +65,7 @@ def test_a_twin_goes_on_from_where_it_was_stopped_and_ends_complete(tree, monkey
     tasks = json.loads((plan.artifact("evaluate").path / "metrics.json").read_text())["tasks"]
     assert tasks.keys() == plan.recipe.evaluate.tasks.keys() and all({"adapter", "base"} == told["systems"].keys() for told in tasks.values())
     reply = json.loads((plan.artifact("serve").path / "reply.json").read_text())
-    assert reply["model"] == name and reply["prompt"] == plan.recipe.serve.prompt
+    assert reply["model"] == AdapterStore(plan.served).names()[name] and reply["prompt"] == plan.recipe.serve.prompt
     if plan.recipe.tracking.wandb == "offline":
         assert all(list(plan.resolve(s).run_directory.rglob("*.wandb")) for s in plan.recipe.train_stages())
 
