@@ -58,6 +58,11 @@ def test_options_with_and_without_their_answer(read):
     assert rows[0]["options"] == list("wxyz") and rows[0]["replies"][1] == "B. x" and rows[0]["messages"][0]["content"].startswith("a\n\nq\nA. w")
 
 
+def test_options_beside_an_image_that_cannot_be_shown_are_not_asked_without_it(read):
+    _, (blind, plain) = read(EXAM | {"images": ["a.png"]}, EXAM | {"images": []})
+    assert "images" in blind["refused"] and "refused" not in plain
+
+
 def test_every_record_has_a_row_and_a_blank_line_is_none(read):
     _, rows = read({"question": "q", "Id": 7}, "", "{oops", {"question": ""}, {"question": "q", "id": "a b"}, {"question": "q", "id": " "}, "", "")
     assert [row["id"] for row in rows] == ["7", "2", "3", "a b", "5"]

@@ -1,5 +1,7 @@
 """LoRA and packed attention against plain references, on a tiny random Llama."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,11 @@ def test_damaged_adapters_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="no readable adapter"):
         read_adapter(tmp_path)
     save_adapter(with_random_adapter(), ALL, tmp_path, "base")
+    whole = json.loads((tmp_path / "adapter_config.json").read_text())
+    for wrong in ([whole], {**whole, "r": None}, {**whole, "r": 0}, {key: value for key, value in whole.items() if key != "lora_alpha"}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ArtifactError, match="gives no r and lora_alpha"):
+            read_adapter(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="no readable adapter"):

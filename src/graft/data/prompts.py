@@ -104,7 +104,7 @@ def _asked(value: dict[str, Any], layout: str, task: EvalTask, pictures: Picture
         options = {"options": texts, "replies": replies}
         with suppress(Refused):
             options["reference"] = reading_comprehension.answer_index(value, task.mcq.answer, texts) + 1
-        shown: dict[str, Any] = {key: value[key] for key in ("images", "image") if pictures and key in value}
+        shown: dict[str, Any] = {key: value[key] for key in ("images", "image") if key in value}
         value, layout = shown | {"messages": [{"role": "user", "content": prompt}]}, "messages"
     messages, reason = (pictures.messages if pictures else to_messages)(value, layout, task.mcq, answered=False)
     if messages is None:

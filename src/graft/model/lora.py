@@ -206,6 +206,8 @@ def read_adapter(folder: Path, device: torch.device | str = "cpu") -> tuple[dict
     except (OSError, ValueError, SafetensorError) as e:
         there = not isinstance(e, OSError) or (isinstance(e, FileNotFoundError) and folder.is_dir())  # else another look may find it
         raise (ArtifactError if there else Unreadable)(f"{folder} holds no readable adapter ({e}): expected {CONFIG} and {WEIGHTS}") from None
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), int | float) and config[key] > 0 for key in ("r", "lora_alpha")):
+        raise ArtifactError(f"{folder / CONFIG} is no adapter's: it gives no r and lora_alpha above 0")
     if config.get("peft_type") != "LORA" or any(config.get(k) for k in NOT_PLAIN) or config.get("bias", "none") != "none":
         raise ArtifactError(f"{folder} is no plain LoRA adapter: {CONFIG} may set none of {', '.join(NOT_PLAIN)} and no bias")
     names = sorted({k.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for k in tensors})
