@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,79 +20,69 @@ from .small import curve, random_bins, small_plan, start, train
 
 CAMPAIGN = pytest.mark.campaign
 NEVER = 10**9
+MOUNTS = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+@contextmanager
+def run_on_a_small_disk(plan, ranks, folder, size):
+    """(exit code, output) of a run, while `folder`, which it fills, is still a disk of that size."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        process = start(plan, ranks)
+        said, _ = process.communicate(timeout=200)
+        yield process.returncode, said
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@MOUNTS
 @pytest.mark.parametrize("told", ["stop", "continue"])
 def test_a_full_disk_costs_one_checkpoint_and_is_one_line(tmp_path, told):
     plan = small_plan(tmp_path, f"sft.on_save_failure={told}", "sft.save_every=1", "sft.lora={r=16}")  # 0.4 MB each
     run = plan.resolve("sft").run_directory
-    run.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(run)], check=True)
-    try:
-        process = start(plan, 2)
-        said, _ = process.communicate(timeout=200)
+    with run_on_a_small_disk(plan, 2, run, "1M") as (code, said):
         lines = {line for line in said.splitlines() if "was not written" in line}
         kept = [folder for folder in steps(run) if not fault(folder)]
         assert kept and all("No space left" in line and "the newest checkpoint in" in line for line in lines), said[-3000:]
         assert len(lines) >= 1 and "Traceback" not in said
-        assert process.returncode == (2 if told == "stop" else 0), said[-3000:]
-    finally:
-        subprocess.run(["umount", str(run)], check=True)
+        assert code == (2 if told == "stop" else 0), said[-3000:]
     if told == "continue":
         assert len(curve(plan.artifact("sft").path)) == 7
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+@MOUNTS
 @pytest.mark.parametrize("told", ["stop", "continue"])
 def test_a_disk_too_full_for_the_best_weights_is_one_line_and_no_traceback(tmp_path, told):
     """With room for the metrics and nothing else; the checkpoint of the end does not fit either."""
     plan = small_plan(tmp_path, f"sft.on_save_failure={told}", "sft.save_every=99", "sft.validate_every=2", "sft.keep=best", "sft.lora={r=16}")
     run = plan.resolve("sft").run_directory
-    run.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)], check=True)
-    try:
-        process = start(plan, 2)
-        said, _ = process.communicate(timeout=200)
-        assert "Traceback" not in said and process.returncode == (2 if told == "stop" else 0), said[-3000:]
+    with run_on_a_small_disk(plan, 2, run, "64k") as (code, said):
+        assert "Traceback" not in said and code == (2 if told == "stop" else 0), said[-3000:]
         lines = [line for line in said.splitlines() if "the best weights so far, of step" in line]
         assert all("No space left" in line and "holds no checkpoint yet" in line for line in lines)
         assert len(lines) == (1 if told == "stop" else 4), said[-3000:]
-    finally:
-        subprocess.run(["umount", str(run)], check=True)
     if told == "continue":
         assert "kept_step" not in plan.artifact("sft").counts and len(curve(plan.artifact("sft").path)) == 7
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+@MOUNTS
 def test_a_disk_too_full_for_the_metrics_is_one_line(tmp_path):
     plan = small_plan(tmp_path, "sft.max_steps=300", "sft.epochs=999", "sft.save_every=999", "sft.validate_every=999")
     run = plan.resolve("sft").run_directory
-    run.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)], check=True)
-    try:
-        process = start(plan, 2)
-        said, _ = process.communicate(timeout=200)
+    with run_on_a_small_disk(plan, 2, run, "64k") as (code, said):
         (line,) = {line for line in said.splitlines() if line.startswith("graft: ")}
-        assert process.returncode == 2 and "Traceback" not in said, said[-3000:]
+        assert code == 2 and "Traceback" not in said, said[-3000:]
         assert "metrics.jsonl was not written: No space left on device" in line and "on_save_failure = 'continue'" in line
-    finally:
-        subprocess.run(["umount", str(run)], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+@MOUNTS
 def test_an_artifact_that_the_disk_does_not_take_is_one_line(tmp_path):
     plan = small_plan(tmp_path, "sft.lora={r=16}")
     folder = plan.resolve("sft").directory.parent
-    folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
-    try:
-        process = start(plan, 1)
-        said, _ = process.communicate(timeout=200)
+    with run_on_a_small_disk(plan, 1, folder, "64k") as (code, said):
         (line,) = {line for line in said.splitlines() if line.startswith("graft: ")}
-        assert process.returncode == 2 and "Traceback" not in said and "the disk is full" in line and "No space left" in line, said[-3000:]
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        assert code == 2 and "Traceback" not in said and "the disk is full" in line and "No space left" in line, said[-3000:]
 
 
 @pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=CAMPAIGN)])

@@ -24,9 +24,8 @@ def compare(plan: Plan, url: str) -> tuple[list[str], bool]:
     made = plan.artifact("evaluate")
     offline = list(read_jsonl(made.path / "predictions.jsonl"))
     rows = list(read_jsonl(plan.artifact("prepare").path / "rows" / "test.jsonl"))
-    own = (
-        AdapterStore(plan.served).publish(recipe.name, plan.artifact("sft")).id if plan.trained()[2] else recipe.name
-    )  # the name may stand for another
+    # by its version: the name may stand for another run's
+    own = AdapterStore(plan.served).publish(recipe.name, plan.artifact("sft")).id if plan.trained()[2] else recipe.name
     found = asyncio.run(answers(url, own, [row["messages"][:-1] for row in rows], recipe.evaluate.max_new_tokens))
     predicted: list[str] = [parse_answer(text, recipe.task.function, recipe.task.argument).kind for text in found]
     served = score([row["label"] for row in rows], predicted)

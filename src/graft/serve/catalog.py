@@ -27,12 +27,8 @@ from graft.serve.runner import Runner
 
 T = TypeVar("T")
 SLOT_WAIT_S = 10.0  # for an adapter that is not in memory, until another one is idle
-MALFORMED = (
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-)  # what an adapter's JSON may raise; DataError too, of a canary longer than the engine holds
+# what an adapter's JSON may raise; DataError too, of a canary longer than the engine holds
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)
 POLL_S = 1.0  # how soon what was published elsewhere is seen
 
 
