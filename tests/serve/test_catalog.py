@@ -94,25 +94,27 @@ def test_reload_and_alias_under_load_fail_no_request(serve, eight):
     one, two = (store.get(folder.name).id for folder in eight[:2])
     client.post("/admin/alias", json={"alias": "prod", "model": one})
     answers = {said(client, one), said(client, two)}
-    over = False
+    over, replies = False, []
 
     def ask(n):
-        found = []
         while not over:
-            reply = client.post(CHAT, json={**ASK, "model": "prod" if n % 2 else eight[2].name})
-            found.append((reply.status_code, reply.json().get("choices", [{}])[0].get("message", {}).get("content")))
-        return found
+            replies.append(client.post(CHAT, json={**ASK, "model": "prod" if n % 2 else eight[2].name}))
 
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask, n) for n in range(4)]
-        for n in range(12):
-            assert client.post("/admin/reload", json={"model": one if n % 2 else eight[2].name}).status_code == 200
-            assert client.post("/admin/alias", json={"alias": "prod", "model": two if n % 2 else one}).status_code == 200
-        over = True
-        replies = [reply for done in asking for reply in done.result()]
-    assert len(replies) > 12 and {status for status, _ in replies} == {200}
-    assert {text for _, text in replies} == answers | {said(client, eight[2].name)}
-    print(f"{len(replies)} requests answered while 12 reloads and 12 aliases were made, 0 failed")
+        n = 0
+        try:
+            while n < 12 or len(replies) <= 12:  # however slow the machine answers
+                assert client.post("/admin/reload", json={"model": one if n % 2 else eight[2].name}).status_code == 200
+                assert client.post("/admin/alias", json={"alias": "prod", "model": two if n % 2 else one}).status_code == 200
+                n += 1
+        finally:
+            over = True
+        for done in asking:
+            done.result()
+    assert not [reply.text for reply in replies if reply.status_code != 200]
+    assert {reply.json()["choices"][0]["message"]["content"] for reply in replies} == answers | {said(client, eight[2].name)}
+    print(f"{len(replies)} requests answered while {n} reloads and {n} aliases were made, 0 failed")
 
 
 def test_unload_takes_an_adapter_off_every_server_and_load_brings_it_back(serve, eight):
