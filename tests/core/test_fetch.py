@@ -12,7 +12,8 @@ import pytest
 from aiohttp import web
 
 from graft.core.fetch import MAX_REDIRECTS, FetchError, fetch, fetcher, is_public, without_secrets
-from graft.train.launch import free_port
+
+from ..ports import free_port
 
 PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"
 BODY = bytes(range(256)) * 40

@@ -6,8 +6,8 @@ import time
 
 from graft.core.metrics import read_metrics
 from graft.core.stages import Plan
-from graft.train.launch import free_port
 
+from ..ports import free_port
 from .tree import RECIPE, Tree
 
 SMALL = [

@@ -14,8 +14,8 @@ from graft.core.metrics import read_metrics
 from graft.core.stages import Plan, lineage
 from graft.core.store import AdapterStore
 from graft.data import grammar
-from graft.train.launch import free_port
 
+from ..ports import free_port
 from .tree import RECIPE, Tree
 
 LIMIT_S = 480  # the eight minutes on two cores

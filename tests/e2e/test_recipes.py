@@ -15,8 +15,8 @@ from graft.core.metrics import read_metrics
 from graft.core.stages import Plan
 from graft.core.store import AdapterStore
 from graft.train.checkpoint import cursor_of, steps
-from graft.train.launch import free_port
 
+from ..ports import free_port
 from ..train.small import run_program
 from .tree import Tree
 

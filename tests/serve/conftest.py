@@ -26,9 +26,9 @@ from graft.serve.api import build
 from graft.serve.app import wait_until_ready
 from graft.serve.runner import Runner
 from graft.serve.spec import ServeSpec
-from graft.train.launch import free_port
 
 from ..model.tiny_vision import write_adapter, write_speaking
+from ..ports import free_port
 
 RECIPE = """
 name = "tiny"

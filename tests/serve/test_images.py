@@ -36,8 +36,8 @@ from graft.serve.api import build
 from graft.serve.images import Images
 from graft.serve.requests import ApiError
 from graft.serve.runner import Runner
-from graft.train.launch import free_port
 
+from ..ports import free_port
 from .conftest import Listening
 
 CHAT = "/v1/chat/completions"

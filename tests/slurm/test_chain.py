@@ -7,10 +7,10 @@ import time
 import pytest
 
 from graft.core.stages import Plan
-from graft.train.launch import free_port
 
 from ..e2e.kills import SMALL
 from ..e2e.tree import RECIPE, Tree
+from ..ports import free_port
 from .cluster import missing, until
 from .training import attempts, said
 

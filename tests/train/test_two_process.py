@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from graft.core.artifact import sha256_file
 from graft.core.metrics import read_metrics
-from graft.train.launch import free_port
 
 from ..core.wandb_server import history, records
+from ..ports import free_port
 from .small import curve, environment, small_plan, start, train
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from graft.train.launch import free_port
+from ...ports import free_port
 
 LAUNCHER = "import torch.distributed as d, time; s = d.TCPStore('127.0.0.1', {port}, is_master=True, wait_for_workers=False); print(flush=True); time.sleep(99)"
 RANK = """
