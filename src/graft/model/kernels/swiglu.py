@@ -72,7 +72,7 @@ def swiglu_backward(
 
 
 CHUNK = 1024  # rows
-PROGRAMS = 256  # that occupy a GPU: two for each of an H200's 132 multiprocessors, of 64 rows of 16,384
+PROGRAMS = 1024  # that occupy a GPU: of four warps, several on each multiprocessor
 _TILE = 64, 64, 3, 4  # rows, columns, loads ahead, warps
 
 
