@@ -42,13 +42,15 @@ def test_a_backend_agrees_with_each_document_by_itself(backend, ends):
             assert (found[begin:end] - one).norm() <= 1e-2 * one.norm() + 1e-2
 
 
-def test_documents_of_one_length_are_a_batch_to_flash_attention_4():
+def test_documents_of_one_length_are_a_batch_to_the_backward_of_flash_attention_4():
     q, cu = torch.arange(24.0).view(6, 4)[:, :2].unsqueeze(1), torch.tensor([0, 3, 6], dtype=torch.int32)
-    (batch,), given = attention._fa4(cu, 3, 0.5, q)
+    lse = torch.arange(12.0).view(2, 6)
+    (by_document, batch), given = attention._batched(cu, 3, 0.5, lse, q)
     assert given == {"softmax_scale": 0.5, "causal": True} and batch.shape == (2, 3, 1, 2) and torch.equal(batch.flatten(0, 1), q)
     assert batch.data_ptr() == q.data_ptr(), "a view"
-    (rows,), given = attention._fa4(torch.tensor([0, 2, 6], dtype=torch.int32), 4, 0.5, q)
-    assert rows is q and given["max_seqlen_q"] == given["max_seqlen_k"] == 4 and given["cu_seqlens_q"] is given["cu_seqlens_k"]
+    assert by_document.is_contiguous() and torch.equal(by_document, torch.stack([lse[:, :3], lse[:, 3:]]))
+    (same, rows), given = attention._batched(torch.tensor([0, 2, 6], dtype=torch.int32), 4, 0.5, lse, q)
+    assert rows is q and same is lse and given["max_seqlen_q"] == given["max_seqlen_k"] == 4 and given["cu_seqlens_q"] is given["cu_seqlens_k"]
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "forward", "gradient", "documents of several lengths"])

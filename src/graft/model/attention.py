@@ -92,19 +92,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: Tensor, scale:
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        (q4, k4, v4), given = _fa4(cu, n, scale, q, k, v)
-        out, lse, *_ = _flash_attn_fwd(q4, k4, v4, **given, return_lse=True)
-        return out.view(q.shape), lse.view(lse_shape(q.shape[0], q.shape[1], backend))
+        out, lse, *_ = _flash_attn_fwd(q, k, v, **_borders(cu, n, scale), return_lse=True)
+        return out, lse
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, n, n, 0.0, True, False, scale=scale)
     return out, lse
 
 
-def _fa4(cu: Tensor, longest: int, scale: float, *tensors: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """FlashAttention-4's arguments. Documents that are all of one length are a batch, so that no tile looks for its borders before it begins."""
-    documents, common = cu.shape[0] - 1, {"softmax_scale": scale, "causal": True}
-    if documents * longest == len(tensors[0]):
-        return [x.unflatten(0, (documents, longest)) for x in tensors], common
-    return list(tensors), {**common, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+def _borders(cu: Tensor, longest: int, scale: float) -> dict[str, Any]:
+    """FlashAttention-4's arguments."""
+    return {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest, "softmax_scale": scale, "causal": True}
+
+
+def _batched(cu: Tensor, longest: int, scale: float, lse: Tensor, *tensors: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """((lse, *tensors), arguments) of its backward. Documents of one length are a batch, in which no tile looks for its borders: 3 % faster (a forward is 10 % slower so)."""
+    documents = len(cu) - 1
+    if documents * longest != len(tensors[0]):
+        return (lse, *tensors), _borders(cu, longest, scale)
+    lse = lse.unflatten(1, (documents, longest)).transpose(0, 1).contiguous()
+    return (lse, *(x.unflatten(0, (documents, longest)) for x in tensors)), {"softmax_scale": scale, "causal": True}
 
 
 def lse_shape(t: int, heads: int, backend: str) -> tuple[int, ...]:
@@ -121,8 +126,7 @@ def backward(
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        (q, k, v, out, dout, dq, dk, dv), given = _fa4(cu, int(longest), scale, q, k, v, out, dout, *grads)
-        lse = lse if "cu_seqlens_q" in given else lse.view(len(q), -1, int(longest))  # as forward() had it
+        (lse, q, k, v, out, dout, dq, dk, dv), given = _batched(cu, int(longest), scale, lse, q, k, v, out, dout, *grads)
         _flash_attn_bwd(q, k, v, out, dout, lse, **given, deterministic=torch.are_deterministic_algorithms_enabled(), dq=dq, dk=dk, dv=dv)
         return None
     if backend == "reference":
