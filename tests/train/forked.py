@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..ports import free_port
+from graft.train.launch import free_port
 
 LIMIT_S = 240  # of one start
 

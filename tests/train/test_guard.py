@@ -24,7 +24,7 @@ class FakeZero:
 
     def __init__(self):
         self.weight = torch.nn.Parameter(torch.ones(4))
-        self.optimizer = torch.optim.AdamW([self.weight], lr=0.1)
+        self.optimizer = torch.optim.AdamW([self.weight], lr=0.1, fused=True)
         self.single_partition_of_fp32_groups, self._global_grad_norm = [self.weight], 1.0
 
 

@@ -1,8 +1,8 @@
 """Steps that would spoil the weights are left out: a loss or a gradient that is not finite, or a loss far above those before.
 
-Both are judged as the optimizer is about to step: the loss that all ranks have added up, and the norm of their gradient, so every rank leaves
-out the same step: weights and moments stay as they were, the step's learning rate and bins have passed. The losses that count
-go into the checkpoint, so a resumed run leaves out the same.
+Both are judged on the device as the optimizer is about to step: the loss that all ranks have added up, and the norm of their gradient, so every
+rank leaves out the same step, and none waits to know: weights and moments stay as they were, the step's learning rate and bins have passed.
+The losses that count go into the checkpoint, so a resumed run leaves out the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from statistics import fmean, pstdev
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,7 +24,7 @@ LEAST_NATS = 0.02  # and below this, or the ripples of what is learned by heart 
 
 
 class Guard:
-    """On every rank, over DeepSpeed's ZeRO optimizer: judge() before engine.step(), verdict() after it.
+    """On every rank, over DeepSpeed's ZeRO optimizer of a fused AdamW: judge() before engine.step(), verdict() after it.
 
     `state` goes into the cursor and comes back from it: the last losses (nats a target) of steps that were taken, and counts.
     """
@@ -31,11 +32,11 @@ class Guard:
     def __init__(self, config: Train, engine: Any, state: dict[str, Any] | None):
         self.deviations, self.zero = config.spike_deviations, engine.optimizer
         self.state: dict[str, Any] = state or {"losses": [], "skipped": 0, "in_a_row": 0}
-        self.sums: list[float] = []  # of the last step, as judge() was given them
+        self.sums: list[float] = []  # of the last step, what judge() was given besides the loss
         self.loss = self.norm = math.nan  # of the last step's global batch; of its gradient, before it was clipped
-        self._reason: str | None = None
-        self._unread: Tensor | None = None
-        self._targets = 1
+        self._given: tuple[Tensor, int] | None = None  # what is to be judged
+        self._told: Tensor = torch.empty(0)  # the last step's sums and norm, on their way to the CPU
+        self._arrived: torch.cuda.Event | None = None
         self.zero.optimizer.register_step_pre_hook(self._before)
 
     @property
@@ -48,36 +49,40 @@ class Guard:
         return mean + self.deviations * max(pstdev(losses, mean), LEAST * abs(mean), LEAST_NATS)
 
     def judge(self, sums: Tensor, targets: int) -> None:
-        """sums: on all ranks the same, the loss of all targets first. Read later, for whoever reads waits for the GPU."""
-        self._unread, self._targets = sums, targets
-
-    def _look(self) -> None:
-        """Once a step."""
-        if self._unread is None:
-            return
-        self.sums, self._unread, self._reason = self._unread.tolist(), None, None
-        self.loss, self.norm = self.sums[0] / self._targets, float(self.zero._global_grad_norm)
-        if not math.isfinite(self.loss):
-            self._reason = f"the loss is {self.loss}"
-        elif self.loss > (limit := self.limit):
-            self._reason = f"the loss is {self.loss:.4g}, above {limit:.4g}, {self.deviations:g} deviations over the mean of the last {WINDOW}"
-        elif not (math.isfinite(self.norm) and self.norm >= 0):  # DeepSpeed's norm of what is not finite is -1, or inf
-            self._reason = "the gradient is not finite"
+        """sums: on all ranks the same, the loss of all targets first."""
+        self._given = sums, targets
 
     def _before(self, optimizer: Optimizer, args: Any, named: Any) -> None:
-        self._look()
-        if self._reason:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    p.grad = None  # AdamW passes over what has no gradient
+        """Tell the optimizer, on the device, whether to leave the step out, and begin to read why."""
+        if self._given is None:  # its parameters' second group
+            return
+        (sums, targets), self._given = self._given, None
+        figures = torch.cat([sums.double(), torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float64, device=sums.device).view(1)])
+        loss, norm = figures[0] / targets, figures[-1]
+        taken = loss.isfinite() & (loss <= self.limit) & norm.isfinite() & (norm >= 0)  # DeepSpeed's norm of what is not finite is -1, or inf
+        optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells a fused optimizer
+        figures[0] = loss
+        self._told = figures.to("cpu", non_blocking=True)
+        if figures.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     def verdict(self) -> str | None:
-        """Why the step was left out, None where it was taken."""
-        self._look()  # in fp32 DeepSpeed itself leaves out what is not finite, and asks no optimizer
-        if self._reason:
-            self.state["skipped"] += 1
-            self.state["in_a_row"] += 1
+        """Why the step was left out, None where it was taken. Waits for the GPU to have come to the optimizer's step."""
+        self._before(self.zero.optimizer, None, None)  # in fp32 DeepSpeed itself leaves out what is not finite, and asks no optimizer
+        if self._arrived:
+            self._arrived.synchronize()
+        self.loss, *self.sums, self.norm = self._told.tolist()
+        if not math.isfinite(self.loss):
+            reason = f"the loss is {self.loss}"
+        elif self.loss > (limit := self.limit):
+            reason = f"the loss is {self.loss:.4g}, above {limit:.4g}, {self.deviations:g} deviations over the mean of the last {WINDOW}"
+        elif not (math.isfinite(self.norm) and self.norm >= 0):
+            reason = "the gradient is not finite"
         else:
             self.state["in_a_row"] = 0
             self.state["losses"] = [*self.state["losses"], self.loss][-WINDOW:]
-        return self._reason
+            return None
+        self.state["skipped"] += 1
+        self.state["in_a_row"] += 1
+        return reason

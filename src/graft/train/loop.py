@@ -117,7 +117,7 @@ def _train(
         lr=config.lr,
         weight_decay=config.weight_decay,
         betas=(0.9, 0.95),
-        fused=device.type == "cuda",
+        fused=True,  # whose step can be left out on the device (guard.py)
     )
     engine, _ = accelerator.prepare(model, optimizer)
     engine.set_gradient_accumulation_boundary(True)  # the loop holds a step's micro-batches together, DeepSpeed need not count them
@@ -165,9 +165,9 @@ def _train(
         sums[0] = loss
         dist.all_reduce(sums)
         guard.judge(sums, batch.targets)
-        engine.step()  # once the GPU is told all that comes before the optimizer, the guard reads: there the CPU waits for it
-        skipped = guard.verdict()
-        _, written, failed, leave = guard.sums
+        engine.step()
+        skipped = guard.verdict()  # waits for the GPU, which has the optimizer's step left
+        written, failed, leave = guard.sums
         tokens_seen += batch.tokens
         _report_unsaved(writer.border(int(written), int(failed)), config, stage, run_dir)
 
