@@ -27,7 +27,7 @@ from .conftest import Listening
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     """Trained and evaluated."""
-    plan = small_plan(tmp_path_factory.mktemp("trained"), "evaluate.max_new_tokens=12", "sft.lr=0.1", "sft.epochs=6")
+    plan = small_plan(tmp_path_factory.mktemp("trained"), "evaluate.max_new_tokens=12", "sft.lr=0.02", "sft.epochs=6")
     train(plan, 1)
     stage.run(plan.resolve("evaluate"))
     return plan
