@@ -1,7 +1,9 @@
 """The stage: rows split and rejected, corpora read, compared and counted; what is made once is kept."""
 
+import gzip
 import json
 import shutil
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -137,3 +139,57 @@ def test_a_limit_counts_what_is_left_and_titles_are_one_article(tmp_path, worksp
     whole = ["\n\n".join(f"paragraph {i} of its article" for i in range(3 * k, 3 * k + 3)) for k in range(3)]
     assert texts(artifact, "notes") == whole[:2]
     assert artifact.counts["corpora"]["notes"]["records"] == 10
+
+
+def quoted(text):
+    return '"' + text.replace('"', '""') + '"'
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Records of 3 MiB: prose, some of which is not Unicode, empty, or a copy of what came much earlier."""
+    texts = [f'note {i}, "quoted":\n' + " ".join(f"word{i * k % 7919}" for k in range(1, 120)) for i in range(3600)]
+    texts[3000:3100], texts[1500:1510] = texts[:100], [""] * 10
+    return texts
+
+
+def write(folder, how, texts):
+    lines = "".join(json.dumps({"text": text, "source": "web"}) + "\n" for text in texts)
+    rows = "text,source\n" + "".join(f"{quoted(text)},web\n" for text in texts)
+    (folder / how).write_bytes({"a.jsonl": lines.encode(), "a.jsonl.gz": gzip.compress(lines.encode(), 1), "a.csv": rows.encode()}[how])
+
+
+@pytest.mark.parametrize("how", ["a.jsonl.gz", "a.csv"])
+def test_a_file_that_cannot_be_cut_beforehand_gives_what_pieces_give(tmp_path, workspace, ray_local, many, how):
+    plan, found = workspace(tmp_path), {}
+    for name in ("a.jsonl", how):
+        write(tmp_path, name, many)
+        for limit in ("", ", documents=2000"):
+            corpus = f'corpora.many={{path="{name}", clean={{min_chars=2}}{limit}}}'
+            artifact = prepared(Plan(plan.path, (corpus, "shard.part_mib=1"), tmp_path))
+            files = sorted((artifact.path / "corpora/many").glob("*.parquet"))
+            assert len(files) >= 3 and all(sum(map(len, pq.read_table(f)["text"].to_pylist())) < 1.5 * 2**20 for f in files)
+            rejected = [row for row in read_jsonl(artifact.path / "rejected.jsonl") if row["source"] == "many"]
+            found[name, limit] = (
+                texts(artifact, "many"),
+                Counter((row["reason"], row["text"]) for row in rejected),
+                artifact.counts["corpora"]["many"],
+            )
+    assert found[how, ""] == found["a.jsonl", ""] and found[how, ", documents=2000"] == found["a.jsonl", ", documents=2000"]
+    whole, (some, _, _) = found[how, ""], found[how, ", documents=2000"]
+    assert whole[0] == many[:1500] + many[1510:3000] + many[3100:] and some == whole[0][:2000]
+    assert whole[2]["rejected"] == {'"text" is empty': 10, "duplicate": 100} and whole[1].total() == 110
+
+
+def test_after_a_kill_the_pieces_of_a_compressed_file_that_are_there_stay(tmp_path, workspace, ray_local, many):
+    plan = workspace(tmp_path)
+    write(tmp_path, "a.jsonl.gz", many)
+    plan = Plan(plan.path, ('corpora.many={path="a.jsonl.gz", clean={min_chars=2}}', "shard.part_mib=1"), tmp_path)
+    first = prepared(plan)
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "data_shards/small/parts/prepare").glob("*/part.json")}
+    last = max((first.path / "corpora/many").glob("*.parquet"))
+    (lost,) = [path for path in parts if (path.parent / "documents.parquet").exists() and last.samefile(path.parent / "documents.parquet")]
+    shutil.rmtree(lost.parent)
+    shutil.rmtree(first.path)
+    assert prepared(plan).digest == first.digest
+    assert [path for path, made in parts.items() if path.stat().st_mtime_ns != made] == [lost]

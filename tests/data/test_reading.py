@@ -4,17 +4,19 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from graft.core.errors import DataError
 from graft.core.rows import read_jsonl, write_jsonl
 from graft.core.sections import Clean, Corpus, Decontaminate, Dedup, Mcq
+from graft.data import reading
 from graft.data.decontaminate import Gate
 from graft.data.dedup import KEYS, SIGNATURES
 from graft.data.readers.files import pieces
 from graft.data.readers.layouts import to_messages
-from graft.data.reading import read_pieces, write_evaluation_texts
+from graft.data.reading import read_pieces, runs, write_evaluation_texts
 from graft.data.sources import _together
 
 EXAM = "What is the weight of a cubic metre of dry snow that has just fallen on the hill behind the old school?"
@@ -85,6 +87,32 @@ def test_an_empty_title_is_none_and_a_refused_record_cuts_no_article(read, tmp_p
     table, rejected, _ = read([], file=file, clean=Clean(min_chars=2, merge_by="title"))
     assert table["text"].to_pylist() == ["first alone", "second alone", "one\n\ntwo", "other"]
     assert table["number"].to_pylist() == [0, 1, 2, 6] and [(r["number"], r["reason"]) for r in rejected] == [(n, '"text" is empty') for n in (3, 4)]
+
+
+def test_a_row_group_is_a_thousand_documents_or_fewer_of_many_characters(read, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BATCH_CHARACTERS", 5000)
+    texts = [f"a book, {i} " + "word " * (200 if i < 100 else 1) for i in range(2200)]
+    table, _, _ = read([{"text": text} for text in texts], clean=Clean(min_chars=2, max_chars=None))
+    assert table["text"].to_pylist() == [text.strip() for text in texts]
+    meta = pq.read_metadata(tmp_path / "out/documents.parquet")
+    groups = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+    assert groups[:20] == [5] * 20 and max(groups[20:]) <= 1000 and sum(groups) == 2200
+
+
+def test_a_documents_file_is_cut_between_row_groups_into_even_runs(tmp_path):
+    with pq.ParquetWriter(tmp_path / "d.parquet", reading.COLUMNS, **reading.PARQUET) as out:
+        for i in range(40):
+            rows = 10 + i % 3
+            out.write_table(pa.table([[f"{i} {n} " + "x" * 990 for n in range(rows)], list(range(rows))], schema=reading.COLUMNS))
+    whole = runs(tmp_path / "d.parquet", 300_000)
+    assert whole == [(range(40), 439)], "up to half as much again is left as it is"
+    for text_bytes in (200_000, 50_000, 1):
+        found = runs(tmp_path / "d.parquet", text_bytes)
+        assert [i for groups, _ in found for i in groups] == list(range(40)) and sum(rows for _, rows in found) == 439
+        assert len(found) == min(40, round(439_000 * 1.02 / text_bytes)) and all(rows == sum(10 + i % 3 for i in groups) for groups, rows in found)
+        assert max(rows for _, rows in found) * 1000 < text_bytes * 1.5 + 12_000
+    pq.ParquetWriter(tmp_path / "empty.parquet", reading.COLUMNS).close()
+    assert runs(tmp_path / "empty.parquet", 1) == [(range(0), 0)]
 
 
 def test_chats_are_compared_by_equality_and_texts_by_likeness(read, tmp_path):

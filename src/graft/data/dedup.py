@@ -53,7 +53,6 @@ class Result(NamedTuple):
     """What deduplicate() found. Lists are by folder."""
 
     masks: list[str]  # for mask_of()
-    kept: list[int]  # documents
     clusters: Path  # a row for each document that is dropped
     counts: list[dict[str, Any]]  # {"kept": file, "dropped": file, "exact": documents, "near": documents}, files by number
     parts: list[Part]
@@ -93,12 +92,17 @@ def deduplicate(folders: Sequence[Path], rows: Sequence[int], store: Path, dedup
     some = [[start, min(start + _BANDS, bands)] for start in range(0, bands, _BANDS)]
     equal, *near = found = make(find, VERSION, [{**common, "bands": numbers} for numbers in [None, *some]], store)
     (clusters,) = make(cluster, VERSION, [{**common, "equal": str(equal.path), "pairs": [str(part.path) for part in near]}], store)
-    return Result(clusters.report["masks"], clusters.report["kept"], clusters.path / CLUSTERS, clusters.report["counts"], [*found, clusters])
+    return Result(clusters.report["masks"], clusters.path / CLUSTERS, clusters.report["counts"], [*found, clusters])
 
 
 def mask_of(packed: str) -> np.ndarray:
     """[rows] uint8: KEPT, EXACT or NEAR."""
     return np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.uint8)
+
+
+def packed(mask: np.ndarray) -> str:
+    """A mask as a specification holds it, for mask_of()."""
+    return base64.b64encode(zlib.compress(mask.tobytes(), 6)).decode()
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------
@@ -168,44 +172,42 @@ def cluster(spec: Spec, folder: Path) -> dict[str, Any]:
             rows, codes = _rows(documents, parents[documents], kinds[documents], ends, signatures)
             out.write_table(rows)
             counts.update(dict(zip(*map(np.ndarray.tolist, np.unique(codes, return_counts=True)), strict=True)))
-    report = {"masks": list(map(_packed, masks)), "kept": [int((mask == KEPT).sum()) for mask in masks]}
-    return report | {"counts": _by_pair(counts, len(masks))}
+    return {"masks": list(map(packed, masks)), "counts": _by_pair(counts, len(masks))}
 
 
 # ---- what they share --------------------------------------------------------------------------------------------------
 class _Signatures:
-    """The signatures of all documents, in files that are mapped; no map outlives a call."""
+    """The signatures of all documents, in files that are mapped a block at a time: however large a file is, little of it is resident."""
 
     def __init__(self, spec: Spec):
-        self.paths = [f"{path}/{SIGNATURES}" for path in spec["folders"]]
-        self.width, self.ends = spec["permutations"], np.cumsum([0, *spec["rows"]])
+        self.width = spec["permutations"]
+        self.blocks = [
+            (f"{path}/{SIGNATURES}", first, min(_AT_ONCE, rows - first))
+            for path, rows in zip(spec["folders"], spec["rows"], strict=True)
+            for first in range(0, rows, _AT_ONCE)
+        ]
+        self.ends = np.cumsum([0, *(rows for _, _, rows in self.blocks)])
 
-    def _file(self, number: int) -> np.ndarray:
-        rows = int(self.ends[number + 1] - self.ends[number])
-        if not rows:  # an empty file cannot be mapped
-            return np.empty((0, self.width), np.uint32)
-        return np.asarray(np.memmap(self.paths[number], np.uint32, "r", shape=(rows, self.width)))
+    def _block(self, number: int) -> np.ndarray:
+        path, first, rows = self.blocks[number]
+        return np.asarray(np.memmap(path, np.uint32, "r", offset=4 * self.width * first, shape=(rows, self.width)))
 
     def band_keys(self, bands: range, threshold: float) -> np.ndarray:
         """[len(bands), documents] uint64."""
         out = np.empty((len(bands), self.ends[-1]), np.uint64)
         for number, (start, end) in enumerate(pairwise(self.ends.tolist())):
-            out[:, start:end] = band_keys(self._file(number), threshold, bands)
+            out[:, start:end] = band_keys(self._block(number), threshold, bands)
         return out
 
     def of(self, documents: np.ndarray) -> np.ndarray:
         """[documents, permutations] uint32."""
-        files = np.searchsorted(self.ends, documents, "right") - 1
-        order = np.argsort(files, kind="stable")
+        blocks = np.searchsorted(self.ends, documents, "right") - 1
+        order = np.argsort(blocks, kind="stable")
         out = np.empty((len(documents), self.width), np.uint32)
-        for here in np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(documents) else ():
-            file = files[here[0]]
-            out[here] = self._file(file)[documents[here] - self.ends[file]]
+        for here in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1) if len(documents) else ():
+            block = blocks[here[0]]
+            out[here] = self._block(block)[documents[here] - self.ends[block]]
         return out
-
-
-def _packed(mask: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(mask.tobytes(), 6)).decode()
 
 
 def _rows(

@@ -2,8 +2,9 @@
 
 The test split is settled first: a share of each class's seed families, so no test row descends from a training seed. Its
 sentences and the recipe's evaluation sets are what no other row or document may hold. Corpora are read in parts that are
-kept across kills (reading.py) and compared with each other (dedup.py); what is left is written out. Everything is ordered
-by recipe, file and record; the number of workers decides nothing. The driver holds the augmented rows, never documents.
+kept across kills (reading.py) and compared with each other (dedup.py); what is left is written out, in files of about
+`shard.part_mib` of text where a corpus's file could not be cut before it was read. Everything is ordered by recipe, file
+and record; the number of workers decides nothing. The driver holds the augmented rows, never documents.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ from graft.core.stages import DATA, Job
 from graft.data import parts
 from graft.data.cluster import ray_cluster
 from graft.data.decontaminate import Gate
-from graft.data.dedup import EXACT, KEPT, NEAR, Result, deduplicate, mask_of
+from graft.data.dedup import EXACT, KEPT, NEAR, Result, deduplicate, mask_of, packed
 from graft.data.parts import Part, Spec
 from graft.data.pictures import FOLDER
-from graft.data.reading import COLUMNS, DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, write_evaluation_texts
+from graft.data.reading import COLUMNS, DOCUMENTS, EXCERPT, PARQUET, REJECTED, TEXTS, VERSION, read_pieces, runs, write_evaluation_texts
 from graft.data.seed_rows import OF_IMAGES, families_held_out, of_images, select, told_by
 from graft.data.sources import Source, evaluation_sets, sources
 from graft.model.chat import files_of
@@ -72,9 +74,10 @@ def run(job: Job) -> None:
         else:
             rejected = []
         write_jsonl(draft.path / REJECTED, rejected)
-        concatenate([part.path / REJECTED for part in kept], draft.path / REJECTED)
+        written = list(chain.from_iterable(kept))
+        concatenate([part.path / REJECTED for part in written], draft.path / REJECTED)
         _check(draft.counts, recipe)
-        parts.sweep(store, [*gate, *read, *kept, *apart.parts])
+        parts.sweep(store, [*gate, *read, *written, *apart.parts])
         console.print(f"prepare: {_said(draft.counts)}", soft_wrap=True)
 
 
@@ -92,37 +95,50 @@ def documents(prepared: Path, corpus: str) -> Iterator[str]:
 
 
 # ---- documents --------------------------------------------------------------------------------------------------------
-def _keep(found: list[Source], read: list[Part], recipe: Recipe, store: Path) -> tuple[list[Part], Result]:
-    """(what is left of every reading part, what dedup said): duplicates are left out, then all over a corpus's limit."""
+def _keep(found: list[Source], read: list[Part], recipe: Recipe, store: Path) -> tuple[list[list[Part]], Result]:
+    """(what is left, by source, in parts of the usual size, what dedup said): duplicates are left out, then all over a corpus's limit.
+
+    A file that cannot be cut beforehand is read as one part; here it is cut, and what follows sees no part that is larger than others.
+    """
     apart = deduplicate([part.path for part in read], [part.report["documents"] for part in read], store, recipe.dedup)
     specs: list[Spec] = []
-    at = 0
+    counts: list[int] = []  # of parts, by source
+    masked = zip(read, apart.masks, strict=True)
     for source in found:
-        limit = recipe.corpora[source.name].documents
-        for _ in source.specs:
-            specs.append({"source": source.name, "read": str(read[at].path), "mask": apart.masks[at], "limit": limit})
-            if limit is not None:
-                limit -= min(limit, apart.kept[at])
-            at += 1
-    return parts.make(keep_documents, VERSION, specs, store), apart
+        limit, before = recipe.corpora[source.name].documents, len(specs)
+        for part, packed_mask in islice(masked, len(source.specs)):
+            mask, at = mask_of(packed_mask), 0
+            cut = runs(part.path / DOCUMENTS, recipe.shard.part_mib << 20)
+            for groups, rows in cut:
+                here = mask[at : at + rows]
+                spec = {"source": source.name, "read": str(part.path), "mask": packed(here), "limit": limit}
+                specs.append(spec if len(cut) == 1 else spec | {"row_groups": [groups.start, groups.stop]})
+                if limit is not None:
+                    limit -= min(limit, int((here == KEPT).sum()))
+                at += rows
+        counts.append(len(specs) - before)
+    made = iter(parts.make(keep_documents, VERSION, specs, store))
+    return [list(islice(made, count)) for count in counts], apart
 
 
 def keep_documents(spec: Spec, folder: Path) -> dict[str, Any]:
-    """The part that writes what is left of a documents file. spec: source, read (the reading part), mask, limit."""
+    """The part that writes what is left of a documents file. spec: source, read (the reading part), mask, limit; row_groups: of which the mask is,
+    [first, end), or it is of all."""
     read = Path(spec["read"])
+    groups = spec.get("row_groups")
     mask = mask_of(spec["mask"])
     keep = mask == KEPT
     if spec["limit"] is not None:
         keep &= np.cumsum(keep) <= spec["limit"]
     reasons = Counter[str]()
     with pq.ParquetFile(read / DOCUMENTS) as file, (folder / REJECTED).open("w", encoding="utf-8") as bad:
-        for line in (read / REJECTED).open(encoding="utf-8"):
+        for line in (read / REJECTED).open(encoding="utf-8") if not groups or groups[0] == 0 else ():  # each once
             row = {"source": spec["source"], **json.loads(line)}
             reasons[row["reason"]] += 1
             bad.write(json.dumps(row) + "\n")
         at = characters = 0
         with pq.ParquetWriter(folder / DOCUMENTS, COLUMNS, **PARQUET) as out:
-            for batch in file.iter_batches(1000, columns=COLUMNS.names):
+            for batch in file.iter_batches(1000, range(*groups) if groups else None, columns=COLUMNS.names):
                 here = slice(at, at := at + len(batch))
                 kept = batch.filter(keep[here])
                 out.write_batch(kept)
@@ -136,25 +152,25 @@ def keep_documents(spec: Spec, folder: Path) -> dict[str, Any]:
     return {"documents": int(keep.sum()), "characters": characters, "rejected": dict(sorted(reasons.items()))}
 
 
-def _place(found: list[Source], read: list[Part], kept: list[Part], folder: Path) -> dict[str, Any]:
+def _place(found: list[Source], read: list[Part], kept: list[list[Part]], folder: Path) -> dict[str, Any]:
     """Link the documents into the artifact as corpora/<name>/<n>.parquet; the counts by corpus."""
     counts: dict[str, Any] = {}
-    at = 0
-    for source in found:
+    every = iter(read)
+    for source, after in zip(found, kept, strict=True):
+        before = list(islice(every, len(source.specs)))
         home = folder / "corpora" / source.name
         home.mkdir(parents=True)
-        total: Counter[str] = Counter()
+        total: Counter[str] = Counter(records=sum(part.report["records"] for part in before))
         rejected: Counter[str] = Counter()
         changed: Counter[str] = Counter()
-        for n in range(len(source.specs)):
-            before, after = read[at].report, kept[at].report
-            link(kept[at].path / DOCUMENTS, home / f"{n:05d}.parquet")
-            if (read[at].path / FOLDER).is_dir():
-                link_images(sorted((read[at].path / FOLDER).iterdir()), folder)
-            total.update(records=before["records"], documents=after["documents"], characters=after["characters"])
-            rejected.update(after["rejected"])
-            changed.update(before["changed"])
-            at += 1
+        for part in before:
+            changed.update(part.report["changed"])
+            if (part.path / FOLDER).is_dir():
+                link_images(sorted((part.path / FOLDER).iterdir()), folder)
+        for n, part in enumerate(after):
+            link(part.path / DOCUMENTS, home / f"{n:05d}.parquet")
+            total.update(documents=part.report["documents"], characters=part.report["characters"])
+            rejected.update(part.report["rejected"])
         counts[source.name] = {"layout": source.layout, "files": source.files, **total, "rejected": dict(rejected), "changed": dict(changed)}
     return counts
 

@@ -1,7 +1,8 @@
 """Pieces of a corpus to one documents file: records are read, laid out, cleaned, held against the evaluation sets and fingerprinted.
 
 The work of a part (see parts.py). `documents.parquet` has a row a document, with fingerprints in files beside it (dedup.py),
-`rejected.jsonl` a line for each record and each document that cannot be used. 1,000 documents are in memory at a time; cleaning alone runs at 20 to 30 MB/s a core.
+`rejected.jsonl` a line for each record and each document that cannot be used. 1,000 documents are in memory at a time, or 64 Mi characters; cleaning alone runs
+at 20 to 30 MB/s a core.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,6 +41,7 @@ from graft.model.pixels import Unusable, normalise
 VERSION = 3
 DOCUMENTS, REJECTED, TEXTS = "documents.parquet", "rejected.jsonl", "texts.jsonl"
 BATCH = 1000  # documents
+BATCH_CHARACTERS = 64 << 20  # or so many of their characters: of a compressed file, a thousand books would be in memory else
 PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_statistics": False}
 COLUMNS = pa.schema([("text", pa.large_string()), ("number", pa.int64())])
 EXCERPT = 200  # characters of a rejected text that are kept
@@ -71,7 +74,7 @@ def read_pieces(spec: Spec, folder: Path) -> dict[str, Any]:
     pictures = Pictures(folder / FOLDER, root, changed) if corpus.shows_images else None
     with (folder / REJECTED).open("w", encoding="utf-8") as bad, _Writer(folder, dedup) as writer:
         found = _documents(_counted(_records(spec["pieces"], corpus), counts), corpus, spec["layout"], changed, pictures)
-        while batch := list(islice(found, BATCH)):
+        for batch in _batches(found):
             usable = [d for d in batch if not d.reason]
             hits = dict(zip(map(id, usable), gate.hits([d.compared for d in usable]), strict=True))
             for d in batch:
@@ -123,6 +126,20 @@ def _documents(
             yield Document(file, number, text[:EXCERPT], "", reason)
 
 
+def _batches(found: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents by row group."""
+    batch: list[Document] = []
+    characters = 0
+    for document in found:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
 def _texts(source: Iterator[tuple[str, Record]], key: str, merge_by: str | None) -> Iterator[tuple[str, int, str, str]]:
     """(file, record number, text, reason); neighbours of one title are one text, numbered as their first, a refused record between them or not."""
     group: tuple[str, int, Any, list[str]] | None = None
@@ -168,6 +185,22 @@ class _Writer:
         self.file.write_table(pa.table([[d.text for d in documents], [d.number for d in documents]], schema=COLUMNS))
         alike = [d.alike for d in documents if d.alike]
         self.fingerprints.add([d.compared for d in documents], alike or None)
+
+
+def text_sizes(documents: pq.FileMetaData) -> list[int]:
+    """Bytes of text, and a few more, by row group of a documents file."""
+    return [documents.row_group(i).total_byte_size for i in range(documents.num_row_groups)]
+
+
+def runs(documents: Path, text_bytes: int) -> list[tuple[range, int]]:
+    """(row groups, their rows) of a documents file: all of them, or, of what holds more than half as much again, runs of about `text_bytes` bytes of text."""
+    meta = pq.read_metadata(documents)
+    sizes = np.array(text_sizes(meta), np.int64)
+    count = max(1, round(sizes.sum() / text_bytes))
+    # a group belongs to the run in whose share of the bytes it begins
+    of = (np.cumsum(sizes) - sizes) * count // max(1, sizes.sum())
+    ends = [0, *(np.flatnonzero(np.diff(of)) + 1).tolist(), len(sizes)]
+    return [(range(a, b), sum(meta.row_group(i).num_rows for i in range(a, b))) for a, b in pairwise(ends)]
 
 
 def write_evaluation_texts(spec: Spec, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 Looks at sizes, digests and the first records alone. Files of a MiB and more are cut into pieces of `shard.part_mib`;
 smaller neighbours share a part, whose border depends on the file before it, so that an added file moves few borders.
+What cannot be cut before it is read, as a compressed file, is one part here: its documents are cut (prepare.py).
 """
 
 from __future__ import annotations
