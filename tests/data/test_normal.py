@@ -69,8 +69,7 @@ def test_words(text, wanted):
     assert all_of(normalised([text], "words")) == [wanted]
 
 
-def test_texts_go_by_groups_of_their_size(monkeypatch):
-    monkeypatch.setattr(room, "GROUP", 10)
-    assert list(room.groups(["a" * 4, "b" * 4, "c" * 4, "d" * 30, "", "e"])) == [(0, 2), (2, 3), (3, 4), (4, 6)]
+def test_texts_go_by_groups_of_their_size():
+    assert list(room.groups(["a" * 4, "b" * 4, "c" * 4, "d" * 30, "", "e"], 10)) == [(0, 2), (2, 3), (3, 4), (4, 6)]
     assert list(room.groups([])) == [] and list(room.groups(["", ""])) == [(0, 2)]
     assert normalised([], "words").ends.size == 0

@@ -1,6 +1,8 @@
+import gzip
 import json
 import shutil
 from collections import Counter
+from itertools import chain
 
 import pytest
 from hypothesis import given, settings
@@ -159,3 +161,38 @@ def test_rows_longer_than_a_bin_are_rejected_and_never_cut(prepared):
     with pytest.raises(DataError, match="shard-sft: none of 60 inputs can be used") as e:
         shard.run(plan.resolve("shard-sft"))
     assert "\n" not in str(e.value) and plan.resolve("shard-sft").artifact is None
+
+
+def test_a_compressed_file_gives_the_rows_of_its_pieces_in_parts_of_their_size(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "TEXT", 3 << 19)  # these chats, which are much alike, compress to a few kB
+    chats = [
+        [{"role": "user", "content": f"{i}: " + "好" * (i % 90)}, {"role": "assistant", "content": f"{i} " + "so " * (i % 60)}] for i in range(9000)
+    ]
+    lines = "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats).encode()
+    found = {}
+    for name, data in (("a.jsonl", lines), ("a.jsonl.gz", gzip.compress(lines, 1))):
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / "r.toml").write_text(
+            f'name = "r"\n[corpora.c]\npath = "{name}"\n[dedup]\nnear = 1.0\n[shard]\nseq_len = 512\npart_mib = 1\n'
+            f'[model]\nbase = "{prepared.artifact("init").path}"\n[sft]\ncorpora = ["c"]\n'
+        )
+        plan = Plan(tmp_path / "r.toml", (), tmp_path)
+        prepare.run(plan.resolve("prepare"))
+        artifact = made(plan, "shard-sft")
+        assert len(list((tmp_path / "data_shards/r/parts/shard-sft").iterdir())) == round(len(lines) / 2**20) == 3
+        sides = {split: unpack(ShardSet.open(artifact.path / split)) for split in ("train", "validation")}
+        found[name] = {split: Counter(map(str, chain.from_iterable(of.values()))) for split, of in sides.items()}
+    assert found["a.jsonl.gz"] == found["a.jsonl"] and sum(side.total() for side in found["a.jsonl"].values()) == 9000
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_part_is_tokenized_a_little_at_a_time_to_the_same_ids(prepared, monkeypatch, kind):
+    texts = [f"note {i} " + "of the sea " * (i % 7) for i in range(60)] + ["\ud800", ""]
+    if kind == "chat":
+        texts = [json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": "so"}]) for text in texts]
+    spec = {"source": [str(prepared.artifact("init").path), None, prepared.chat_template], "seq_len": 128}
+    whole, _ = shard._tokenized(texts, kind, spec)
+    monkeypatch.setattr(shard, "AT_ONCE", 200)
+    again, images = shard._tokenized(texts, kind, spec)
+    assert all((a == b).all() for a, b in zip(again[:3], whole[:3], strict=True)) and again.ids.dtype == whole.ids.dtype and images is None
+    assert again.reasons == whole.reasons and sum(map(bool, again.reasons)) == 2

@@ -72,11 +72,11 @@ def normalised(texts: Sequence[str], form: Form) -> Normalised:
     return Normalised(out[:size], ends)
 
 
-def groups(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(start, end) of consecutive texts that hold about GROUP characters, or one larger text."""
+def groups(texts: Sequence[str], characters: int = GROUP) -> Iterator[tuple[int, int]]:
+    """(start, end) of consecutive texts that hold about so many characters, or one larger text."""
     start = size = 0
     for at, text in enumerate(texts):
-        if size and size + len(text) > GROUP:
+        if size and size + len(text) > characters:
             yield start, at
             start, size = at, 0
         size += len(text)

@@ -2,7 +2,7 @@
 
 A part (parts.py) takes documents files of `prepare`, one large one or some small ones, through all of that and is kept
 across kills; an added or changed file costs its own part. The bytes depend on the documents and the recipe, never on the
-number of workers. One part's text and ids are in memory at once: 64 MiB of text took 1.3 GB, what is imported included.
+number of workers. One part's text and ids are in memory at once: 64 MiB of text took 1.0 GB, what is imported included.
 
 A stage that sees images makes image rows (core/shards.py): no two documents share a bin, and images/ holds those that are shown. What
 stands for an image follows from its size: none is decoded here.
@@ -29,11 +29,13 @@ from graft.core.shards import Columns, Image, write_index, write_shard
 from graft.core.stages import DATA, Job
 from graft.data import parts
 from graft.data.cluster import ray_cluster
+from graft.data.normal import groups
 from graft.data.pack import alone, fill, pack, pieces
 from graft.data.parts import Part, Spec
 from graft.data.pictures import FOLDER
 from graft.data.prepare import concatenate, documents, link, link_images
-from graft.data.tokens import Tokens, tokenize_chats, tokenize_texts
+from graft.data.reading import text_sizes
+from graft.data.tokens import Tokens, joined, tokenize_chats, tokenize_texts
 from graft.model.chat import Messages, image_parts, load_tokenizer, render, tokenizer_digest
 from graft.model.images import ImageProcessor
 
@@ -43,7 +45,9 @@ FEW = 20  # documents; a part of fewer holds out none unless the draw says so
 PROBES = 3  # of a source, and as many again that show images
 LOOKED_AT = 1000  # conversations of a source
 SPLITS = ("train", "validation")
+AT_ONCE = 8 << 20  # characters that are tokenized at once: what that takes, 40 bytes each, is not all of a part's at a time
 LARGE = 8 << 20  # bytes of a documents file that is a part of its own
+TEXT = 96 << 20  # bytes of text of small ones that are a part together, however well it compresses
 ROWS = "rows"  # the source of augmented rows, which prepare has split
 
 Images = list[tuple[Image, ...]]  # of each conversation
@@ -117,22 +121,34 @@ def _specs(job: Job, source: tuple[str, str | None, str], pad: int, tokenizer: s
 def _together(files: list[Spec]) -> Iterator[list[Spec]]:
     """Files by part: a large one alone, all small ones in groups, so that short documents fill the gaps of long ones."""
     group: list[Spec] = []
+    size = text = 0
     for file in files:
         if file["bytes"] >= LARGE:
             yield [file]
             continue
-        group.append(file)
-        if sum(f["bytes"] for f in group) >= LARGE:
+        more = _text_bytes(Path(file["path"]))
+        if group and text + more > TEXT:
             yield group
-            group = []
+            group, size, text = [], 0, 0
+        group.append(file)
+        size, text = size + file["bytes"], text + more
+        if size >= LARGE:
+            yield group
+            group, size, text = [], 0, 0
     if group:
         yield group
+
+
+def _text_bytes(path: Path) -> int:
+    """About what the texts of a documents file, or of a file of rows, take."""
+    return path.stat().st_size if path.suffix == ".jsonl" else sum(text_sizes(pq.read_metadata(path)))
 
 
 def _texts(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         return [json.dumps(row["messages"], ensure_ascii=False) for row in read_jsonl(path)]
-    return pq.read_table(path, columns=["text"])["text"].to_pylist()
+    with pq.ParquetFile(path) as file:
+        return [text for batch in file.iter_batches(1000, columns=["text"]) for text in batch["text"].to_pylist()]
 
 
 def _probes(tokenizer: Any, job: Job, processor: ImageProcessor | None) -> list[Row]:
@@ -167,34 +183,49 @@ def _few(chats: Iterable[Messages]) -> list[Messages]:
 def shard_documents(spec: Spec, folder: Path) -> dict[str, Any]:
     """Documents files to train/ and validation/ shards and rejected.jsonl; returns the counts and the shards' entries."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray's workers are the parallelism
-    source = tuple(spec["source"])
     names = list(dict.fromkeys(file["name"] for file in spec["files"]))
     chosen: dict[str, list[Documents]] = {split: [] for split in SPLITS}
     rejected: list[Row] = []
-    shown: set[str] = set()
     inputs = 0
     for file in spec["files"]:
-        texts = _texts(Path(file["path"]))
-        images: Images | None = None
-        if file["kind"] == "text":
-            tokens = tokenize_texts(source, texts)
-        else:
-            chats = [json.loads(t) for t in texts]
-            images, tokens_each = _images_of(chats, ImageProcessor(source[0], source[1], spec["images"])) if "images" in spec else (None, None)
-            tokens = tokenize_chats(source, chats, spec["seq_len"], tokens_each)
-        bad = [n for n, reason in enumerate(tokens.reasons) if reason]
-        rejected += [{"source": file["name"], "number": n, "reason": tokens.reasons[n], "text": texts[n][:200]} for n in bad]
-        usable = np.array([not reason for reason in tokens.reasons], bool)
-        held_out, repeats = split_of(by_image(images, texts) if images else texts, file["split"], spec["held_out"], file["weight"])
+        found, bad = _chosen(file, names.index(file["name"]), spec)
         for split in SPLITS:
-            rows = np.flatnonzero(usable & (held_out if split == "validation" else ~held_out))
-            rows = np.repeat(rows, repeats[rows] if split == "train" else 1)
-            chosen[split].append(Documents(names.index(file["name"]), tokens, rows, images))
-            shown.update(image.file for row in rows if images for image in images[row])
-        inputs += len(texts)
+            chosen[split].append(found[split])
+        rejected += bad
+        inputs += len(found["train"].tokens.reasons)
     write_jsonl(folder / "rejected.jsonl", rejected)
+    shown = {image.file for some in chosen.values() for d in some if d.images for row in d.rows for image in d.images[row]}
     report: dict[str, Any] = {"in": inputs, "rejected": dict(sorted(Counter(r["reason"] for r in rejected).items())), "images": sorted(shown)}
     return report | {split: _write(chosen[split], names, folder / split, spec) for split in SPLITS}
+
+
+def _chosen(file: Spec, number: int, spec: Spec) -> tuple[dict[str, Documents], list[Row]]:
+    """(what each split takes of a documents file, what is rejected); no text outlives the call. number: of its source."""
+    texts = _texts(Path(file["path"]))
+    tokens, images = _tokenized(texts, file["kind"], spec)
+    rejected = [{"source": file["name"], "number": n, "reason": why, "text": texts[n][:200]} for n, why in enumerate(tokens.reasons) if why]
+    usable = np.array([not reason for reason in tokens.reasons], bool)
+    held_out, repeats = split_of(by_image(images, texts) if images else texts, file["split"], spec["held_out"], file["weight"])
+    train, validation = np.flatnonzero(usable & ~held_out), np.flatnonzero(usable & held_out)
+    rows = {"train": np.repeat(train, repeats[train]), "validation": validation}
+    return {split: Documents(number, tokens, rows[split], images) for split in SPLITS}, rejected
+
+
+def _tokenized(texts: list[str], kind: str, spec: Spec) -> tuple[Tokens, Images | None]:
+    """A documents file's tokens, and the images of its conversations where the stage sees any."""
+    source = tuple(spec["source"])
+    processor = ImageProcessor(source[0], source[1], spec["images"]) if kind == "chat" and "images" in spec else None
+    done: list[Tokens] = []
+    images: Images = []
+    for start, end in groups(texts, AT_ONCE) if texts else [(0, 0)]:
+        if kind == "text":
+            done.append(tokenize_texts(source, texts[start:end]))
+            continue
+        chats = [json.loads(text) for text in texts[start:end]]
+        shown, tokens_each = _images_of(chats, processor) if processor else ([], None)
+        images += shown
+        done.append(tokenize_chats(source, chats, spec["seq_len"], tokens_each))
+    return joined(done), images if processor else None
 
 
 def _images_of(chats: list[Messages], processor: ImageProcessor) -> tuple[Images, list[list[int]]]:
@@ -252,7 +283,7 @@ class Documents(NamedTuple):
 def _write(chosen: list[Documents], names: list[str], folder: Path, spec: Spec) -> list[dict[str, Any]]:
     """Pack the chosen documents and write their shards; the shards' entries of the index."""
     seq_len = spec["seq_len"]
-    ids, mask = (np.concatenate([getattr(d.tokens, field) for d in chosen]) for field in ("ids", "mask"))
+    tokens = joined([d.tokens for d in chosen])
     found, at = [], 0
     for d in chosen:
         # a chat is one piece: tokenize_chats refuses those that are longer
@@ -268,7 +299,7 @@ def _write(chosen: list[Documents], names: list[str], folder: Path, spec: Spec) 
         folder.mkdir(exist_ok=True)
         some = bins.between(first, first + spec["bins_per_shard"])
         order = some.order
-        filled = fill(ids, mask, starts, lengths, some, seq_len, spec["pad"])
+        filled = fill(tokens.ids, tokens.mask, starts, lengths, some, seq_len, spec["pad"])
         shown = [images[i] for i in order] if images is not None else None
         columns = Columns(*filled, lengths[order], some.ends, sources[order], rows[order], shown)
         entries.append(write_shard(folder / f"{len(entries):03d}.arrow", columns, names))

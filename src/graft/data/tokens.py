@@ -42,6 +42,17 @@ class Tokens(NamedTuple):
     counts: dict[str, int]  # rendered: rows that the template itself had to render; differed: batches where a faster way gave other ids
 
 
+def joined(batches: Sequence[Tokens]) -> Tokens:
+    """The rows of one or more batches as one; of a single one nothing is copied."""
+    if len(batches) == 1:
+        return batches[0]
+    starts = np.cumsum([0, *(len(b.ids) for b in batches[:-1])])
+    ends = [np.zeros(1, np.int64), *(b.ends[1:] + start for b, start in zip(batches, starts, strict=True))]
+    ids, mask = (np.concatenate(arrays) for arrays in ([b.ids for b in batches], [b.mask for b in batches]))
+    counts = sum((Counter(b.counts) for b in batches), Counter[str]())
+    return Tokens(ids, mask, np.concatenate(ends), [reason for b in batches for reason in b.reasons], dict(counts))
+
+
 def tokenize_texts(source: Source, texts: list[str]) -> Tokens:
     """Documents, each supervised whole and ended by <|endoftext|>, else the end of sequence, where the tokenizer has one."""
     kit = _kit(source)
