@@ -96,13 +96,20 @@ def line(value) -> bytes:
 
 def write_lines(path: Path, lines) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as f:
+    with gzip.open(path, "wb", 1) if path.suffix == ".gz" else path.open("wb") as f:
         f.writelines(lines)
 
 
 def lines_of(writer, size_bytes):
     while size_bytes > 0:
         size_bytes -= len(found := line({"text": writer.text(1500)}))
+        yield found
+
+
+def quoted_of(writer, size_bytes):
+    yield b"text,source\n"
+    while size_bytes > 0:
+        size_bytes -= len(found := b'"%s\n",web\n' % writer.text(1500).replace(". ", ".\n", 1).encode())
         yield found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from .corpora import BAD, RECIPE, STAGES, Place, Writer, line, lines_of, watched, workers, write_bad, write_base, write_lines
+from .corpora import BAD, RECIPE, STAGES, Place, Writer, line, lines_of, quoted_of, watched, workers, write_bad, write_base, write_lines
 from .kills import RAY_AGENTS
 from .tree import Tree
 
@@ -33,7 +33,7 @@ def inputs(tmp_path_factory):
     write_base(folder / "base")
     texts = [writer.text(700) for _ in range(4500)]
     evaluated, prose = [writer.text(700, "zh") for _ in range(EVALUATED)], [writer.text(700) for _ in range(1500)]
-    write_lines(folder / "texts" / "0.jsonl", (line({"text": t}) for t in texts[:3300] + evaluated))
+    write_lines(folder / "texts" / "0.jsonl.gz", (line({"text": t}) for t in texts[:3300] + evaluated))  # cut when it is read
     write_lines(folder / "texts" / "1.jsonl", (line({"text": t}) for t in texts[3300:] + texts[:50]))
     write_lines(folder / "prose" / "0.jsonl", (line({"text": t}) for t in prose + texts[100:150]))
     write_lines(folder / "chats" / "0.jsonl", (line(writer.chat(900)) for _ in range(1500)))
@@ -272,21 +272,41 @@ SIZE_MB = int(os.environ.get("GRAFT_TEST_CORPUS_MB", "2000"))
 
 
 @pytest.mark.campaign
-def test_a_corpus_larger_than_a_worker_may_grow(tree, inputs, place, room):
+@pytest.mark.parametrize("how", ["pieces", "gzip", "quoted"])
+def test_a_corpus_larger_than_a_worker_may_grow(tree, inputs, place, room, how):
     """2 GB through prepare and shard-cpt: a worker stays under 2.5 GB, and the driver takes what it takes for 4 MB."""
     small = place()
     _, driver_mb, _ = watched(small)
     large, writer = Place(tree, room, RECIPE.replace("part_mib = 1\n", "")), Writer(4)
     shutil.copytree(inputs, large.folder, dirs_exist_ok=True)
-    for n in range(4):
-        write_lines(large.folder / "texts" / f"{n}.jsonl", lines_of(writer, SIZE_MB * 250_000))
-    size_mb = sum(p.stat().st_size for p in (large.folder / "texts").iterdir()) / 1e6
+    shutil.rmtree(large.folder / "texts")
+    if how == "pieces":
+        for n in range(4):
+            write_lines(large.folder / "texts" / f"{n}.jsonl", lines_of(writer, SIZE_MB * 250_000))
+    elif how == "gzip":
+        write_lines(large.folder / "texts" / "0.jsonl.gz", lines_of(writer, SIZE_MB * 1_000_000))
+    else:
+        write_lines(large.folder / "texts" / "0.csv", quoted_of(writer, SIZE_MB * 1_000_000))
     wall_s, peak_mb, workers_mb = watched(large)
     counts = large.artifact("prepare").counts["corpora"]["texts"]
     of_stages = {stage: round(large.artifact(stage).manifest["wall_s"]) for stage in ("prepare", "shard-cpt")}
     print(
-        f"{size_mb:.0f} MB, {counts['records']:,} records, {counts['documents']:,} kept, in {wall_s:.0f} s: {size_mb / wall_s:.2f} MB/s; "
+        f"{SIZE_MB} MB, {counts['records']:,} records, {counts['documents']:,} kept, in {wall_s:.0f} s: {SIZE_MB / wall_s:.2f} MB/s; "
         f"seconds {of_stages}; workers at most {workers_mb:.0f} MB, the driver {peak_mb:.0f} MB, with 4 MB of text {driver_mb:.0f} MB"
     )
     assert workers_mb <= 2560
     assert peak_mb <= driver_mb + 100
+
+
+@pytest.mark.campaign
+def test_a_worker_takes_no_more_for_a_larger_compressed_file(tree, inputs, room):
+    """Of 4 and 48 MB in parts of 2 MiB: a worker that held all of the larger file would take 300 MB more."""
+    peaks = []
+    for size_mb in (4, 48):
+        here = Place(tree, room / f"of{size_mb}", RECIPE.replace("part_mib = 1\n", "part_mib = 2\n"))
+        shutil.copytree(inputs, here.folder, dirs_exist_ok=True)
+        shutil.rmtree(here.folder / "texts")
+        write_lines(here.folder / "texts" / "0.jsonl.gz", lines_of(Writer(4), size_mb * 1_000_000))
+        peaks.append(watched(here)[2])
+    print(f"workers at most {peaks[0]:.0f} and {peaks[1]:.0f} MB")
+    assert peaks[1] <= peaks[0] + 200
