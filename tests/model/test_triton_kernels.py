@@ -72,6 +72,17 @@ def test_swiglu_and_its_gradient(t, n, r, r_down, rate):
     )
 
 
+def test_swiglu_of_gates_near_and_far_each_by_itself():
+    gate = torch.cat([torch.linspace(-43, 43, 500), torch.tensor([-1e4, -100.0, -44.5, 0.0, 44.5, 100.0, 1e4])]).to(DTYPE)[None]
+    y, wide, ones = torch.cat([gate, torch.ones_like(gate)], dim=1).to(DEVICE), gate.double(), torch.ones_like(gate).to(DEVICE)
+    s = torch.sigmoid(wide)
+    wanted = wide * s, s * (1 + wide * (1 - s))  # the activation, and what flows back to the gate; to the other half the activation flows
+    act, (dy, _, _) = swiglu.swiglu(y, y, [])[0], swiglu.swiglu_backward(ones, y, y, [], ones, None)
+    n = gate.shape[1]
+    for found, one in zip((act, dy[:, n:], dy[:, :n]), (wanted[0], *wanted), strict=True):
+        torch.testing.assert_close(found.cpu().double(), one, rtol=1e-2, atol=1e-17)
+
+
 @pytest.mark.parametrize(("t", "h"), [(1, 8), (70, 130), (33, 1100)])
 def test_what_is_dropped_is_the_same_bits(t, h):
     (x, x_), (drop, drop_) = drawn(t, h), drops(3, 0.2)

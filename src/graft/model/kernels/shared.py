@@ -29,6 +29,6 @@ def loading_ahead(most: int, launch: Callable[[int], object], *what: str | int) 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of fp32 within 1e-6 of itself, in 5 instructions where tl.sigmoid takes 12; 0 below -60, where it is 1e-26."""
+    """1 / (1 + exp(-x)) of fp32 within 3e-6 of itself, in 5 instructions where tl.sigmoid takes 12; 0 below -44, where it is 6e-20."""
     e = 1.0 + tl.exp2(x * -1.4426950408889634)
     return tl.rsqrt(e * e)
