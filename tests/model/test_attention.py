@@ -7,6 +7,7 @@ import torch
 
 from graft.model import attention
 from graft.model.attention import BACKENDS, Documents
+from graft.model.gemm import roomy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, KV_HEADS, WIDTH, TOKENS = 8, 2, 64, 512
@@ -19,7 +20,8 @@ def documents_of(ends):
 
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_a_backend_agrees_with_each_document_by_itself(backend, ends):
+@pytest.mark.parametrize("room", [0, 64])
+def test_a_backend_agrees_with_each_document_by_itself(backend, ends, room):
     if backend != "reference" and (DEVICE == "cpu" or not attention._installed(BACKENDS[backend])):
         pytest.skip(f"{backend} is not here")
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -28,7 +30,9 @@ def test_a_backend_agrees_with_each_document_by_itself(backend, ends):
     dy, of = torch.empty_like(y), [HEADS, KV_HEADS, KV_HEADS]
     (q, k, v), grads = y.split(of, dim=1), dy.split(of, dim=1)  # whose rows lie apart, as in training
     documents, scale = documents_of(ends), WIDTH**-0.5
-    out, lse = attention.forward(q, k, v, *documents, scale, backend)
+    out, lse = attention.forward(q, k, v, *documents, scale, backend, room=room)
+    assert out.stride() == (HEADS * WIDTH + (room if backend in ("fa4", "reference") else 0), WIDTH, 1)
+    dout = roomy(dout, HEADS * WIDTH, room).unflatten(1, (HEADS, WIDTH)).copy_(dout)
     attention.backward(grads, dout, q, k, v, out, lse, *documents, scale, backend)
 
     for begin, end in pairwise(ends):

@@ -1,6 +1,7 @@
 """The choice among cuBLASLt's algorithms and QuACK's kernels, and, on a GPU, what they compute."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,34 +124,46 @@ def test_every_algorithm_multiplies_and_the_choice_is_remembered(cache, monkeypa
 
 @ON_GPU
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_what_lies_beside_is_multiplied_too_and_the_rest_goes_on(cache, monkeypatch, kind):
+@pytest.mark.parametrize("back", [True, False], ids=["back", "forward"])
+def test_what_lies_beside_is_multiplied_too_and_the_rest_goes_on(cache, monkeypatch, kind, back):
     if not quack.installed():
         pytest.skip("needs QuACK on Hopper")
     x, dy, w = operands("cuda")
-    held, layout = Frozen(kind, [512, 256], SHAPE[2], False, torch.bfloat16, "cuda"), Layout(16, [0, 512], [512, 256])
-    for layer, own in enumerate(w.split([512, 256])):
+    layout = Layout(16, [0, 512], [512, 256]) if back else Layout(16, [0], [768])
+    held = Frozen(kind, layout.sizes, SHAPE[2], False, torch.bfloat16, "cuda")
+    for layer, own in enumerate(w.split(layout.sizes)):
         held.put(layer, own)
-    w, b = held.opened().clone(), [torch.randn(size, 16, device="cuda", dtype=torch.bfloat16) for size in layout.sizes]
-    wanted = dy @ w, torch.cat([dy[:, :512] @ b[0], dy[:, 512:] @ b[1]], dim=1)
-    shape = beside.shape_of(SHAPE[0], held, layout)
+    group, columns = SimpleNamespace(frozen=held, layout=layout), 16 * len(layout.sizes)
+    adapter = torch.randn(columns * SHAPE[2] + 16 * SHAPE[1], device="cuda", dtype=torch.bfloat16)
+    w, (_, b) = held.opened().clone(), layout.split(adapter, SHAPE[2])
+    u = torch.randn(SHAPE[0], 16, device="cuda", dtype=torch.bfloat16)
+    y = gemm.roomy(x, SHAPE[2], 64).copy_(x)
+    shape = beside.shape_of(SHAPE[0], group, back)
     monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
-    assert "matmuls of 1 shapes tuned" in gemm.choose({shape: lambda: beside.operands(shape, held, layout)}, measure=True)
+    assert "matmuls of 1 shapes tuned" in gemm.choose({shape: lambda: beside.operands(shape, group)}, measure=True)
     (key,) = json.loads(cache.read_text())
-    beside.make_room(held, layout)
+    beside.make_room(group)
+    close = {"rtol": 2e-2, "atol": 0.5}
     for tiles in quack.FASTEST:
         cache.write_text(json.dumps({key: tiles.text}))
         assert gemm.choose({shape: lambda: pytest.fail("measured again")}, measure=True) is None
-        for one, other in zip(beside.back(dy, held, layout, b), wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=2e-2, atol=0.5)
+        for _ in range(2):
+            if back:
+                dx, du = beside.back(dy, group, adapter)
+                torch.testing.assert_close(dx, dy @ w, **close)
+                torch.testing.assert_close(du, torch.cat([dy[:, :512] @ b[0], dy[:, 512:] @ b[1]], dim=1), **close)
+            else:
+                torch.testing.assert_close(beside.add(dy, y, u, group, adapter), dy + x @ w.t() + u @ b[0].t(), **close)
     if kind == "nf4":
         return
     for library in (cublaslt, quack):
-        forward = library.Product(*SHAPE, False, 64)
-        for algorithm in forward.suggested():
-            assert forward.taken(algorithm.text)
-            out = torch.full((SHAPE[0], SHAPE[1]), torch.nan, dtype=torch.bfloat16, device="cuda")
-            forward.run(algorithm, x, held.opened(), out)
-            torch.testing.assert_close(out, x @ w.t(), rtol=2e-2, atol=0.5)
+        for way, given, wanted in ((False, x, x @ w.t()), (True, dy, dy @ w)):
+            alone = library.Product(*SHAPE, way, 64)
+            for algorithm in alone.suggested():
+                assert alone.taken(algorithm.text)
+                out = torch.full_like(wanted, torch.nan)
+                alone.run(algorithm, given, held.opened(), out)
+                torch.testing.assert_close(out, wanted, **close)
 
 
 @ON_GPU

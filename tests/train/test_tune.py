@@ -69,20 +69,21 @@ def test_it_measures_where_a_run_is_long_enough(monkeypatch, said, flop, wanted)
     assert asked == wanted
 
 
-def test_where_one_matmul_is_chosen_for_both_gradients_the_weights_get_room(monkeypatch):
-    """And what was chosen for the layers' output goes on to be, though their rows lie apart now."""
-    lm = LlamaForCausalLM(LlamaConfig(**NUMBERS | {"hidden_size": 64})).to(torch.bfloat16)
+def test_where_one_matmul_is_chosen_for_more_the_weights_get_room(monkeypatch):
+    """And what was chosen for these alone goes on to be, though their rows lie apart now."""
+    lm = LlamaForCausalLM(LlamaConfig(**NUMBERS | {"hidden_size": 64, "intermediate_size": 128})).to(torch.bfloat16)
     places = fuse(lm, "dense", Lora(targets=("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")), torch.bfloat16, "cpu", 0)
     fuse_blocks(lm)
     assert tune.beside_of(lm, CHUNK) == {}, "on another GPU than Hopper"
     monkeypatch.setattr(quack, "installed", lambda: "0.6.5")
-    of_qkv, of_gate_and_up = (Shape(CHUNK, outs, 64, back=True, beside=32, apart=32) for outs in (128, 192))
-    assert {shape: len(groups) for shape, groups in tune.beside_of(lm, CHUNK).items()} == {of_qkv: 2, of_gate_and_up: 2}
+    of_qkv, of_gate_and_up = (Shape(CHUNK, outs, 64, back=True, beside=32, apart=32) for outs in (128, 256))
+    of_down, to_down = (Shape(CHUNK, 64, 128, back=back, beside=16, apart=48) for back in (True, False))
+    assert {shape: len(groups) for shape, groups in tune.beside_of(lm, CHUNK).items()} == {of_qkv: 2, of_gate_and_up: 2, of_down: 2, to_down: 2}
     asked = []
 
     def choose(operands, measure):
         asked.append(set(operands))
-        gemm._chosen[of_gate_and_up] = print
+        gemm._chosen |= {of_gate_and_up: print, of_down: print, to_down: print}
         return "tuned" if len(asked) == 1 else None
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -90,12 +91,12 @@ def test_where_one_matmul_is_chosen_for_both_gradients_the_weights_get_room(monk
     monkeypatch.setattr(gemm, "choose", choose)
     monkeypatch.setattr(tune, "peak_flops", lambda: None)
     assert tune.tune(lm, Train(), CHUNK, 1e18) == "tuned"
-    assert {of_qkv, of_gate_and_up, Shape(CHUNK, 192, 64), Shape(CHUNK, 192, 64, back=True)} < asked[0] and not any(
+    assert {of_qkv, of_gate_and_up, of_down, to_down, Shape(CHUNK, 256, 64), Shape(CHUNK, 256, 64, back=True)} < asked[0] and not any(
         s.apart for s in asked[0] if not s.beside
     )
-    assert asked[1:] == [{Shape(CHUNK, 192, 64, apart=64)}]
+    assert asked[1:] == [{Shape(CHUNK, *shape, back, apart=64) for shape in ((256, 64), (64, 128)) for back in (True, False)}]
     assert {name.rpartition(".")[2]: frozen.room for name, (frozen, _) in places.items()} == dict(
-        q_proj=0, k_proj=0, v_proj=0, o_proj=0, gate_proj=64, up_proj=64, down_proj=0
+        q_proj=0, k_proj=0, v_proj=0, o_proj=0, gate_proj=64, up_proj=64, down_proj=64
     )
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from graft.core.errors import ConfigError
+from graft.model.gemm import roomy
 from graft.model.remembered import folder, recalled, remember
 
 NAME = "graft_packed"  # what transformers calls it
@@ -82,17 +83,22 @@ def _of_transformers(
 
 
 # ---- the kernels ------------------------------------------------------------------------------------------------------
-def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """(out [t, heads, d], the log of each softmax's sum, laid out as the backend likes); rows of q, k, v may lie apart."""
+def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: Tensor, scale: float, backend: str, room: int = 0) -> tuple[Tensor, Tensor]:
+    """(out [t, heads, d], the log of each softmax's sum, laid out as the backend likes); rows of q, k, v may lie apart.
+
+    room: numbers between two rows of out, where the backend can leave them.
+    """
     if backend == "cudnn":
         return _cudnn(q, k, v, cu, longest, scale).forward(q, k, v, cu)
+    into = roomy(q, q.shape[1] * q.shape[2], room).unflatten(1, q.shape[1:]) if backend in ("fa4", "reference") else None
     if backend == "reference":
-        return reference(q, k, v, Documents(cu, longest), scale).contiguous(), q.new_empty(0, dtype=torch.float32)
+        assert into is not None
+        return into.copy_(reference(q, k, v, Documents(cu, longest), scale)), q.new_empty(0, dtype=torch.float32)
     n = int(longest)
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        out, lse, *_ = _flash_attn_fwd(q, k, v, **_borders(cu, n, scale), return_lse=True)
+        out, lse, *_ = _flash_attn_fwd(q, k, v, **_borders(cu, n, scale), return_lse=True, out=into)
         return out, lse
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, n, n, 0.0, True, False, scale=scale)
     return out, lse
@@ -120,15 +126,16 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: Tensor,
     scale: float, backend: str,
 ) -> None:  # fmt: skip
-    """Fill in dq, dk and dv, which lie in memory as q, k and v do."""
-    if backend == "cudnn":
-        return _cudnn(q, k, v, cu, longest, scale).backward(grads, dout, q, k, v, out, lse, cu)
+    """Fill in dq, dk and dv, which lie in memory as q, k and v do; rows of dout may lie apart, and of out as forward() left them."""
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_bwd
 
         (lse, q, k, v, out, dout, dq, dk, dv), given = _batched(cu, int(longest), scale, lse, q, k, v, out, dout, *grads)
         _flash_attn_bwd(q, k, v, out, dout, lse, **given, deterministic=torch.are_deterministic_algorithms_enabled(), dq=dq, dk=dk, dv=dv)
         return None
+    dout = dout.contiguous()
+    if backend == "cudnn":
+        return _cudnn(q, k, v, cu, longest, scale).backward(grads, dout, q, k, v, out, lse, cu)
     if backend == "reference":
         found = _reference_backward(dout, q, k, v, Documents(cu, longest), scale)
     else:

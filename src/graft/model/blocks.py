@@ -29,10 +29,10 @@ NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen
 
 
 class Half:
-    """A norm and the layers that read it, one group."""
+    """A norm, the layers that read it, one group, and the last layer, whose output is added to the half's input."""
 
-    def __init__(self, norm: Any, group: Group):
-        self.weight, self.eps, self.group = norm.weight, norm.variance_epsilon, group
+    def __init__(self, norm: Any, group: Group, last: Group):
+        self.weight, self.eps, self.group, self.last = norm.weight, norm.variance_epsilon, group, last
 
     def read(self, x: Tensor, adapter: Tensor | None, drop: Drop | None) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         """(the group's output without its adapters, their B, u [t, layers · r], rstd [t] of the norm) of x [t, h]."""
@@ -55,10 +55,8 @@ class Half:
         wanted: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dx where it is wanted, the adapter's gradient) of the gradient dy of read()'s output, and dout that flows past; of_b: dyᵀ u, if known."""
-        group, frozen, a, gradient, both = self.group, self.group.frozen, None, None, None
-        if adapter is not None and wanted:
-            both = beside.back(dy, frozen, group.layout, group.layout.split(adapter, frozen.ins)[1])
-        du = both[1] * grown(group.scale, drop) if both else down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop)
+        group, frozen, a, gradient = self.group, self.group.frozen, None, None
+        dn, du = _back(dy, u, group, adapter, drop) if wanted else (None, down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop))
         if adapter is not None:
             a, _ = group.layout.split(adapter, frozen.ins)
             gradient = torch.empty_like(adapter)
@@ -70,17 +68,26 @@ class Half:
             else:
                 for (own, part), one in zip(group.layout.columns(dy, u), of_bs, strict=True):
                     torch.mm(own.t(), part, out=one)
-        if not wanted:
+        if dn is None:
             return None, gradient
-        dn = both[0] if both else matmul_back(dy, frozen.kind, frozen.tensors)
         if a is not None and drop is not None:
             add_back_(dn, du, a, drop)
             a = None
         return norm_backward(dout, dn, du, a, u, group.scale, x, rstd, self.weight), gradient
 
 
+def _back(dy: Tensor, u: Tensor, group: Group, adapter: Tensor | None, drop: Drop | None) -> tuple[Tensor, Tensor]:
+    """(dy W, du = s dy B) of the gradient dy of a group's output."""
+    if adapter is not None and (both := beside.back(dy, group, adapter)):
+        return both[0], both[1] * grown(group.scale, drop)
+    frozen = group.frozen
+    return matmul_back(dy, frozen.kind, frozen.tensors), down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop)
+
+
 def _write(x: Tensor, inner: Tensor, u: Tensor, group: Group, adapter: Tensor | None) -> Tensor:
     """x + the layer's output of inner and u: the end of a half; group is of one layer."""
+    if adapter is not None and (whole := beside.add(x, inner, u, group, adapter)) is not None:
+        return whole
     frozen = group.frozen
     out = matmul(inner, frozen.kind, frozen.tensors, frozen.bias)
     add_(out, x, u, None if adapter is None else group.layout.split(adapter, frozen.ins)[1][0])
@@ -102,14 +109,14 @@ class AttentionHalf(Half):
     """x + o(attention(q, k, v of norm(x))) over packed documents. again: the backward makes all but its input again."""
 
     def __init__(self, norm: Any, attn: Any, again: bool):
-        super().__init__(norm, attn.q_proj.group)
-        self.o, self.softmax_scale, self.again = attn.o_proj.group, attn.scaling, again
+        super().__init__(norm, attn.q_proj.group, attn.o_proj.group)
+        self.softmax_scale, self.again = attn.scaling, again
         self.heads, self.kv_heads = (m.out_features // attn.head_dim for m in (attn.q_proj, attn.k_proj))
 
     def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], cu: Tensor, longest: Tensor, backend: str, **_: Any) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         cos, sin = (angles.reshape(len(flat), -1) for angles in position_embeddings)
-        out: Tensor = _Attend.apply(flat, self.group.adapter, self.o.adapter, self, Where(cos, sin, cu, longest, backend))
+        out: Tensor = _Attend.apply(flat, self.group.adapter, self.last.adapter, self, Where(cos, sin, cu, longest, backend))
         return out.view_as(x)
 
     def attend(self, x: Tensor, adapter: Tensor | None, drop: Drop | None, where: Where) -> tuple[Tensor, ...]:
@@ -117,8 +124,9 @@ class AttentionHalf(Half):
         y, b, u, rstd = self.read(x, adapter, drop)
         own = dict(zip(self.group.adapted, b, strict=True))  # by place: q, k, v
         adapt_and_rotate_(y, u, [own.get(place) for place in range(3)], self.heads, self.kv_heads, where.cos, where.sin)
-        out, lse = attention.forward(*self.split(y), where.cu, where.longest, self.softmax_scale, where.backend)
-        return out.view(len(x), -1), lse, y, u, rstd
+        given = *self.split(y), where.cu, where.longest, self.softmax_scale, where.backend
+        out, lse = attention.forward(*given, room=beside.room_after(len(x), self.last))
+        return out.flatten(1), lse, y, u, rstd
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as [t, heads, width], views."""
@@ -129,10 +137,10 @@ class AttentionHalf(Half):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_o: Tensor | None, half: AttentionHalf, where: Where) -> Tensor:
-        drop, drop_o = drops = half.group.drop, half.o.drop
+        drop, drop_o = drops = half.group.drop, half.last.drop
         inner = half.attend(x, adapter, drop, where)
-        u_o = down(inner[0], adapter_o, half.o.layout, half.o.scale, drop_o)
-        out = _write(x, inner[0], u_o, half.o, adapter_o)
+        u_o = down(inner[0], adapter_o, half.last.layout, half.last.scale, drop_o)
+        out = _write(x, inner[0], u_o, half.last, adapter_o)
         ctx.half, ctx.where, ctx.drops = half, where, drops
         ctx.save_for_backward(x, adapter, adapter_o, u_o, *(() if half.again else inner))
         return out
@@ -142,10 +150,11 @@ class _Attend(torch.autograd.Function):
         half, where, (drop, drop_o) = ctx.half, ctx.where, ctx.drops
         x, adapter, adapter_o, u_o, *kept = ctx.saved_tensors
         out, lse, y, u, rstd = kept or half.attend(x, adapter, drop, where)
-        dout, o = dout.contiguous(), half.o
-        d, of_o = adapted_backward(dout, out, u_o, o.frozen.kind, o.frozen.tensors, adapter_o, o.layout, o.scale, drop_o)
-        dy, shape = torch.empty_like(y), (len(x), half.heads, -1)
-        given = d.view(shape), *half.split(y), out.view(shape), lse, where.cu, where.longest, half.softmax_scale, where.backend
+        dout, o = dout.contiguous(), half.last
+        d, of_o = adapted_backward(*_back(dout, u_o, o, adapter_o, drop_o), dout, out, u_o, adapter_o, o.layout, drop_o)
+        dy = torch.empty_like(y)
+        rows, made = (m.unflatten(1, (half.heads, -1)) for m in (d, out))
+        given = rows, *half.split(y), made, lse, where.cu, where.longest, half.softmax_scale, where.backend
         attention.backward(half.split(dy), *given)
         rotate_(dy, half.heads + half.kv_heads, where.cos, where.sin, -1.0)
         dx, gradient = half.back(dout, dy, None, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
@@ -157,22 +166,22 @@ class MlpHalf(Half):
     """x + down(silu(gate(norm(x))) · up(norm(x))), no bias. again: the backward makes gate | up again."""
 
     def __init__(self, norm: Any, mlp: Any, again: bool):
-        super().__init__(norm, mlp.gate_proj.group)
-        self.down, self.again = mlp.down_proj.group, again
+        super().__init__(norm, mlp.gate_proj.group, mlp.down_proj.group)
+        self.again = again
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = _Mlp.apply(x.reshape(-1, x.shape[-1]), self.group.adapter, self.down.adapter, self)
+        out: Tensor = _Mlp.apply(x.reshape(-1, x.shape[-1]), self.group.adapter, self.last.adapter, self)
         return out.view_as(x)
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_down: Tensor | None, half: MlpHalf) -> Tensor:
-        drop, drop_down = drops = half.group.drop, half.down.drop
+        drop, drop_down = drops = half.group.drop, half.last.drop
         y, b, u, rstd = half.read(x, adapter, drop)
-        narrow = half.down
+        narrow = half.last
         a = None if adapter_down is None else narrow.layout.split(adapter_down, narrow.frozen.ins)[0]
-        act, u_down = swiglu(y, u, b, a, grown(narrow.scale, drop_down), drop_down)
+        act, u_down = swiglu(y, u, b, a, grown(narrow.scale, drop_down), drop_down, beside.room_after(len(x), narrow))
         out = _write(x, act, u_down, narrow, adapter_down)
         ctx.half, ctx.drops = half, drops
         ctx.save_for_backward(x, adapter, adapter_down, u_down, *(() if half.again else (y, u, rstd)))
@@ -180,15 +189,15 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        half, narrow, (drop, drop_down) = ctx.half, ctx.half.down, ctx.drops
+        half, narrow, (drop, drop_down) = ctx.half, ctx.half.last, ctx.drops
         x, adapter, adapter_down, u_down, *kept = ctx.saved_tensors
         b = [] if adapter is None else half.group.layout.split(adapter, half.group.frozen.ins)[1]
         y, u, rstd = kept or [one for n, one in enumerate(half.read(x, adapter, drop)) if n != 1]
-        dout, frozen, a, gradient_down = dout.contiguous(), narrow.frozen, None, None
-        du_down = down_backward(dout, u_down, adapter_down, narrow.layout, frozen.ins, narrow.scale, drop_down)
+        dout, a, gradient_down = dout.contiguous(), None, None
+        dact, du_down = _back(dout, u_down, narrow, adapter_down, drop_down)
         if adapter_down is not None:
-            a, _ = narrow.layout.split(adapter_down, frozen.ins)
-        dy, of_b, da = swiglu_backward(matmul_back(dout, frozen.kind, frozen.tensors), y, u, b, du_down, a, drop_down)
+            a, _ = narrow.layout.split(adapter_down, narrow.frozen.ins)
+        dy, of_b, da = swiglu_backward(dact, y, u, b, du_down, a, drop_down)
         if adapter_down is not None and da is not None:
             gradient_down = torch.cat([da.flatten(), torch.mm(dout.t(), u_down).flatten()])
         dx, gradient = half.back(dout, dy, of_b, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])

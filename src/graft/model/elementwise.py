@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from graft.model.dropout import Drop, down_product, dropped
 from graft.model.frozen import Operand, quantize_rows
+from graft.model.gemm import roomy
 
 
 # ---- norms and residuals ------------------------------------------------------------------------------------------------
@@ -59,24 +60,26 @@ def add_(y: Tensor, x: Tensor, u: Tensor, b: Tensor | None) -> None:
 
 
 # ---- the activation -----------------------------------------------------------------------------------------------------
-def swiglu(y: Tensor, u: Tensor, b: list[Tensor], a: Tensor | None = None, scale: float = 1.0, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
+def swiglu(
+    y: Tensor, u: Tensor, b: list[Tensor], a: Tensor | None = None, scale: float = 1.0, drop: Drop | None = None, room: int = 0
+) -> tuple[Tensor, Tensor]:
     """(act = silu(gate) · up of gate | up = y [t, 2 n] + u Bᵀ; scale · act aᵀ [t, r], empty where a [r, n] is None).
 
-    b: [] or [n, r] of gate and up, u [t, 2 r]; drop: of the adapter of a.
+    b: [] or [n, r] of gate and up, u [t, 2 r]; drop: of the adapter of a; room: numbers between two rows of act.
     """
     if y.is_cuda:
         from graft.model.kernels.swiglu import swiglu as on_gpu
 
-        return on_gpu(y, u, b, a, scale, drop)
+        return on_gpu(y, u, b, a, scale, drop, room)
     gate, up = _gate_and_up(y, u, b)
-    act = (F.silu(gate) * up).to(y.dtype)
+    act = roomy(y, up.shape[1], room).copy_(F.silu(gate) * up)
     return act, y.new_empty(len(y), 0) if a is None else down_product(act, a, drop).mul_(scale)
 
 
 def swiglu_backward(
     dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None, drop: Drop | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What flows back where the gradient of the output act is d = dact [t, n] + du a; a [r, n] or None, du [t, r].
+    """What flows back where the gradient of the output act is d = dact [t, n] + du a; a [r, n] or None, du [t, r]; rows of dact may lie apart.
 
     Returns the gradient dy [t, 2 n] of y; that of b, dyᵀ u of each half [2, n, r], None where b is []; and duᵀ act [r, n], None
     where a is. drop: of the adapter of a, both du a and act without what it drops.

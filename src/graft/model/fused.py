@@ -71,13 +71,11 @@ def down_backward(dy: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout,
 
 
 def adapted_backward(
-    dy: Tensor, x: Tensor, u: Tensor, kind: str, frozen: list[Tensor], adapter: Tensor | None, layout: Layout, scale: float, drop: Drop | None
+    dx: Tensor, du: Tensor, dy: Tensor, x: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, drop: Drop | None
 ) -> tuple[Tensor, Tensor]:
-    """(dx, the gradient of the adapter, empty without one) of the gradient dy of adapted()."""
-    dx = matmul_back(dy, kind, frozen)
+    """(dx, the gradient of the adapter, empty without one) of the gradient dy of adapted(): dx of dy W, to which du A is added, and of du = s dy B."""
     if adapter is None:
         return dx, x.new_empty(0)
-    du = down_backward(dy, u, adapter, layout, x.shape[1], scale, drop)
     gradient = torch.empty_like(adapter)
     da, db = layout.split(gradient, x.shape[1])
     for (own, part), of_up in zip(layout.columns(dy, u), db, strict=True):
@@ -127,8 +125,10 @@ def lora_backward(
     seeds: Tensor | None,
     threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    """adapted_backward(), for the compiler."""
-    return adapted_backward(dy, x, u, kind, frozen, adapter, Layout(rank, starts, sizes), scale, _drop(seeds, threshold))
+    """The gradient of adapted(), for the compiler."""
+    layout, drop = Layout(rank, starts, sizes), _drop(seeds, threshold)
+    du = down_backward(dy, u, adapter, layout, x.shape[1], scale, drop)
+    return adapted_backward(matmul_back(dy, kind, frozen), du, dy, x, u, adapter, layout, drop)
 
 
 @lora_backward.register_fake

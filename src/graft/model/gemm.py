@@ -30,7 +30,8 @@ WRONG = 1e-2  # relative: two orders of adding up differ by bf16's rounding, 2e-
 class Shape(NamedTuple):
     """Of x wᵀ, x [rows, ins] and w [outs, ins]; back: of x w, x [rows, outs]. fp8: of x wᵀ, both in e4m3 with a scale a row.
 
-    beside: of x w with so many more columns that lie beside w in memory (beside.py). apart: so many numbers lie between two rows of w.
+    beside: with so many more columns that lie beside w in memory (beside.py): back, of x w and theirs; else of x wᵀ to which theirs, with the
+    same beside x, and something [rows, outs] are added. apart: so many numbers lie between two rows of w, and here of what else is [rows, ins].
     """
 
     rows: int
@@ -78,13 +79,13 @@ def scaled_product(
 
 
 def chosen(shape: Shape) -> Callable[..., None] | None:
-    """What runs a shape in which something lies beside w: of x, both together [outs, ins + beside] and room_for() their product."""
+    """What runs a shape in which something lies beside w: of x, both together [outs, ins + beside], what is added if not back, and where the result goes."""
     return _chosen.get(shape)
 
 
-def room_for(x: Tensor, wide: Tensor) -> Tensor:
-    """[rows, columns of wide] to be filled in, whose rows lie as far apart as those of wide."""
-    return x.new_empty(len(x), wide.stride(0))[:, : wide.shape[1]]
+def roomy(x: Tensor, columns: int, room: int) -> Tensor:
+    """[rows of x, columns] to be filled in, with so much room after each row."""
+    return x.new_empty(len(x), columns + room)[:, :columns]
 
 
 def _plain(dtype: torch.dtype, *tensors: Tensor) -> bool:
@@ -100,7 +101,7 @@ def _aligned(dtype: torch.dtype, *tensors: Tensor) -> bool:
 def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) -> str | None:
     """Choose for each shape, whose operands the function makes as product() or scaled_product() takes them; returns a line on what was measured.
 
-    Where something lies beside w they are (x, both, w, [(columns of x, what lies beside them)]): one matmul against as many as PyTorch needs.
+    Where something lies beside w they are (what chosen() takes, but for the result; what makes the same of w alone): one kernel against several.
     measure: time what the machine does not remember, 4 s a shape, else leave it to PyTorch.
     """
     from graft.model.kernels import cublaslt, quack
@@ -114,7 +115,7 @@ def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) 
         if shape.fp8:
             found = [cublaslt.ScaledProduct(*shape[:3])]
         elif shape.beside:
-            found = [quack.Product(shape.rows, shape.outs, shape.ins + shape.beside, True, shape.apart)]
+            found = [quack.Product(shape.rows, shape.outs, shape.ins + shape.beside, shape.back, shape.apart, beside=True)]
         else:
             found = [library.Product(*shape[:4], shape.apart) for library in (cublaslt, quack)]
         if (key := f"{machine} {shape.text}") not in known:
@@ -135,17 +136,15 @@ def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) 
 def _measured(shape: Shape, found: list[Any], operands: Any, warm: bool) -> tuple[str | None, float]:
     """(the fastest algorithm, as it is stored, or None for PyTorch's; its pace over PyTorch's, less 1)."""
 
-    def pytorchs() -> Tensor:
-        if shape.beside:
-            x, _, w, beside = operands
-            for own, columns in beside:
-                torch.mm(own, columns)
-            return product(x, w, back=True)
-        return scaled_product(*operands) if shape.fp8 else product(*operands, back=shape.back)
-
-    given = operands[:2] if shape.beside else operands
-    wanted = torch.mm(*given) if shape.beside else pytorchs()
-    out = room_for(*given) if shape.beside else torch.empty_like(wanted)
+    given = operands
+    if shape.beside:
+        given, pytorchs = operands
+        x, wide, *added = given
+        wanted = torch.mm(x, wide) if shape.back else torch.addmm(added[0], x, wide.t())
+    else:
+        pytorchs = partial(scaled_product, *given) if shape.fp8 else partial(product, *given, back=shape.back)
+        wanted = pytorchs()
+    out = roomy(x, wide.shape[1], shape.apart) if shape.beside and shape.back else torch.empty_like(wanted)
     runs: dict[str | None, Callable[[], Any]] = {None: pytorchs}
     runs |= {one.text: partial(library.run, one, *given, out) for library in found for one in library.suggested()}
     for name in [name for name, run in runs.items() if not _works(run)]:

@@ -28,16 +28,14 @@ def tune(lm: Any, config: Train, tokens: int, left_flop: float) -> str | None:
         return None
     measure = config.tune_matmuls is True or left_flop / (0.5 * (peak_flops() or USUAL_FLOPS)) >= LEAST_S
     groups = beside_of(lm, tokens)
-    together: dict[gemm.Shape, Callable[[], tuple[Any, ...]]] = {
-        shape: partial(beside.operands, shape, some[0].frozen, some[0].layout) for shape, some in groups.items()
-    }
+    together: dict[gemm.Shape, Callable[[], tuple[Any, ...]]] = {shape: partial(beside.operands, shape, some[0]) for shape, some in groups.items()}
     try:
         said = gemm.choose(operands_of(lm, tokens) | together, measure)
-        for group in [group for shape, some in groups.items() if gemm.chosen(shape) for group in some]:
-            beside.make_room(group.frozen, group.layout)
+        for group in dict.fromkeys(group for shape, some in groups.items() if gemm.chosen(shape) for group in some):
+            beside.make_room(group)
             torch.cuda.empty_cache()  # what this one leaves is too small for the next
         if apart := {shape: made for shape, made in operands_of(lm, tokens).items() if shape.apart}:
-            gemm.choose(apart, measure)  # remembered: what was chosen forward goes on
+            gemm.choose(apart, measure)  # remembered: what was chosen for W alone goes on
         return said
     except (OSError, RuntimeError, AttributeError) as e:  # another cuBLASLt, or too little memory for it
         return f"matmuls that are not tuned yet are left to PyTorch: {(str(e) or repr(e)).splitlines()[0][:200]}"
@@ -58,8 +56,7 @@ def operands_of(lm: Any, tokens: int) -> dict[gemm.Shape, Callable[[], tuple[Any
                 gemm.Shape(tokens, ins, outs, fp8=True): partial(transposed, w8),
             }
         else:
-            shapes = [gemm.Shape(tokens, outs, ins, apart=module.room)] if module.kind == "dense" and module.room else _both_ways(tokens, outs, ins)
-            own = dict.fromkeys(shapes, partial(_opened, module))
+            own = dict.fromkeys(_both_ways(tokens, outs, ins, module.room if module.kind == "dense" else 0), partial(_opened, module))
         weights = own | weights
     head = lm.get_output_embeddings().weight
     if tokens >= CHUNK and head.dtype == torch.bfloat16:
@@ -68,18 +65,19 @@ def operands_of(lm: Any, tokens: int) -> dict[gemm.Shape, Callable[[], tuple[Any
 
 
 def beside_of(lm: Any, tokens: int) -> dict[gemm.Shape, list[Group]]:
-    """{shape: groups} of the matmuls back to the input of a layer's half that might make its adapters' gradient as well (model/beside.py)."""
+    """{shape: groups} of the matmuls, back to the input of a layer's half and of its last layer, and of what that adds, which might do their adapters' as well (model/beside.py)."""
     halves = [half for layer in lm.modules() for half in getattr(layer, "halves", ()) if half]
     found: dict[gemm.Shape, list[Group]] = {}
-    for group in [half.group for half in halves] if quack.installed() else []:
-        frozen = group.frozen
-        if group.adapted and frozen.kind != "fp8" and frozen.bias is None and frozen.dtype == torch.bfloat16 and frozen.ins % NF4_BLOCK == 0:
-            found.setdefault(beside.shape_of(tokens, frozen, group.layout), []).append(group)
+    for half in halves if quack.installed() else []:
+        for group, back in ((half.group, True), (half.last, True), (half.last, False)):
+            frozen = group.frozen
+            if group.adapted and frozen.kind != "fp8" and frozen.bias is None and frozen.dtype == torch.bfloat16 and frozen.ins % NF4_BLOCK == 0:
+                found.setdefault(beside.shape_of(tokens, group, back), []).append(group)
     return found
 
 
-def _both_ways(rows: int, outs: int, ins: int) -> list[gemm.Shape]:
-    return [gemm.Shape(rows, outs, ins, back) for back in (False, True)]
+def _both_ways(rows: int, outs: int, ins: int, apart: int = 0) -> list[gemm.Shape]:
+    return [gemm.Shape(rows, outs, ins, back, apart=apart) for back in (False, True)]
 
 
 def _opened(frozen: Frozen) -> tuple[Tensor, ...]:

@@ -54,11 +54,13 @@ def installed() -> str | None:
 
 
 class Product:
-    """As cublaslt.Product, of the same matrices; where `back` is, the result's rows lie as far apart as those of w."""
+    """As cublaslt.Product, of the same matrices; beside: of those of beside.py.
 
-    def __init__(self, rows: int, outs: int, ins: int, back: bool, apart: int = 0):
-        self.rows, self.outs, self.ins, self.back, self.apart = rows, outs, ins, back, apart
-        self.width = ins if back else outs
+    Then the rows of what is [rows, ins] lie as far apart as those of w: of the result where `back` is, else of x, and x wᵀ is added to something.
+    """
+
+    def __init__(self, rows: int, outs: int, ins: int, back: bool, apart: int = 0, beside: bool = False):
+        self.rows, self.outs, self.ins, self.back, self.apart, self.beside = rows, outs, ins, back, apart, beside
         self._plans: dict[Tiles, Any] = {}
 
     def suggested(self) -> list[Tiles]:
@@ -72,29 +74,32 @@ class Product:
         tiles = stored(text) if self._runs() else None
         if tiles is None:
             return None
-        x, w, out = (
-            torch.empty(height, columns + apart, dtype=torch.bfloat16, device="cuda")[:, :columns]
-            for height, columns, apart in (
-                (self.rows, self.outs if self.back else self.ins, 0),
-                (self.outs, self.ins, self.apart),
-                (self.rows, self.width, self.apart if self.back else 0),
-            )
-        )
+        apart = self.apart if self.beside else 0
+        narrow, wide = (self.rows, self.outs, 0), (self.rows, self.ins, apart)
+        made = [
+            torch.empty(height, columns + gap, dtype=torch.bfloat16, device="cuda")[:, :columns]
+            for height, columns, gap in (narrow if self.back else wide, (self.outs, self.ins, self.apart), wide if self.back else narrow)
+        ]
         try:
-            self.run(tiles, x, w, out)
+            self.run(tiles, *made[:2], *(made[2:] if self._adds else []), made[2])
         except Exception:  # noqa: BLE001 - whatever another version of a compiler raises, PyTorch multiplies
             return None
         return tiles
 
-    def run(self, tiles: Tiles, x: Tensor, w: Tensor, out: Tensor) -> None:
-        """Fill in out [rows, outs], or [rows, ins] where `back` is, on the current stream."""
+    @property
+    def _adds(self) -> bool:
+        return self.beside and not self.back
+
+    def run(self, tiles: Tiles, x: Tensor, w: Tensor, *last: Tensor) -> None:
+        """last: out, before it what is added where something is. Fill in out [rows, outs], or [rows, ins] where `back` is, on the current stream."""
         gemm = _library()
         second = w.t() if self.back else w  # [columns, inner]
-        operands = (second, x, out.t()) if tiles.swapped else (x, second, out)
+        ends = [last[-1], last[0] if self._adds else None]
+        operands = [second, x, *(m if m is None else m.t() for m in ends)] if tiles.swapped else [x, second, *ends]
         if (plan := self._plans.get(tiles)) is None:
-            self._plans[tiles] = gemm.gemm(*operands, None, None, tiles.rows, tiles.columns, *tiles.cluster, pingpong=False)
+            self._plans[tiles] = gemm.gemm(*operands, None, tiles.rows, tiles.columns, *tiles.cluster, pingpong=False)
         else:
-            gemm.run_gemm_plan(plan, *operands, None)
+            gemm.run_gemm_plan(plan, *operands)
 
 
 @cache

@@ -8,18 +8,21 @@ import triton.language as tl
 from torch import Tensor
 
 from graft.model.dropout import Drop
+from graft.model.gemm import roomy
 from graft.model.kernels.dropout import kept
 from graft.model.kernels.shared import loading_ahead, sigmoid
 
 
-def swiglu(y: Tensor, u: Tensor, b: list[Tensor], a: Tensor | None = None, scale: float = 1.0, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
+def swiglu(
+    y: Tensor, u: Tensor, b: list[Tensor], a: Tensor | None = None, scale: float = 1.0, drop: Drop | None = None, room: int = 0
+) -> tuple[Tensor, Tensor]:
     """elementwise.swiglu(): (act = silu(gate) · up of y [t, 2 n] = gate | up, to which u Bᵀ is added on the way; scale · act aᵀ [t, r]).
 
     A program goes along the columns of a few rows, so that the sums over columns stay in registers, or along a part of the columns
     where there are too few rows to occupy the GPU; the parts' sums are added up afterwards, always in the same order.
     """
     t, n = y.shape[0], y.shape[1] // 2
-    out = torch.empty(t, n, dtype=y.dtype, device=y.device)
+    out = roomy(y, n, room)
     r, r_down = b[0].shape[1] if b else 0, 0 if a is None else a.shape[0]
     rows, columns, most, warps = _TILE
     blocks = triton.cdiv(t, rows)
@@ -32,7 +35,7 @@ def swiglu(y: Tensor, u: Tensor, b: list[Tensor], a: Tensor | None = None, scale
 
     def launch(ahead: int) -> None:
         _swiglu[(blocks, parts)](
-            *(y, *given, y if a is None else a, seed, out, of_down, t, n, r, r_down, scale),
+            *(y, *given, y if a is None else a, seed, out, of_down, t, n, n + room, r, r_down, scale),
             *(bool(b), a is not None, threshold, *widths, along, rows, columns, ahead),
             num_warps=warps,
         )
@@ -62,7 +65,7 @@ def swiglu_backward(
 
     def launch(ahead: int) -> None:
         _swiglu_backward[(chunks, triton.cdiv(n, columns))](
-            *(dact, y, *given, *down, seed, dy, of_b, of_a, t, n, r, r_down),
+            *(dact, y, *given, *down, seed, dy, of_b, of_a, t, n, dact.stride(0), r, r_down),
             *(bool(b), a is not None, threshold, *widths, CHUNK, rows, columns, ahead),
             num_warps=warps,
             maxnreg=registers,
@@ -73,23 +76,23 @@ def swiglu_backward(
 
 
 CHUNK = 1024  # rows
-PROGRAMS = 1024  # that occupy a GPU: of four warps, several on each multiprocessor
+PROGRAMS = 4096  # that occupy a GPU: of four warps, several on each multiprocessor, for some rounds
 _TILE = 64, 64, 3, 4  # rows, columns, loads ahead, warps
 
 
 def _backward_tile(width: int, drops: bool) -> tuple[int, int, int, int, int | None]:
-    """As _TILE, and registers a thread. With 128 of them two programs of eight warps share a multiprocessor and nothing leaves the registers.
+    """As _TILE, and registers a thread. With 128 of them two programs of eight warps, or four of four, share a multiprocessor and nothing leaves the registers.
 
     What leaves them is dear: of 32 rows for r = 32 in four warps the sums did, 2.1 ms a layer of 8B instead of 0.8.
     """
     if width > 32:
         return 32, 64, 3, 4, None
-    return (16 if width == 32 or drops else 32), 128, 3, 8, 128
+    return (16, 128, 3, 8, 128) if width == 32 or drops else (32, 64, 3, 4, 128)
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])
 def _swiglu(
-    y, u, b_gate, b_up, a, seed, out, of_down, t, n, r, r_down, scale, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
+    y, u, b_gate, b_up, a, seed, out, of_down, t, n, of_out, r, r_down, scale, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
     width: tl.constexpr, width_down: tl.constexpr, along: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
@@ -111,7 +114,7 @@ def _swiglu(
             gate = tl.dot(gate_u, tl.load(b_gate + columns[None, :] * r + k[:, None], mask=holds, other=0.0), gate)
             up = tl.dot(up_u, tl.load(b_up + columns[None, :] * r + k[:, None], mask=holds, other=0.0), up)
         act = (gate * sigmoid(gate) * up).to(out.dtype.element_ty)
-        tl.store(out + rows[:, None] * n + columns[None, :], act, mask=inside)
+        tl.store(out + rows[:, None] * of_out + columns[None, :], act, mask=inside)
         if down:
             if threshold:
                 act = tl.where(kept(seed, threshold, rows, first, of_n), act, 0.0)
@@ -124,7 +127,7 @@ def _swiglu(
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])
 def _swiglu_backward(
-    dact, y, u, b_gate, b_up, du, a, seed, dy, of_b, of_a, t, n, r, r_down, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
+    dact, y, u, b_gate, b_up, du, a, seed, dy, of_b, of_a, t, n, of_dact, r, r_down, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
     width: tl.constexpr, width_down: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * of_n + tl.arange(0, of_n)
@@ -144,7 +147,7 @@ def _swiglu_backward(
         at = rows[:, None] * (2 * n) + columns[None, :]
         gate = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(y + at + n, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(dact + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(dact + rows[:, None] * of_dact + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if adapted:
             of_u, fits = u + rows[:, None] * (2 * r) + k[None, :], (rows[:, None] < t) & (k[None, :] < r)
             gate_u, up_u = tl.load(of_u, mask=fits, other=0.0), tl.load(of_u + r, mask=fits, other=0.0)
