@@ -34,7 +34,7 @@ def swiglu(
     widths = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(r_down))
 
     def launch(ahead: int) -> None:
-        _swiglu[(blocks, parts)](
+        _swiglu[(parts, blocks)](
             *(y, *given, y if a is None else a, seed, out, of_down, t, n, n + room, r, r_down, scale),
             *(bool(b), a is not None, threshold, *widths, along, rows, columns, ahead),
             num_warps=warps,
@@ -64,7 +64,7 @@ def swiglu_backward(
     rows, columns, most, warps, registers = _backward_tile(max(widths), drop is not None)
 
     def launch(ahead: int) -> None:
-        _swiglu_backward[(chunks, triton.cdiv(n, columns))](
+        _swiglu_backward[(triton.cdiv(n, columns), chunks)](
             *(dact, y, *given, *down, seed, dy, of_b, of_a, t, n, dact.stride(0), r, r_down),
             *(bool(b), a is not None, threshold, *widths, CHUNK, rows, columns, ahead),
             num_warps=warps,
@@ -81,13 +81,13 @@ _TILE = 64, 64, 3, 4  # rows, columns, loads ahead, warps
 
 
 def _backward_tile(width: int, drops: bool) -> tuple[int, int, int, int, int | None]:
-    """As _TILE, and registers a thread. With 128 of them two programs of eight warps, or four of four, share a multiprocessor and nothing leaves the registers.
+    """As _TILE, and registers a thread: with 128 of them two programs of eight warps share a multiprocessor and nothing leaves the registers.
 
     What leaves them is dear: of 32 rows for r = 32 in four warps the sums did, 2.1 ms a layer of 8B instead of 0.8.
     """
     if width > 32:
         return 32, 64, 3, 4, None
-    return (16, 128, 3, 8, 128) if width == 32 or drops else (32, 64, 3, 4, 128)
+    return (16, 128, 3, 8, 128) if width == 32 or drops else (64, 64, 3, 4, None)
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])
@@ -95,7 +95,7 @@ def _swiglu(
     y, u, b_gate, b_up, a, seed, out, of_down, t, n, of_out, r, r_down, scale, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
     width: tl.constexpr, width_down: tl.constexpr, along: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
-    rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
+    rows = (tl.program_id(1) * of_t + tl.arange(0, of_t)).to(tl.int64)
     k, k_down = tl.arange(0, width), tl.arange(0, width_down)
     if adapted:
         of_u, fits = u + rows[:, None] * (2 * r) + k[None, :], (rows[:, None] < t) & (k[None, :] < r)
@@ -103,7 +103,7 @@ def _swiglu(
     if down:
         total = tl.zeros((of_t, width_down), tl.float32)
     for start in tl.range(0, along, of_n, num_stages=ahead):
-        first = tl.program_id(1) * along + start
+        first = tl.program_id(0) * along + start
         columns = first + tl.arange(0, of_n)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
         at = rows[:, None] * (2 * n) + columns[None, :]
@@ -121,7 +121,7 @@ def _swiglu(
             held = (columns[:, None] < n) & (k_down[None, :] < r_down)
             total = tl.dot(act, tl.load(a + k_down[None, :] * n + columns[:, None], mask=held, other=0.0), total)
     if down:
-        to = of_down + (tl.program_id(1) * t + rows[:, None]) * r_down + k_down[None, :]
+        to = of_down + (tl.program_id(0) * t + rows[:, None]) * r_down + k_down[None, :]
         tl.store(to, total * scale, mask=(rows[:, None] < t) & (k_down[None, :] < r_down))
 
 
@@ -130,7 +130,7 @@ def _swiglu_backward(
     dact, y, u, b_gate, b_up, du, a, seed, dy, of_b, of_a, t, n, of_dact, r, r_down, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
     width: tl.constexpr, width_down: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(1) * of_n + tl.arange(0, of_n)
+    columns = tl.program_id(0) * of_n + tl.arange(0, of_n)
     k, k_down = tl.arange(0, width), tl.arange(0, width_down)
     if adapted:
         holds = (columns[None, :] < n) & (k[:, None] < r)
@@ -142,7 +142,7 @@ def _swiglu_backward(
         a_down = tl.load(a + k_down[:, None] * n + columns[None, :], mask=of_down, other=0.0)
         sum_a = tl.zeros((of_n, width_down), tl.float32)
     for start in tl.range(0, chunk, of_t, num_stages=ahead):
-        rows = (tl.program_id(0) * chunk + start + tl.arange(0, of_t)).to(tl.int64)
+        rows = (tl.program_id(1) * chunk + start + tl.arange(0, of_t)).to(tl.int64)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
         at = rows[:, None] * (2 * n) + columns[None, :]
         gate = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
@@ -155,7 +155,7 @@ def _swiglu_backward(
         if down:
             of_du = tl.load(du + rows[:, None] * r_down + k_down[None, :], mask=(rows[:, None] < t) & (k_down[None, :] < r_down), other=0.0)
             if threshold:
-                keeps = kept(seed, threshold, rows, tl.program_id(1) * of_n, of_n)
+                keeps = kept(seed, threshold, rows, tl.program_id(0) * of_n, of_n)
                 d += tl.where(keeps, tl.dot(of_du, a_down), 0.0)
             else:
                 d = tl.dot(of_du, a_down, d)
@@ -172,10 +172,10 @@ def _swiglu_backward(
                 act = tl.where(keeps, act, 0.0)
             sum_a = tl.dot(tl.trans(act.to(dy.dtype.element_ty)), of_du, sum_a)
     if adapted:
-        to = of_b + tl.program_id(0).to(tl.int64) * (2 * n * r) + columns[:, None] * r + k[None, :]
+        to = of_b + tl.program_id(1).to(tl.int64) * (2 * n * r) + columns[:, None] * r + k[None, :]
         held = (columns[:, None] < n) & (k[None, :] < r)
         tl.store(to, sum_gate, mask=held)
         tl.store(to + n * r, sum_up, mask=held)
     if down:
-        to = of_a + tl.program_id(0).to(tl.int64) * (n * r_down) + columns[:, None] * r_down + k_down[None, :]
+        to = of_a + tl.program_id(1).to(tl.int64) * (n * r_down) + columns[:, None] * r_down + k_down[None, :]
         tl.store(to, sum_a, mask=(columns[:, None] < n) & (k_down[None, :] < r_down))
