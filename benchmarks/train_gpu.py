@@ -279,8 +279,8 @@ def main() -> None:
     args = parser.parse_args()
     for row in args.rows:
         parsed(row)
-    if args.steps <= SETTLE or args.gpus % args.nodes:
-        parser.error(f"--steps is more than {SETTLE}, and --nodes divides --gpus")
+    if args.steps <= SETTLE or args.gpus % args.nodes or len(set(args.rows)) < len(args.rows):
+        parser.error(f"--steps is more than {SETTLE}, --nodes divides --gpus, and a row is named once: --repeat runs it again")
     calls = [call for path in args.table or args.append for call in json.loads(path.read_text(encoding="utf-8"))]
     if args.table:
         alike(calls)

@@ -49,6 +49,11 @@ def group_of(kind, layout, outs=(96, 32, 32)):
     return SimpleNamespace(frozen=frozen, layout=layout)
 
 
+def stand(group, adapter):
+    """As before a forward."""
+    beside.Standing(SimpleNamespace(groups=[group], sizes=[len(adapter)], flat=adapter))()
+
+
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize(
     "layout", [Layout(16, [0, 96, 128], [96, 32, 32]), Layout(4, [96], [32]), Layout(40, [0, 128], [96, 32])], ids=["all", "one", "wide"]
@@ -64,6 +69,7 @@ def test_it_is_the_gradient_of_the_input_and_of_each_adapter(monkeypatch, kind, 
     assert frozen.w0 is buffer and torch.equal(frozen.opened(), w) and frozen.opened().stride(0) % 64 == 0
     assert beside.back(dy[:-1], group, adapter) is None, "as many tokens were not timed"
     for own in (adapter, torch.full_like(adapter, 7.0), adapter):
+        stand(group, own)
         dn, du = beside.back(dy, group, own)
     assert ran == [shape] * 3
     torch.testing.assert_close(dn, dy @ w)
@@ -78,13 +84,15 @@ def test_it_is_the_sum_that_ends_a_half(monkeypatch, kind, rank):
     w, (_, (b,)) = group.frozen.opened(), group.layout.split(adapter, 64)
     shape = beside.shape_of(TOKENS, group, back=False)
     ran = by_one_matmul(monkeypatch, [shape])
-    assert beside.room_after(TOKENS, group) == 0 and beside.add(x, y, u, group, adapter) is None, "no room beside W"
+    assert beside.room_after(TOKENS, group) == 0 and beside.add(x, y, group, adapter) is None, "no room beside W"
     beside.make_room(group)
     assert beside.room_after(TOKENS, group) == 64 and beside.room_after(TOKENS - 1, group) == 0
-    assert beside.add(x, y, u, group, adapter) is None, "no room beside y"
+    assert beside.behind(y, group) is None and beside.add(x, y, group, adapter) is None, "no room beside y"
     roomy = gemm.roomy(y, 64, 64).copy_(y)
+    beside.behind(roomy, group).copy_(u)
     for own in (adapter, torch.full_like(adapter, 7.0), adapter):
-        out = beside.add(x, roomy, u, group, own)
+        stand(group, own)
+        out = beside.add(x, roomy, group, own)
     assert ran == [shape] * 3 and torch.equal(roomy, y)
     wide = [m.double() for m in (x, y, w, u, b)]
     torch.testing.assert_close(out, (wide[0] + wide[1] @ wide[2].t() + wide[3] @ wide[4].t()).to(torch.bfloat16))
@@ -123,6 +131,7 @@ def test_a_layers_gradients_are_those_without(monkeypatch, targets, kind, kept, 
     ran = by_one_matmul(monkeypatch, shapes)
     for group in dict.fromkeys(group for group, _ in ways):
         beside.make_room(group)
+    plain.adapters.place = beside.Standing(plain.adapters)
     found = gradients()
     assert set(ran) == shapes and len(ran) >= len(ways)
     for one, other in zip(found, wanted, strict=True):

@@ -248,9 +248,13 @@ def test_swiglu_and_its_gradient(dropout):
     assert swiglu(y, u, b)[1].shape == (9, 0)
     through, taken = (du @ a, act) if drop is None else (dropped(du @ a, drop, 0), dropped(act, drop, 0))
     wanted = *torch.autograd.grad(act, (whole, *b), dact + through), du.t() @ taken
-    dy, of_b, of_a = swiglu_backward(dact, y, u, b, du, a, drop)
+    of_b, of_a = (torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((2, 12, 2), (3, 12)))
+    with torch.no_grad():
+        dy = swiglu_backward(dact, y, u, b, du, a, of_b, of_a, drop)
+        alone = swiglu_backward(dact, y, u, [], du, None, None, None)
     assert all(torch.allclose(x, w, atol=1e-4) for x, w in zip((dy, *of_b, of_a), wanted, strict=True))
-    assert swiglu_backward(dact, y, u, [], du, None)[1:] == (None, None)
+    gate, up = (m.requires_grad_() for m in y.chunk(2, dim=1))
+    assert torch.allclose(alone, torch.cat(torch.autograd.grad(F.silu(gate) * up, (gate, up), dact), dim=1), atol=1e-4)
 
 
 @pytest.mark.parametrize("adapted", ["qkv", "qv", "k"])

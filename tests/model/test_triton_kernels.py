@@ -10,6 +10,7 @@ import torch
 
 from graft.model import dropout, elementwise, frozen
 from graft.model import loss as head
+from graft.model.gemm import widened
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"):
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from graft.model.kernels import dropout as dropping  # noqa: E402  they import triton
-from graft.model.kernels import fp8, loss, nf4, norm, rotary, shared, swiglu  # noqa: E402
+from graft.model.kernels import fp8, loss, nf4, norm, rotary, shared, sums, swiglu  # noqa: E402
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -62,19 +63,54 @@ def test_swiglu_and_its_gradient(monkeypatch, t, n, r, r_down, rate, programs):
     a, a_ = drawn(r_down, n, scale=0.2, seed=7) if r_down else (None, None)
     drop, drop_ = drops(1, rate) if rate else (None, None)
     near(swiglu.swiglu(y, y, [])[0], elementwise.swiglu(y_, y_, [])[0])
-    roomy = swiglu.swiglu(y, u, b, a, 0.5, drop, room=64)
-    for one, other in zip(roomy, elementwise.swiglu(y_, u_, b_, a_, 0.5, drop_), strict=True):
+    act, down = swiglu.swiglu(y, u, b, a, 0.5, drop, room=64)
+    for one, other in zip((act, down), elementwise.swiglu(y_, u_, b_, a_, 0.5, drop_), strict=True):
         near(one, other)
-    assert roomy[0].stride() == (n + 64, 1) and torch.equal(roomy[0], swiglu.swiglu(y, u, b, a, 0.5, drop)[0])
-    dact = apart(dact)
-    found, wanted = swiglu.swiglu_backward(dact, y, u, b, du, a, drop), elementwise.swiglu_backward(dact_, y_, u_, b_, du_, a_, drop_)
+    assert act.stride() == (n + 64, 1) and torch.equal(widened(act, r_down)[:, n:], down)
+    assert torch.equal(act, swiglu.swiglu(y, u, b, a, 0.5, drop)[0])
+
+    def gradients(of, device, *given):
+        into = [torch.full(shape, torch.nan, dtype=DTYPE, device=device) if used else None for shape, used in (((2, n, r), r), ((r_down, n), r_down))]
+        return [of(*given[:-1], *into, given[-1]), *into]
+
+    found, again = (gradients(swiglu.swiglu_backward, DEVICE, apart(dact), y, u, b, du, a, drop) for _ in range(2))
+    wanted = gradients(elementwise.swiglu_backward, "cpu", dact_, y_, u_, b_, du_, a_, drop_)
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             near(one, other)
-    assert all(torch.equal(x, z) for x, z in zip(found, swiglu.swiglu_backward(dact, y, u, b, du, a, drop), strict=True) if x is not None), (
-        "twice the same"
-    )
+    assert all(torch.equal(x, z) for x, z in zip(found, again, strict=True) if x is not None), "twice the same"
+
+
+@pytest.mark.parametrize(("p", "m", "n"), [(1, 3, 1), (5, 70, 16), (16, 100, 40), (130, 33, 64)])
+def test_parts_are_added_up_to_wherever_they_go(p, m, n):
+    parts = torch.randn(p, m, n, generator=torch.Generator().manual_seed(0))
+    wanted, parts = parts.double().sum(0), parts.to(DEVICE)
+    out, also = apart(torch.zeros(m, n, dtype=DTYPE, device=DEVICE)), torch.zeros(n, m, dtype=DTYPE, device=DEVICE)
+    sums.add_up(parts, out, also.t())
+    near(out, wanted)
+    assert torch.equal(also.t(), out)
+    alone = torch.zeros_like(also)
+    sums.add_up(parts, alone.t())
+    assert torch.equal(alone, also)
+
+
+def test_matrices_are_copied_to_where_each_belongs():
+    flat = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPE)
+    held = [torch.zeros(rows, columns, dtype=DTYPE, device=DEVICE) for rows, columns in ((200, 70), (120, 3), (5, 9))]
+    places = [(held[0][:, 64:67], 10), (held[1], 610), (held[2][1:4, 2:5], 991)]
+    table = torch.tensor([(to.data_ptr(), to.stride(0), at, len(to)) for to, at in places]).to(DEVICE)
+    sums.place(flat, table, held[0], 200, 3)
+    for (to, at), whole in zip(places, held, strict=True):
+        assert torch.equal(to, flat[at : at + to.numel()].view_as(to)) and whole.count_nonzero() == to.count_nonzero()
+
+
+@pytest.mark.parametrize("r", [1, 32, 48, 200])
+def test_the_gradient_of_what_an_adapter_gives(r):
+    (raw, raw_), (rstd, rstd_) = drawn(77, r, seed=1), drawn(77, seed=2)
+    found = norm.of_norm(apart(raw), 0.5, rstd.float(), DTYPE)
+    for one, other in zip(found, elementwise.of_norm(raw_.to(DTYPE), 0.5, rstd_.float(), DTYPE), strict=True):
+        near(one, other)
 
 
 def test_swiglu_of_gates_near_and_far_each_by_itself():
@@ -82,7 +118,7 @@ def test_swiglu_of_gates_near_and_far_each_by_itself():
     y, wide, ones = torch.cat([gate, torch.ones_like(gate)], dim=1).to(DEVICE), gate.double(), torch.ones_like(gate).to(DEVICE)
     s = torch.sigmoid(wide)
     wanted = wide * s, s * (1 + wide * (1 - s))  # the activation, and what flows back to the gate; to the other half the activation flows
-    act, (dy, _, _) = swiglu.swiglu(y, y, [])[0], swiglu.swiglu_backward(ones, y, y, [], ones, None)
+    act, dy = swiglu.swiglu(y, y, [])[0], swiglu.swiglu_backward(ones, y, y, [], ones, None, None, None)
     n = gate.shape[1]
     for found, one in zip((act, dy[:, n:], dy[:, :n]), (wanted[0], *wanted), strict=True):
         torch.testing.assert_close(found.cpu().double(), one, rtol=1e-2, atol=1e-17)

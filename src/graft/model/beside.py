@@ -3,8 +3,8 @@
 By itself dy B reads all of dy for a few columns: of gate and up, and of q, k and v, 0.3 ms a layer of Llama-3.1-8B on an H200. But the tiles
 of the matmul rarely end where W does: twenty of 208 columns cover 4,160, of which W has 4,096. And where a half of a layer ends, x + y Wᵀ + u Bᵀ,
 u beside y makes the second product a part of the first's sum and x its beginning; a kernel of its own reads and writes each of them once more.
-So the rows of W, and of y, are laid apart, and B and u are copied between them each time, those of each layer at columns and rows of their own,
-zeros around them. Whether one matmul is faster than several is measured (gemm.choose()); where it was not, nothing is laid apart and all is as
+So the rows of W, and of y, are laid apart, and between them stand u and every B, each at columns and rows of its own with zeros around it: copied
+there before each forward (Standing), of an NF4 base each time that it is opened. Whether one matmul is faster than several is measured (gemm.choose()); where it was not, nothing is laid apart and all is as
 without this file.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graft.model import gemm
 from graft.model.elementwise import add_
-from graft.model.fused import Group, Layout
+from graft.model.fused import Adapters, Group, Layout
 
 STEP = 64  # numbers: rows begin at multiples of 128 bytes, as before
 
@@ -37,7 +37,7 @@ def make_room(group: Group) -> None:
 def placed(w: Tensor, layout: Layout, b: list[Tensor], blank: bool) -> Tensor:
     """[out, in + columns] of W [out, in] with room: W, and beside it, where they now are, every B [size, rank]; blank: zeros are there already."""
     ins, rank = w.shape[1], layout.rank
-    wide = _widened(w, rank * len(layout.sizes))
+    wide = gemm.widened(w, rank * len(layout.sizes))
     if not blank:
         wide[:, ins:].zero_()
     for n, (start, size, own) in enumerate(zip(layout.starts, layout.sizes, b, strict=True)):
@@ -62,27 +62,60 @@ def room_after(tokens: int, group: Group) -> int:
     return group.frozen.room if group.frozen.room and gemm.chosen(shape_of(tokens, group, back=False)) else 0
 
 
-def add(x: Tensor, y: Tensor, u: Tensor, group: Group, adapter: Tensor) -> Tensor | None:
-    """x + y Wᵀ + u Bᵀ [t, out] of x [t, out], u [t, rank] and y [t, in] with room; None where one matmul of all was not chosen."""
+def behind(y: Tensor, group: Group) -> Tensor | None:
+    """Where u stands in the room of y, if it has some."""
+    return gemm.widened(y, group.layout.rank)[:, y.shape[1] :] if y.stride(0) > y.shape[1] else None
+
+
+def add(x: Tensor, y: Tensor, group: Group, adapter: Tensor) -> Tensor | None:
+    """x + y Wᵀ + u Bᵀ [t, out] of x [t, out] and y [t, in], in whose room u [t, rank] stands; None where one matmul of all was not chosen."""
     if not (room := room_after(len(x), group)) or y.stride(0) != y.shape[1] + room:
         return None
     run, wide = gemm.chosen(shape_of(len(x), group, back=False)), _with(group, adapter)
     assert run is not None
-    both, out = _widened(y, u.shape[1]), torch.empty_like(x)
-    both[:, y.shape[1] :] = u
-    run(both, wide, x, out)
+    out = torch.empty_like(x)
+    run(gemm.widened(y, group.layout.rank), wide, x, out)
     return out
 
 
 def _with(group: Group, adapter: Tensor) -> Tensor:
-    """W, where it is held or opened, with every B of the adapter beside it."""
-    frozen = group.frozen
-    return placed(frozen.opened(), group.layout, group.layout.split(adapter, frozen.ins)[1], blank=frozen.kind == "dense")
+    """W with every B of the adapter beside it, where they stand or, of what is opened only now, are placed now."""
+    frozen, layout = group.frozen, group.layout
+    if frozen.kind == "dense":
+        return gemm.widened(frozen.opened(), layout.rank * len(layout.sizes))
+    return placed(frozen.opened(), layout, layout.split(adapter, frozen.ins)[1], blank=False)
 
 
-def _widened(m: Tensor, columns: int) -> Tensor:
-    """A matrix with room and so many columns of it."""
-    return m.as_strided((len(m), m.shape[1] + columns), m.stride())
+class Standing:
+    """Every B beside its W where that lies open and has room; called before each forward it copies them there, on a GPU in one kernel."""
+
+    def __init__(self, adapters: Adapters):
+        self.adapters = adapters
+        self.places: list[tuple[Tensor, int]] = []  # where in W's room, and where in the vector of all adapters
+        at = 0
+        for group, size in zip(adapters.groups, adapters.sizes, strict=True):
+            layout, frozen = group.layout, group.frozen
+            if frozen.room and frozen.kind == "dense":
+                start = at + layout.rank * len(layout.sizes) * frozen.ins
+                wide = gemm.widened(frozen.opened(), layout.rank * len(layout.sizes))
+                for n, (first, rows) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
+                    columns = slice(frozen.ins + n * layout.rank, frozen.ins + (n + 1) * layout.rank)
+                    self.places.append((wide[first : first + rows, columns], start))
+                    start += rows * layout.rank
+            at += size
+        rows_of = [(to.data_ptr(), to.stride(0), start, len(to)) for to, start in self.places]
+        self.table = torch.tensor(rows_of, dtype=torch.int64, device=adapters.flat.device)
+
+    def __call__(self) -> None:
+        flat = self.adapters.flat.detach()
+        if not flat.is_cuda:
+            for to, start in self.places:
+                to.copy_(flat[start : start + to.numel()].view_as(to))
+        elif self.places:
+            from graft.model.kernels.sums import place
+
+            like, most = self.places[0][0], max(len(to) for to, _ in self.places)
+            place(flat, self.table, like, most, like.shape[1])
 
 
 def operands(shape: gemm.Shape, group: Group) -> tuple[tuple[Tensor, ...], Callable[[], object]]:
@@ -104,7 +137,7 @@ def operands(shape: gemm.Shape, group: Group) -> tuple[tuple[Tensor, ...], Calla
 
         return (dy, wide), several
     x, y, u = draw(shape.rows, shape.outs), draw(shape.rows, shape.ins), draw(shape.rows, shape.beside)
-    both = _widened(_spread(y, room), shape.beside)
+    both = gemm.widened(_spread(y, room), shape.beside)
     both[:, shape.ins :] = u
     return (both, wide, x), lambda: add_(gemm.product(y, alone), x, u, b[0])
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from graft.core.recipe import FUSED_RANK
 from graft.model import attention, beside
 from graft.model.dropout import Drop, add_back_, grown, of_a
-from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, rotate_, swiglu, swiglu_backward
+from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, of_norm, rotate_, swiglu, swiglu_backward
 from graft.model.frozen import Operand, matmul, matmul_back
-from graft.model.fused import FusedLinear, Group, adapted_backward, down, down_backward
+from graft.model.fused import FusedLinear, Group, adapted_backward, down, through_b
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen2_5_VLDecoderLayer")
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen2_5_VLAttention")
@@ -46,47 +46,53 @@ class Half:
         self,
         dout: Tensor,
         dy: Tensor,
-        of_b: Tensor | None,
+        gradient: Tensor | None,
         x: Tensor,
         u: Tensor,
         rstd: Tensor,
         adapter: Tensor | None,
         drop: Drop | None,
         wanted: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(dx where it is wanted, the adapter's gradient) of the gradient dy of read()'s output, and dout that flows past; of_b: dyᵀ u, if known."""
-        group, frozen, a, gradient = self.group, self.group.frozen, None, None
-        dn, du = _back(dy, u, group, adapter, drop) if wanted else (None, down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop))
-        if adapter is not None:
+    ) -> Tensor | None:
+        """dx where it is wanted, of the gradient dy of read()'s output, and dout that flows past; that of A is filled in in the adapter's gradient."""
+        group, frozen, a = self.group, self.group.frozen, None
+        dn, raw = _back(dy, u, group, adapter) if wanted else (None, through_b(dy, u, adapter, group.layout, frozen.ins))
+        du, turned = of_norm(raw, grown(group.scale, drop), rstd, x.dtype)
+        if adapter is not None and gradient is not None:
             a, _ = group.layout.split(adapter, frozen.ins)
-            gradient = torch.empty_like(adapter)
-            da, of_bs = group.layout.split(gradient, frozen.ins)
-            of_a((du * rstd[:, None]).to(x.dtype), x, drop, da)  # duᵀ (x · rstd · weight), without the product
+            da, _ = group.layout.split(gradient, frozen.ins)
+            of_a(turned, x, drop, da)  # duᵀ (x · rstd · weight), without the product
             da.mul_(self.weight)
-            if of_b is not None:
-                gradient[da.numel() :] = of_b.flatten()
-            else:
-                for (own, part), one in zip(group.layout.columns(dy, u), of_bs, strict=True):
-                    torch.mm(own.t(), part, out=one)
         if dn is None:
-            return None, gradient
+            return None
         if a is not None and drop is not None:
             add_back_(dn, du, a, drop)
             a = None
-        return norm_backward(dout, dn, du, a, u, group.scale, x, rstd, self.weight), gradient
+        return norm_backward(dout, dn, du, a, u, group.scale, x, rstd, self.weight)
 
 
-def _back(dy: Tensor, u: Tensor, group: Group, adapter: Tensor | None, drop: Drop | None) -> tuple[Tensor, Tensor]:
-    """(dy W, du = s dy B) of the gradient dy of a group's output."""
+def _back(dy: Tensor, u: Tensor, group: Group, adapter: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(dy W, dy B) of the gradient dy of a group's output."""
     if adapter is not None and (both := beside.back(dy, group, adapter)):
-        return both[0], both[1] * grown(group.scale, drop)
+        return both
     frozen = group.frozen
-    return matmul_back(dy, frozen.kind, frozen.tensors), down_backward(dy, u, adapter, group.layout, frozen.ins, group.scale, drop)
+    return matmul_back(dy, frozen.kind, frozen.tensors), through_b(dy, u, adapter, group.layout, frozen.ins)
+
+
+def _of_b(dy: Tensor, u: Tensor, group: Group, gradient: Tensor | None) -> None:
+    """Fill in every dyᵀ u in the gradient of a group's adapter."""
+    if gradient is not None:
+        for (own, part), one in zip(group.layout.columns(dy, u), group.layout.split(gradient, group.frozen.ins)[1], strict=True):
+            torch.mm(own.t(), part, out=one)
+
+
+def _like(adapter: Tensor | None) -> Tensor | None:
+    return None if adapter is None else torch.empty_like(adapter)
 
 
 def _write(x: Tensor, inner: Tensor, u: Tensor, group: Group, adapter: Tensor | None) -> Tensor:
-    """x + the layer's output of inner and u: the end of a half; group is of one layer."""
-    if adapter is not None and (whole := beside.add(x, inner, u, group, adapter)) is not None:
+    """x + the layer's output of inner, in whose room, if any, u stands, and u: the end of a half; group is of one layer."""
+    if adapter is not None and (whole := beside.add(x, inner, group, adapter)) is not None:
         return whole
     frozen = group.frozen
     out = matmul(inner, frozen.kind, frozen.tensors, frozen.bias)
@@ -139,7 +145,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, adapter: Tensor | None, adapter_o: Tensor | None, half: AttentionHalf, where: Where) -> Tensor:
         drop, drop_o = drops = half.group.drop, half.last.drop
         inner = half.attend(x, adapter, drop, where)
-        u_o = down(inner[0], adapter_o, half.last.layout, half.last.scale, drop_o)
+        u_o = down(inner[0], adapter_o, half.last.layout, half.last.scale, drop_o, beside.behind(inner[0], half.last))
         out = _write(x, inner[0], u_o, half.last, adapter_o)
         ctx.half, ctx.where, ctx.drops = half, where, drops
         ctx.save_for_backward(x, adapter, adapter_o, u_o, *(() if half.again else inner))
@@ -151,13 +157,16 @@ class _Attend(torch.autograd.Function):
         x, adapter, adapter_o, u_o, *kept = ctx.saved_tensors
         out, lse, y, u, rstd = kept or half.attend(x, adapter, drop, where)
         dout, o = dout.contiguous(), half.last
-        d, of_o = adapted_backward(*_back(dout, u_o, o, adapter_o, drop_o), dout, out, u_o, adapter_o, o.layout, drop_o)
+        d, raw = _back(dout, u_o, o, adapter_o)
+        d, of_o = adapted_backward(d, raw * grown(o.scale, drop_o), dout, out, u_o, adapter_o, o.layout, drop_o)
         dy = torch.empty_like(y)
         rows, made = (m.unflatten(1, (half.heads, -1)) for m in (d, out))
         given = rows, *half.split(y), made, lse, where.cu, where.longest, half.softmax_scale, where.backend
         attention.backward(half.split(dy), *given)
         rotate_(dy, half.heads + half.kv_heads, where.cos, where.sin, -1.0)
-        dx, gradient = half.back(dout, dy, None, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
+        gradient = _like(adapter)
+        dx = half.back(dout, dy, gradient, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
+        _of_b(dy, u, half.group, gradient)
         return dx, gradient, None if adapter_o is None else of_o, None, None
 
 
@@ -193,14 +202,16 @@ class _Mlp(torch.autograd.Function):
         x, adapter, adapter_down, u_down, *kept = ctx.saved_tensors
         b = [] if adapter is None else half.group.layout.split(adapter, half.group.frozen.ins)[1]
         y, u, rstd = kept or [one for n, one in enumerate(half.read(x, adapter, drop)) if n != 1]
-        dout, a, gradient_down = dout.contiguous(), None, None
-        dact, du_down = _back(dout, u_down, narrow, adapter_down, drop_down)
-        if adapter_down is not None:
-            a, _ = narrow.layout.split(adapter_down, narrow.frozen.ins)
-        dy, of_b, da = swiglu_backward(dact, y, u, b, du_down, a, drop_down)
-        if adapter_down is not None and da is not None:
-            gradient_down = torch.cat([da.flatten(), torch.mm(dout.t(), u_down).flatten()])
-        dx, gradient = half.back(dout, dy, of_b, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
+        dout, a, of_b, of_act = dout.contiguous(), None, None, None
+        gradient, gradient_down = _like(adapter), _like(adapter_down)
+        if gradient is not None:
+            of_b = gradient[len(gradient) - y.shape[1] * half.group.layout.rank :].view(2, -1, half.group.layout.rank)  # gate's, and behind it up's
+        if adapter_down is not None and gradient_down is not None:
+            (a, _), (of_act, _) = (narrow.layout.split(m, narrow.frozen.ins) for m in (adapter_down, gradient_down))
+            _of_b(dout, u_down, narrow, gradient_down)
+        dact, raw = _back(dout, u_down, narrow, adapter_down)
+        dy = swiglu_backward(dact, y, u, b, raw * grown(narrow.scale, drop_down), a, of_b, of_act, drop_down)
+        dx = half.back(dout, dy, gradient, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
         return dx, gradient, gradient_down, None
 
 

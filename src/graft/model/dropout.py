@@ -70,13 +70,13 @@ def dropped(x: Tensor, drop: Drop, n: int) -> Tensor:
 
 
 # ---- the products of adapters that share an input ---------------------------------------------------------------------
-def down_product(x: Tensor, a: Tensor, drop: Drop | None) -> Tensor:
-    """x Aᵀ [t, adapters · r] of x [t, h], as each takes it, and their A [adapters · r, h]."""
+def down_product(x: Tensor, a: Tensor, drop: Drop | None, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """scale · x Aᵀ [t, adapters · r] of x [t, h], as each takes it, and their A [adapters · r, h]; in `out`, whose rows may lie apart, where it is given."""
     if drop is None:
-        return torch.mm(x, a.t())
-    u = x.new_empty(len(x), len(a))
+        return torch.addmm(x.new_empty(1) if out is None else out, x, a.t(), beta=0, alpha=scale, out=out)
+    u = x.new_empty(len(x), len(a)) if out is None else out
     for n, (part, own) in enumerate(zip(*(_each(m, drop, dim) for m, dim in ((u, 1), (a, 0))), strict=True)):
-        torch.mm(dropped(x, drop, n), own.t(), out=part)
+        torch.addmm(part, dropped(x, drop, n), own.t(), beta=0, alpha=scale, out=part)
     return u
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from graft.model.dropout import Drop, down_product, dropped
 from graft.model.frozen import Operand, quantize_rows
-from graft.model.gemm import roomy
+from graft.model.gemm import roomy, widened
 
 
 # ---- norms and residuals ------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def norm(
     wide = x.float()
     rstd = (wide.pow(2).mean(dim=1) + eps).rsqrt()
     n = weight * (wide * rstd[:, None]).to(x.dtype)
-    u = x.new_empty(len(x), 0) if a is None else down_product(n, a, drop).mul_(scale)
+    u = x.new_empty(len(x), 0) if a is None else down_product(n, a, drop, scale)
     return quantize_rows(n) if fp8 else n, rstd, u
 
 
@@ -45,6 +45,16 @@ def norm_backward(
     normed = x.float() * rstd[:, None]
     dx = rstd[:, None] * (g - normed * (g * normed).mean(dim=1, keepdim=True))
     return (dx if dout is None else dout.float() + dx).to(x.dtype)
+
+
+def of_norm(raw: Tensor, scale: float, rstd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(du = scale · raw [t, r], du · rstd [t, r]) in dtype, of raw whose rows may lie apart and rstd [t] fp32."""
+    if raw.is_cuda and raw.numel():
+        from graft.model.kernels.norm import of_norm as on_gpu
+
+        return on_gpu(raw, scale, rstd, dtype)
+    du = raw * scale
+    return du, (du * rstd[:, None]).to(dtype)
 
 
 def add_(y: Tensor, x: Tensor, u: Tensor, b: Tensor | None) -> None:
@@ -65,7 +75,8 @@ def swiglu(
 ) -> tuple[Tensor, Tensor]:
     """(act = silu(gate) · up of gate | up = y [t, 2 n] + u Bᵀ; scale · act aᵀ [t, r], empty where a [r, n] is None).
 
-    b: [] or [n, r] of gate and up, u [t, 2 r]; drop: of the adapter of a; room: numbers between two rows of act.
+    b: [] or [n, r] of gate and up, u [t, 2 r]; drop: of the adapter of a; room: numbers between two rows of act, of which the second result has
+    the first as well.
     """
     if y.is_cuda:
         from graft.model.kernels.swiglu import swiglu as on_gpu
@@ -73,32 +84,45 @@ def swiglu(
         return on_gpu(y, u, b, a, scale, drop, room)
     gate, up = _gate_and_up(y, u, b)
     act = roomy(y, up.shape[1], room).copy_(F.silu(gate) * up)
-    return act, y.new_empty(len(y), 0) if a is None else down_product(act, a, drop).mul_(scale)
+    u_down = y.new_empty(len(y), 0) if a is None else down_product(act, a, drop, scale)
+    if room:
+        widened(act, u_down.shape[1])[:, act.shape[1] :] = u_down
+    return act, u_down
 
 
 def swiglu_backward(
-    dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None, drop: Drop | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dact: Tensor,
+    y: Tensor,
+    u: Tensor,
+    b: list[Tensor],
+    du: Tensor,
+    a: Tensor | None,
+    of_b: Tensor | None,
+    of_a: Tensor | None,
+    drop: Drop | None = None,
+) -> Tensor:
     """What flows back where the gradient of the output act is d = dact [t, n] + du a; a [r, n] or None, du [t, r]; rows of dact may lie apart.
 
-    Returns the gradient dy [t, 2 n] of y; that of b, dyᵀ u of each half [2, n, r], None where b is []; and duᵀ act [r, n], None
-    where a is. drop: of the adapter of a, both du a and act without what it drops.
+    Returns the gradient dy [t, 2 n] of y, and fills in that of b, dyᵀ u of each half, in of_b [2, n, r], None where b is [], and duᵀ act in
+    of_a [r, n], None where a is. drop: of the adapter of a, both du a and act without what it drops.
     """
     if y.is_cuda:
         from graft.model.kernels.swiglu import swiglu_backward as on_gpu
 
-        return on_gpu(dact, y, u, b, du, a, drop)
+        return on_gpu(dact, y, u, b, du, a, of_b, of_a, drop)
     gate, up = _gate_and_up(y, u, b)
     s = gate.sigmoid()
-    d, of_a = dact.float(), None
-    if a is not None:
+    d = dact.float()
+    if a is not None and of_a is not None:
         through, act = du.float() @ a.float(), (gate * s * up).to(y.dtype)
         if drop is not None:
             through, act = dropped(through, drop, 0), dropped(act, drop, 0)
-        d, of_a = d + through, du.t() @ act
+        d = d + through
+        torch.mm(du.t(), act, out=of_a)
     dy = torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=1).to(y.dtype)
-    of_b = torch.stack([half.t() @ part for half, part in zip(dy.chunk(2, dim=1), u.chunk(2, dim=1), strict=True)]) if b else None
-    return dy, of_b, of_a
+    for half, part, out in zip(dy.chunk(2, dim=1), u.chunk(2, dim=1), of_b if of_b is not None else [], strict=of_b is not None):
+        torch.mm(half.t(), part, out=out)
+    return dy
 
 
 def _gate_and_up(y: Tensor, u: Tensor, b: list[Tensor]) -> list[Tensor]:

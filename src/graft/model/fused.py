@@ -53,21 +53,21 @@ def adapted(
     return y, u
 
 
-def down(x: Tensor, adapter: Tensor | None, layout: Layout, scale: float, drop: Drop | None) -> Tensor:
-    """u = s x Aᵀ, s grown for what is dropped; empty without an adapter."""
+def down(x: Tensor, adapter: Tensor | None, layout: Layout, scale: float, drop: Drop | None, out: Tensor | None = None) -> Tensor:
+    """u = s x Aᵀ, s grown for what is dropped, in `out` where it is given; empty without an adapter."""
     if adapter is None:
         return x.new_empty(x.shape[0], 0)
-    return down_product(x, layout.split(adapter, x.shape[1])[0], drop).mul_(grown(scale, drop))
+    return down_product(x, layout.split(adapter, x.shape[1])[0], drop, grown(scale, drop), out)
 
 
-def down_backward(dy: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, ins: int, scale: float, drop: Drop | None) -> Tensor:
-    """du = s dy B [t, layers · rank]; u, which is empty, without an adapter."""
+def through_b(dy: Tensor, u: Tensor, adapter: Tensor | None, layout: Layout, ins: int) -> Tensor:
+    """dy B [t, layers · rank]; u, which is empty, without an adapter."""
     if adapter is None:
         return u
-    du = torch.empty_like(u)
-    for (own, part), up in zip(layout.columns(dy, du), layout.split(adapter, ins)[1], strict=True):
+    found = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    for (own, part), up in zip(layout.columns(dy, found), layout.split(adapter, ins)[1], strict=True):
         torch.mm(own, up, out=part)
-    return du.mul_(grown(scale, drop))
+    return found
 
 
 def adapted_backward(
@@ -127,7 +127,7 @@ def lora_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of adapted(), for the compiler."""
     layout, drop = Layout(rank, starts, sizes), _drop(seeds, threshold)
-    du = down_backward(dy, u, adapter, layout, x.shape[1], scale, drop)
+    du = through_b(dy, u, adapter, layout, x.shape[1]).mul_(grown(scale, drop))
     return adapted_backward(matmul_back(dy, kind, frozen), du, dy, x, u, adapter, layout, drop)
 
 
@@ -201,6 +201,7 @@ class Adapters(nn.Module):
     def __init__(self, groups: list[Group], vectors: list[Tensor], dropout: float):
         super().__init__()
         self.groups, self.sizes = groups, [len(v) for v in vectors]
+        self.place: Callable[[], None] | None = None  # what beside.py has of every B beside its W
         self.dropout = nn.Dropout(dropout)  # its rate, and whether it is on: who switches a model's dropout off finds it
         self.flat = nn.Parameter(torch.cat(vectors))
         for n, group in enumerate(groups):
@@ -213,6 +214,8 @@ class Adapters(nn.Module):
         """Before each forward, also of a tower by itself: give every group its part, whose gradient finds the way back, and what it drops."""
         for group, part, drop in zip(self.groups, self.flat.split(self.sizes), self._drops(), strict=True):
             group.adapter, group.drop = part, drop
+        if self.place:
+            self.place()
 
     def _drops(self) -> list[Drop | None]:
         """Of each group in one forward. Seeds come of torch's generator, which training seeds anew in each step and rank: a resumed

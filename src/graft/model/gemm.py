@@ -88,6 +88,11 @@ def roomy(x: Tensor, columns: int, room: int) -> Tensor:
     return x.new_empty(len(x), columns + room)[:, :columns]
 
 
+def widened(m: Tensor, columns: int) -> Tensor:
+    """A matrix with room and so many columns of it."""
+    return m.as_strided((len(m), m.shape[1] + columns), m.stride())
+
+
 def _plain(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """As an algorithm was timed: without gaps, aligned."""
     return all(m.is_contiguous() for m in tensors) and _aligned(dtype, *tensors)

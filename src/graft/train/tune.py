@@ -34,6 +34,8 @@ def tune(lm: Any, config: Train, tokens: int, left_flop: float) -> str | None:
         for group in dict.fromkeys(group for shape, some in groups.items() if gemm.chosen(shape) for group in some):
             beside.make_room(group)
             torch.cuda.empty_cache()  # what this one leaves is too small for the next
+        if groups:
+            lm.adapters.place = beside.Standing(lm.adapters)
         if apart := {shape: made for shape, made in operands_of(lm, tokens).items() if shape.apart}:
             gemm.choose(apart, measure)  # remembered: what was chosen for W alone goes on
         return said

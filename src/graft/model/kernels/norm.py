@@ -113,6 +113,26 @@ def _norm_backward(
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
 
 
+def of_norm(raw: Tensor, scale: float, rstd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """elementwise.of_norm()."""
+    t, r = raw.shape
+    du, turned = raw.new_empty(t, r), raw.new_empty(t, r, dtype=dtype)
+    rows = max(1, 2048 // triton.next_power_of_2(r))
+    _of_norm[(triton.cdiv(t, rows),)](raw, rstd, du, turned, t, r, raw.stride(0), scale, triton.next_power_of_2(r), rows, num_warps=4)
+    return du, turned
+
+
+@triton.jit
+def _of_norm(raw, rstd, du, turned, t, r, apart, scale, width: tl.constexpr, of_t: tl.constexpr):
+    rows, k = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64), tl.arange(0, width)
+    fits = (rows[:, None] < t) & (k[None, :] < r)
+    value = (tl.load(raw + rows[:, None] * apart + k[None, :], mask=fits, other=0.0).to(tl.float32) * scale).to(du.dtype.element_ty)
+    at = rows[:, None] * r + k[None, :]
+    tl.store(du + at, value, mask=fits)
+    by = tl.load(rstd + rows, mask=rows < t, other=0.0)
+    tl.store(turned + at, (value.to(tl.float32) * by[:, None]).to(turned.dtype.element_ty), mask=fits)
+
+
 def add_(y: Tensor, x: Tensor, u: Tensor, b: Tensor | None) -> None:
     """elementwise.add_() of y and x [t, h], whose rows lie in memory in order."""
     (t, h), rank = x.shape, u.shape[1]

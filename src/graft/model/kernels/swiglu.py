@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from graft.model.dropout import Drop
-from graft.model.gemm import roomy
+from graft.model.gemm import roomy, widened
 from graft.model.kernels.dropout import kept
 from graft.model.kernels.shared import loading_ahead, sigmoid
+from graft.model.kernels.sums import add_up
 
 
 def swiglu(
@@ -41,13 +42,24 @@ def swiglu(
         )
 
     loading_ahead(most, launch, "swiglu", *widths, bool(b), a is not None, drop is not None)
-    return out, of_down.sum(0).to(y.dtype)
+    u_down = y.new_empty(t, r_down)
+    if r_down:
+        add_up(of_down, u_down, widened(out, r_down)[:, n:] if room else None)
+    return out, u_down
 
 
 def swiglu_backward(
-    dact: Tensor, y: Tensor, u: Tensor, b: list[Tensor], du: Tensor, a: Tensor | None, drop: Drop | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """elementwise.swiglu_backward(): (the gradient [t, 2 n] of y, those of b [2, n, r] and of a [r, n]).
+    dact: Tensor,
+    y: Tensor,
+    u: Tensor,
+    b: list[Tensor],
+    du: Tensor,
+    a: Tensor | None,
+    of_b: Tensor | None,
+    of_a: Tensor | None,
+    drop: Drop | None = None,
+) -> Tensor:
+    """elementwise.swiglu_backward(): the gradient [t, 2 n] of y; of_b [2, n, r] and of_a [r, n] are filled in.
 
     A program goes down CHUNK rows of a strip of columns, so that the sums over rows stay in registers; the chunks' sums are
     added up afterwards, always in the same order.
@@ -55,8 +67,8 @@ def swiglu_backward(
     t, n = dact.shape
     dy, chunks = torch.empty_like(y), triton.cdiv(t, CHUNK)
     r, r_down = b[0].shape[1] if b else 0, 0 if a is None else a.shape[0]
-    of_b = torch.empty(chunks, 2, n, r, dtype=torch.float32, device=y.device) if b else None
-    of_a = None if a is None else torch.empty(chunks, n, r_down, dtype=torch.float32, device=y.device)
+    parts_b = torch.empty(chunks, 2 * n, r, dtype=torch.float32, device=y.device) if b else None
+    parts_a = None if a is None else torch.empty(chunks, n, r_down, dtype=torch.float32, device=y.device)
     given = (u, *b) if b else (y, y, y)
     down = (y, y) if a is None else (du, a)
     seed, threshold = (y, 0) if drop is None else drop
@@ -65,14 +77,18 @@ def swiglu_backward(
 
     def launch(ahead: int) -> None:
         _swiglu_backward[(triton.cdiv(n, columns), chunks)](
-            *(dact, y, *given, *down, seed, dy, of_b, of_a, t, n, dact.stride(0), r, r_down),
+            *(dact, y, *given, *down, seed, dy, parts_b, parts_a, t, n, dact.stride(0), r, r_down),
             *(bool(b), a is not None, threshold, *widths, CHUNK, rows, columns, ahead),
             num_warps=warps,
             maxnreg=registers,
         )
 
     loading_ahead(most, launch, "swiglu_backward", *widths, bool(b), a is not None, drop is not None)
-    return dy, None if of_b is None else of_b.sum(0).to(y.dtype), None if of_a is None else of_a.sum(0).t().to(y.dtype)
+    if parts_b is not None and of_b is not None:
+        add_up(parts_b, of_b.flatten(0, 1))
+    if parts_a is not None and of_a is not None:
+        add_up(parts_a, of_a.t())
+    return dy
 
 
 CHUNK = 1024  # rows
