@@ -87,6 +87,14 @@ def test_what_is_no_row_is_refused(bench: ModuleType, row: str) -> None:
         bench.parsed(row)
 
 
+def test_a_row_named_twice_is_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be run once, in one folder, and counted twice."""
+    monkeypatch.setattr("sys.argv", ["train_gpu.py", "--rows", "bf16-whole", "fp8-whole", "bf16-whole"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "a row is named once" in capsys.readouterr().err
+
+
 def test_rows_name_precision_workload_and_checkpointing(bench: ModuleType) -> None:
     assert bench.parsed("fp8-short") == ("fp8", "short", "none")
     assert bench.parsed("full-whole-ckpt") == ("full", "whole", "full")

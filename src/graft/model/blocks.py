@@ -211,6 +211,7 @@ class _Mlp(torch.autograd.Function):
             _of_b(dout, u_down, narrow, gradient_down)
         dact, raw = _back(dout, u_down, narrow, adapter_down)
         dy = swiglu_backward(dact, y, u, b, raw * grown(narrow.scale, drop_down), a, of_b, of_act, drop_down)
+        del dact  # as large as act: not needed while the rest goes back
         dx = half.back(dout, dy, gradient, x, u, rstd, adapter, drop, ctx.needs_input_grad[0])
         return dx, gradient, gradient_down, None
 

@@ -137,15 +137,15 @@ def add_(y: Tensor, x: Tensor, u: Tensor, b: Tensor | None) -> None:
     """elementwise.add_() of y and x [t, h], whose rows lie in memory in order."""
     (t, h), rank = x.shape, u.shape[1]
     rows, columns, warps = _ADD_TILE
-    grid = triton.cdiv(t, rows), triton.cdiv(h, columns)
+    grid = triton.cdiv(h, columns), triton.cdiv(t, rows)  # neighbours in memory run side by side
     widest = max(16, triton.next_power_of_2(rank))
     _add[grid](y, x, u, y if b is None else b, t, h, rank, b is not None, widest, rows, columns, num_warps=warps)
 
 
 @triton.jit
 def _add(y, x, u, b, t, h, rank, adapted: tl.constexpr, width: tl.constexpr, of_t: tl.constexpr, of_h: tl.constexpr):
-    rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
-    columns, k = tl.program_id(1) * of_h + tl.arange(0, of_h), tl.arange(0, width)
+    rows = (tl.program_id(1) * of_t + tl.arange(0, of_t)).to(tl.int64)
+    columns, k = tl.program_id(0) * of_h + tl.arange(0, of_h), tl.arange(0, width)
     inside = (rows[:, None] < t) & (columns[None, :] < h)
     at = rows[:, None] * h + columns[None, :]
     value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) + tl.load(x + at, mask=inside, other=0.0).to(tl.float32)

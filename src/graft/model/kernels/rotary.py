@@ -13,7 +13,7 @@ def adapt_and_rotate_(y: Tensor, u: Tensor, b: list[Tensor | None], heads: int, 
     r = next(m.shape[1] for m in b if m is not None)
     at = [sum(m is not None for m in b[:n]) if m is not None else -1 for n, m in enumerate(b)]
     given = [y if m is None else m for m in b]
-    grid = (triton.cdiv(t, 64), heads + 2 * kv_heads)
+    grid = heads + 2 * kv_heads, triton.cdiv(t, 64)  # neighbours in memory run side by side
     sizes = y.stride(0), u.stride(0), cos.stride(0), r, heads, kv_heads
     _adapt_and_rotate[grid](y, u, *given, cos, sin, t, *sizes, *at, width // 2, max(16, triton.next_power_of_2(r)), 64, num_warps=4)
 
@@ -23,8 +23,8 @@ def _adapt_and_rotate(
     y, u, b_q, b_k, b_v, cos, sin, t, stride, of_u, of_angles, r, heads, kv_heads, q_at, k_at, v_at,
     half: tl.constexpr, width: tl.constexpr, of_t: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    rows = (tl.program_id(0) * of_t + tl.arange(0, of_t)).to(tl.int64)
+    head = tl.program_id(0)
+    rows = (tl.program_id(1) * of_t + tl.arange(0, of_t)).to(tl.int64)
     i, k = tl.arange(0, half), tl.arange(0, width)
     inside = rows[:, None] < t
     first = y + rows[:, None] * stride + head * (2 * half) + i[None, :]
