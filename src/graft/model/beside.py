@@ -1,11 +1,11 @@
-"""The adapters' B beside the frozen W that they adapt, [W | B]: one matmul makes both products with the gradient dy, or adds both of a layer's.
+"""The adapters of a frozen W beside it, [W | B], and under it, [W; A]: one matmul makes what several did.
 
-By itself dy B reads all of dy for a few columns: of gate and up, and of q, k and v, 0.3 ms a layer of Llama-3.1-8B on an H200. But the tiles
-of the matmul rarely end where W does: twenty of 208 columns cover 4,160, of which W has 4,096. And where a half of a layer ends, x + y Wᵀ + u Bᵀ,
-u beside y makes the second product a part of the first's sum and x its beginning; a kernel of its own reads and writes each of them once more.
-So the rows of W, and of y, are laid apart, and between them stand u and every B, each at columns and rows of its own with zeros around it: copied
-there before each forward (Standing), of an NF4 base each time that it is opened. Whether one matmul is faster than several is measured (gemm.choose()); where it was not, nothing is laid apart and all is as
-without this file.
+By itself dy B reads all of dy for a few columns, and x Aᵀ all of x: 0.04 to 0.2 ms each in a layer of Llama-3.1-8B on an H200. But the tiles of the
+matmul rarely end where W does: twenty of 208 columns cover 4,160, of which W has 4,096. So the one that makes dy W makes dy B as well, and the one that
+makes x Wᵀ makes x Aᵀ. And where a half of a layer ends, x + y Wᵀ + u Bᵀ, u beside y makes the second product a part of the first's sum and x its
+beginning; a kernel of its own reads and writes each of them once more. So the rows of W, and of y, are laid apart, and between them and below stand
+u and the adapters, each B at columns and rows of its own with zeros around it: copied there before each forward (Standing), of an NF4 base each time that
+it is opened. Whether one matmul is faster than several is measured (gemm.choose()); where it was not, nothing is laid apart and all is as without this file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ def shape_of(tokens: int, group: Group, back: bool) -> gemm.Shape:
     return gemm.Shape(tokens, sum(frozen.outs), frozen.ins, back, beside=columns, apart=-columns % STEP)
 
 
+def shape_under(tokens: int, group: Group) -> gemm.Shape:
+    """Of the one matmul of x Wᵀ and x Aᵀ."""
+    shape = shape_of(tokens, group, back=False)
+    return gemm.Shape(*shape[:3], apart=shape.beside + shape.apart, under=shape.beside)
+
+
 def make_room(group: Group) -> None:
     shape = shape_of(0, group, back=True)
-    group.frozen.make_room(shape.beside + shape.apart)
+    group.frozen.make_room(shape.beside + shape.apart, shape.beside)
 
 
 def placed(w: Tensor, layout: Layout, b: list[Tensor], blank: bool) -> Tensor:
@@ -55,6 +61,24 @@ def back(dy: Tensor, group: Group, adapter: Tensor) -> tuple[Tensor, Tensor] | N
     out = gemm.roomy(dy, wide.shape[1], wide.stride(0) - wide.shape[1])
     run(dy, wide, out)
     return out[:, : frozen.ins], out[:, frozen.ins :]
+
+
+def goes_under(tokens: int, group: Group) -> bool:
+    """Whether down() is the faster."""
+    return bool(group.frozen.under and gemm.chosen(shape_under(tokens, group)))
+
+
+def down(x: Tensor, group: Group, adapter: Tensor) -> tuple[Tensor, Tensor]:
+    """(x Wᵀ [t, outs], x Aᵀ [t, layers · rank]), whose rows lie apart; where goes_under()."""
+    shape = shape_under(len(x), group)
+    run, w = gemm.chosen(shape), group.frozen.opened()
+    assert run is not None
+    tall = w.as_strided((len(w) + shape.under, w.shape[1]), w.stride())
+    if group.frozen.kind != "dense":
+        tall[len(w) :] = group.layout.split(adapter, group.frozen.ins)[0]
+    out = x.new_empty(len(x), len(tall))
+    run(x, tall, out)
+    return out[:, : len(w)], out[:, len(w) :]
 
 
 def room_after(tokens: int, group: Group) -> int:
@@ -87,59 +111,70 @@ def _with(group: Group, adapter: Tensor) -> Tensor:
 
 
 class Standing:
-    """Every B beside its W where that lies open and has room; called before each forward it copies them there, on a GPU in one kernel."""
+    """The adapters beside and under their W where that lies open and has room; called before each forward it copies them there, on a GPU in two kernels."""
 
     def __init__(self, adapters: Adapters):
         self.adapters = adapters
-        self.places: list[tuple[Tensor, int]] = []  # where in W's room, and where in the vector of all adapters
+        places: dict[int, list[tuple[Tensor, int]]] = {}  # by columns: where in W's room, and where in the vector of all adapters
         at = 0
         for group, size in zip(adapters.groups, adapters.sizes, strict=True):
             layout, frozen = group.layout, group.frozen
             if frozen.room and frozen.kind == "dense":
-                start = at + layout.rank * len(layout.sizes) * frozen.ins
-                wide = gemm.widened(frozen.opened(), layout.rank * len(layout.sizes))
+                w, columns = frozen.opened(), layout.rank * len(layout.sizes)
+                places.setdefault(frozen.ins, []).append(
+                    (w.as_strided((columns, frozen.ins), w.stride(), w.storage_offset() + len(w) * w.stride(0)), at)
+                )
+                start, wide = at + columns * frozen.ins, gemm.widened(w, columns)
                 for n, (first, rows) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
-                    columns = slice(frozen.ins + n * layout.rank, frozen.ins + (n + 1) * layout.rank)
-                    self.places.append((wide[first : first + rows, columns], start))
+                    own = slice(frozen.ins + n * layout.rank, frozen.ins + (n + 1) * layout.rank)
+                    places.setdefault(layout.rank, []).append((wide[first : first + rows, own], start))
                     start += rows * layout.rank
             at += size
-        rows_of = [(to.data_ptr(), to.stride(0), start, len(to)) for to, start in self.places]
-        self.table = torch.tensor(rows_of, dtype=torch.int64, device=adapters.flat.device)
+        self.places = list(places.values())
+        self.tables = [torch.tensor([(to.data_ptr(), to.stride(0), at, len(to)) for to, at in some]).to(adapters.flat.device) for some in self.places]
 
     def __call__(self) -> None:
         flat = self.adapters.flat.detach()
-        if not flat.is_cuda:
-            for to, start in self.places:
-                to.copy_(flat[start : start + to.numel()].view_as(to))
-        elif self.places:
-            from graft.model.kernels.sums import place
+        for some, table in zip(self.places, self.tables, strict=True):
+            if flat.is_cuda:
+                from graft.model.kernels.sums import place
 
-            like, most = self.places[0][0], max(len(to) for to, _ in self.places)
-            place(flat, self.table, like, most, like.shape[1])
+                place(flat, table, some[0][0], max(len(to) for to, _ in some))
+            else:
+                for to, at in some:
+                    to.copy_(flat[at : at + to.numel()].view_as(to))
 
 
-def operands(shape: gemm.Shape, group: Group) -> tuple[tuple[Tensor, ...], Callable[[], object]]:
+def operands(shape: gemm.Shape, group: Group) -> tuple[tuple[Tensor, ...], Callable[[], object], Tensor]:
     """As gemm.choose() takes them."""
     frozen, layout = group.frozen, group.layout
     w = frozen.opened()
     draw = partial(torch.randn, dtype=w.dtype, device=w.device)
-    b = [draw(size, layout.rank) for size in layout.sizes]
-    room = shape.beside + shape.apart
-    wide, alone = placed(_spread(w, room), layout, b, blank=True), w.contiguous()
+    alone, b = w.contiguous(), [draw(size, layout.rank) for size in layout.sizes]
+    x, room = draw(shape.rows, shape.outs if shape.back else shape.ins), shape.beside + shape.apart
+    if shape.under:
+        a = draw(shape.under, shape.ins)
+        tall = _spread(torch.cat([alone, a]), room)
+
+        def apart() -> None:
+            gemm.product(x, alone)
+            torch.mm(x, a.t())
+
+        return (x, tall), apart, torch.mm(x, tall.t())
+    wide = placed(_spread(w, room), layout, b, blank=True)
     if shape.back:
-        dy = draw(shape.rows, shape.outs)
-        parts = [(own, up) for (own, _), up in zip(layout.columns(dy, dy[:, : shape.beside]), b, strict=True)]
+        parts = [(own, up) for (own, _), up in zip(layout.columns(x, x[:, : shape.beside]), b, strict=True)]
 
         def several() -> None:
             for own, up in parts:
                 torch.mm(own, up)
-            gemm.product(dy, alone, back=True)
+            gemm.product(x, alone, back=True)
 
-        return (dy, wide), several
-    x, y, u = draw(shape.rows, shape.outs), draw(shape.rows, shape.ins), draw(shape.rows, shape.beside)
-    both = gemm.widened(_spread(y, room), shape.beside)
+        return (x, wide), several, torch.mm(x, wide)
+    past, u = draw(shape.rows, shape.outs), draw(shape.rows, shape.beside)
+    both = gemm.widened(_spread(x, room), shape.beside)
     both[:, shape.ins :] = u
-    return (both, wide, x), lambda: add_(gemm.product(y, alone), x, u, b[0])
+    return (both, wide, past), lambda: add_(gemm.product(x, alone), past, u, b[0]), torch.addmm(past, both, wide.t())
 
 
 def _spread(m: Tensor, room: int) -> Tensor:

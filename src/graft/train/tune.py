@@ -71,10 +71,15 @@ def beside_of(lm: Any, tokens: int) -> dict[gemm.Shape, list[Group]]:
     halves = [half for layer in lm.modules() for half in getattr(layer, "halves", ()) if half]
     found: dict[gemm.Shape, list[Group]] = {}
     for half in halves if quack.installed() else []:
-        for group, back in ((half.group, True), (half.last, True), (half.last, False)):
+        under = beside.shape_under(tokens, half.group)
+        ways = [
+            (half.group, beside.shape_of(tokens, half.group, back=True)),
+            *((half.last, beside.shape_of(tokens, half.last, back)) for back in (True, False)),
+        ]
+        for group, shape in [*ways, (half.group, under)] if under.under % quack.ALIGNED == 0 else ways:
             frozen = group.frozen
             if group.adapted and frozen.kind != "fp8" and frozen.bias is None and frozen.dtype == torch.bfloat16 and frozen.ins % NF4_BLOCK == 0:
-                found.setdefault(beside.shape_of(tokens, group, back), []).append(group)
+                found.setdefault(shape, []).append(group)
     return found
 
 
