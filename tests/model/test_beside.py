@@ -69,7 +69,7 @@ def test_it_is_the_gradient_of_the_input_and_of_each_adapter(monkeypatch, kind, 
     shape = beside.shape_of(TOKENS, group, back=True)
     ran = by_one_matmul(monkeypatch, [shape])
     assert beside.back(dy, group, adapter) is None, "no room"
-    beside.make_room(group)
+    beside.make_room(group, under=False)
     assert frozen.w0 is buffer and torch.equal(frozen.opened(), w) and frozen.opened().stride(0) % 64 == 0
     assert beside.back(dy[:-1], group, adapter) is None, "as many tokens were not timed"
     for own in (adapter, torch.full_like(adapter, 7.0), adapter):
@@ -88,7 +88,7 @@ def test_it_is_the_output_and_what_each_adapter_is_given(monkeypatch, kind, layo
     w, shape = group.frozen.opened(), beside.shape_under(TOKENS, group)
     ran = by_one_matmul(monkeypatch, [shape])
     assert not beside.goes_under(TOKENS, group), "no room"
-    beside.make_room(group)
+    beside.make_room(group, under=True)
     assert beside.goes_under(TOKENS, group) and not beside.goes_under(TOKENS - 1, group)
     for own in (adapter, torch.full_like(adapter, 7.0), adapter):
         stand(group, own)
@@ -107,7 +107,7 @@ def test_it_is_the_sum_that_ends_a_half(monkeypatch, kind, rank):
     shape = beside.shape_of(TOKENS, group, back=False)
     ran = by_one_matmul(monkeypatch, [shape])
     assert beside.room_after(TOKENS, group) == 0 and beside.add(x, y, group, adapter) is None, "no room beside W"
-    beside.make_room(group)
+    beside.make_room(group, under=False)
     assert beside.room_after(TOKENS, group) == 64 and beside.room_after(TOKENS - 1, group) == 0
     assert beside.behind(y, group) is None and beside.add(x, y, group, adapter) is None, "no room beside y"
     roomy = gemm.roomy(y, 64, 64).copy_(y)
@@ -151,13 +151,19 @@ def test_a_layers_gradients_are_those_without(monkeypatch, targets, kind, kept, 
         flat, plain.adapters.flat.grad = plain.adapters.flat.grad, None
         return given.grad, flat
 
-    wanted = gradients()
+    def in_two_steps():
+        for factor in (1.0, -0.7):  # the second step's adapters are others, and so must be what stands beside W
+            plain.adapters.flat.data.mul_(factor)
+            yield from gradients()
+        plain.adapters.flat.data.div_(-0.7)
+
+    wanted = list(in_two_steps())
     ran = by_one_matmul(monkeypatch, shapes)
     for group in dict.fromkeys(group for group, _ in ways):
-        beside.make_room(group)
+        beside.make_room(group, under=not dropout)
     plain.adapters.place = beside.Standing(plain.adapters)
-    found = gradients()
-    assert set(ran) == shapes and len(ran) >= len(ways)
+    found = list(in_two_steps())
+    assert set(ran) == shapes and len(ran) >= 2 * len(ways)
     for one, other in zip(found, wanted, strict=True):
         assert other.norm() > 0 and (one - other).norm() <= 1e-5 * other.norm()
 

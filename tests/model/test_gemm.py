@@ -144,7 +144,7 @@ def test_what_lies_beside_is_multiplied_too_and_the_rest_goes_on(cache, monkeypa
     monkeypatch.setattr(gemm, "ROUNDS_S", (0.01, 0.01))
     assert "matmuls of 1 shapes tuned" in gemm.choose({shape: lambda: beside.operands(shape, group)}, measure=True)
     (key,) = json.loads(cache.read_text())
-    beside.make_room(group)
+    beside.make_room(group, under)
     beside.Standing(SimpleNamespace(groups=[group], sizes=[len(adapter)], flat=adapter))()
     close = {"rtol": 2e-2, "atol": 0.5}
     for tiles in quack.FASTEST:

@@ -103,6 +103,34 @@ def test_where_one_matmul_is_chosen_for_more_the_weights_get_room(monkeypatch):
     )
 
 
+def test_what_has_room_is_filled_though_another_finds_no_memory_for_its_own(monkeypatch):
+    lm = LlamaForCausalLM(LlamaConfig(**NUMBERS | {"hidden_size": 64, "intermediate_size": 128})).to(torch.bfloat16)
+    places = fuse(lm, "dense", Lora(), torch.bfloat16, "cpu", 0)
+    fuse_blocks(lm)
+    first, left = places["model.layers.0.self_attn.q_proj"][0], [1]
+    make_room = tune.beside.make_room
+
+    def scarce(*given):
+        if not left:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        left.pop()
+        make_room(*given)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quack, "installed", lambda: "0.6.5")
+    monkeypatch.setattr(gemm, "_chosen", dict.fromkeys(tune.beside_of(lm, CHUNK), print))
+    monkeypatch.setattr(gemm, "choose", lambda operands, measure: None)
+    monkeypatch.setattr(tune, "peak_flops", lambda: None)
+    monkeypatch.setattr(tune.beside, "make_room", scarce)
+    assert "CUDA out of memory" in tune.tune(lm, Train(), CHUNK, 1e18)
+    assert [frozen.room for frozen, _ in places.values()].count(64) == 3, "q, k and v of one layer"
+    lm.adapters.flat.data.fill_(7.0)
+    lm.adapters.hand_out()
+    wide = first.opened().as_strided((128 + 48, 64 + 48), (128, 1))
+    assert (wide[:64, 64:80] == 7).all() and (wide[64:96, 80:96] == 7).all() and (wide[96:128, 96:] == 7).all() and (wide[128:, :64] == 7).all()
+    assert (wide[:64, 80:] == 0).all() and (wide[64:96, 64:80] == 0).all(), "each B at rows and columns of its own"
+
+
 def test_another_library_leaves_them_to_pytorch(monkeypatch):
     def choose(operands, measure):
         raise OSError("libcublasLt.so.99: cannot open shared object file")

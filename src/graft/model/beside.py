@@ -11,7 +11,8 @@ it is opened. Whether one matmul is faster than several is measured (gemm.choose
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -35,9 +36,10 @@ def shape_under(tokens: int, group: Group) -> gemm.Shape:
     return gemm.Shape(*shape[:3], apart=shape.beside + shape.apart, under=shape.beside)
 
 
-def make_room(group: Group) -> None:
+def make_room(group: Group, under: bool) -> None:
+    """Lay the rows of W apart, once; under: with place for A below them. A Standing of the model's adapters fills it before each forward."""
     shape = shape_of(0, group, back=True)
-    group.frozen.make_room(shape.beside + shape.apart, shape.beside)
+    group.frozen.make_room(shape.beside + shape.apart, shape.beside if under else 0)
 
 
 def placed(w: Tensor, layout: Layout, b: list[Tensor], blank: bool) -> Tensor:
@@ -73,7 +75,7 @@ def down(x: Tensor, group: Group, adapter: Tensor) -> tuple[Tensor, Tensor]:
     shape = shape_under(len(x), group)
     run, w = gemm.chosen(shape), group.frozen.opened()
     assert run is not None
-    tall = w.as_strided((len(w) + shape.under, w.shape[1]), w.stride())
+    tall = _tall(w, shape.under)
     if group.frozen.kind != "dense":
         tall[len(w) :] = group.layout.split(adapter, group.frozen.ins)[0]
     out = x.new_empty(len(x), len(tall))
@@ -111,38 +113,54 @@ def _with(group: Group, adapter: Tensor) -> Tensor:
 
 
 class Standing:
-    """The adapters beside and under their W where that lies open and has room; called before each forward it copies them there, on a GPU in two kernels."""
+    """The adapters beside and under their W where that lies open and has room; called before each forward it copies them there, on a GPU in two kernels.
+
+    What has room is looked up in the first call.
+    """
 
     def __init__(self, adapters: Adapters):
         self.adapters = adapters
-        places: dict[int, list[tuple[Tensor, int]]] = {}  # by columns: where in W's room, and where in the vector of all adapters
-        at = 0
-        for group, size in zip(adapters.groups, adapters.sizes, strict=True):
+
+    @cached_property
+    def places(self) -> list[list[tuple[Tensor, int]]]:
+        """[(where at W, where in the vector of all adapters)] of matrices of so many columns, and of so many others."""
+        found: dict[int, list[tuple[Tensor, int]]] = {}
+        start = 0
+        for group, size in zip(self.adapters.groups, self.adapters.sizes, strict=True):
             layout, frozen = group.layout, group.frozen
             if frozen.room and frozen.kind == "dense":
                 w, columns = frozen.opened(), layout.rank * len(layout.sizes)
-                places.setdefault(frozen.ins, []).append(
-                    (w.as_strided((columns, frozen.ins), w.stride(), w.storage_offset() + len(w) * w.stride(0)), at)
-                )
-                start, wide = at + columns * frozen.ins, gemm.widened(w, columns)
+                if frozen.under:
+                    found.setdefault(frozen.ins, []).append((_tall(w, columns)[len(w) :], start))
+                at, wide = start + columns * frozen.ins, gemm.widened(w, columns)
                 for n, (first, rows) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
                     own = slice(frozen.ins + n * layout.rank, frozen.ins + (n + 1) * layout.rank)
-                    places.setdefault(layout.rank, []).append((wide[first : first + rows, own], start))
-                    start += rows * layout.rank
-            at += size
-        self.places = list(places.values())
-        self.tables = [torch.tensor([(to.data_ptr(), to.stride(0), at, len(to)) for to, at in some]).to(adapters.flat.device) for some in self.places]
+                    found.setdefault(layout.rank, []).append((wide[first : first + rows, own], at))
+                    at += rows * layout.rank
+            start += size
+        return list(found.values())
+
+    @cached_property
+    def tables(self) -> list[Tensor]:
+        """As kernels/sums.py takes them."""
+        device = self.adapters.flat.device
+        return [torch.tensor([(to.data_ptr(), to.stride(0), at, len(to)) for to, at in some], device=device) for some in self.places]
 
     def __call__(self) -> None:
         flat = self.adapters.flat.detach()
-        for some, table in zip(self.places, self.tables, strict=True):
-            if flat.is_cuda:
-                from graft.model.kernels.sums import place
+        if flat.is_cuda:
+            from graft.model.kernels.sums import place
 
+            for some, table in zip(self.places, self.tables, strict=True):
                 place(flat, table, some[0][0], max(len(to) for to, _ in some))
-            else:
-                for to, at in some:
-                    to.copy_(flat[at : at + to.numel()].view_as(to))
+        else:
+            for to, at in chain.from_iterable(self.places):
+                to.copy_(flat[at : at + to.numel()].view_as(to))
+
+
+def _tall(w: Tensor, under: int) -> Tensor:
+    """W and so many rows below it."""
+    return w.as_strided((len(w) + under, w.shape[1]), w.stride())
 
 
 def operands(shape: gemm.Shape, group: Group) -> tuple[tuple[Tensor, ...], Callable[[], object], Tensor]:

@@ -144,7 +144,6 @@ def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) 
 
 def _measured(shape: Shape, found: list[Any], operands: Any, warm: bool) -> tuple[str | None, float]:
     """(the fastest algorithm, as it is stored, or None for PyTorch's; its pace over PyTorch's, less 1)."""
-
     given = operands
     if shape.beside or shape.under:
         given, pytorchs, wanted = operands

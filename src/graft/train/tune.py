@@ -1,4 +1,4 @@
-"""Which algorithms a run's large matmuls use (model/gemm.py, beside.py): measured where the run is long enough to win more than it costs."""
+"""Which algorithms a run's large matmuls use (model/gemm.py, beside.py): measured once a machine, in a run that is long enough for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from graft.model.lora import in_tower
 from graft.model.loss import CHUNK
 from graft.train.flops import peak_flops
 
-LEAST_S = 1800.0  # what a run must at least take, at half of the GPU's nominal FLOP/s, for "auto" to measure: that takes about a minute
+LEAST_S = (
+    1800.0  # what a run must at least take, at half of the GPU's nominal FLOP/s, for "auto" to measure: that takes one minute or two, once a machine
+)
 USUAL_FLOPS = 300e12  # of a GPU whose own are not known
 
 
@@ -31,11 +33,14 @@ def tune(lm: Any, config: Train, tokens: int, left_flop: float) -> str | None:
     together: dict[gemm.Shape, Callable[[], tuple[Any, ...]]] = {shape: partial(beside.operands, shape, some[0]) for shape, some in groups.items()}
     try:
         said = gemm.choose(operands_of(lm, tokens) | together, measure)
-        for group in dict.fromkeys(group for shape, some in groups.items() if gemm.chosen(shape) for group in some):
-            beside.make_room(group)
-            torch.cuda.empty_cache()  # what this one leaves is too small for the next
         if groups:
-            lm.adapters.place = beside.Standing(lm.adapters)
+            lm.adapters.place = beside.Standing(lm.adapters)  # before there is room: what has some is filled, though the next finds no memory
+        under: dict[Group, bool] = {}
+        for shape, group in [(shape, group) for shape, some in groups.items() if gemm.chosen(shape) for group in some]:
+            under[group] = under.get(group, False) or bool(shape.under)
+        for group, has_a in under.items():
+            beside.make_room(group, has_a)
+            torch.cuda.empty_cache()  # what this one leaves is too small for the next
         if apart := {shape: made for shape, made in operands_of(lm, tokens).items() if shape.apart}:
             gemm.choose(apart, measure)  # remembered: what was chosen for W alone goes on
         return said
@@ -67,7 +72,10 @@ def operands_of(lm: Any, tokens: int) -> dict[gemm.Shape, Callable[[], tuple[Any
 
 
 def beside_of(lm: Any, tokens: int) -> dict[gemm.Shape, list[Group]]:
-    """{shape: groups} of the matmuls, back to the input of a layer's half and of its last layer, and of what that adds, which might do their adapters' as well (model/beside.py)."""
+    """{shape: groups} of the matmuls that might do their adapters' work as well (model/beside.py).
+
+    Of a layer's half: those that make the gradients of its input and of its last layer's, that layer's output, and the output of those that read the norm.
+    """
     halves = [half for layer in lm.modules() for half in getattr(layer, "halves", ()) if half]
     found: dict[gemm.Shape, list[Group]] = {}
     for half in halves if quack.installed() else []:
