@@ -91,7 +91,7 @@ def swiglu_backward(
     return dy
 
 
-CHUNK = 1024  # rows
+CHUNK = 2048  # rows
 PROGRAMS = 4096  # that occupy a GPU: of four warps, several on each multiprocessor, for some rounds
 _TILE = 64, 64, 3, 4  # rows, columns, loads ahead, warps
 
