@@ -19,11 +19,11 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block, of_t, warps = triton.next_power_of_2(columns), 1, 4
-    if block <= 8192:  # of more rows at once the factors are read once
-        of_t, warps = 2, 8 if block == 8192 else 4
+    if block <= 4096:  # of two rows at once the factors are read once
+        of_t = 2
     elif block == 16_384:
         warps = 8
-    else:  # a wider row is read twice
+    elif block > 16_384:  # a wider row is read twice
         block, warps = 2048, 8
     grid = (triton.cdiv(rows, of_t),)
     _quantize[grid](x, x if factors is None else factors, out, scales, x.stride(0), rows, columns, factors is not None, of_t, block, num_warps=warps)
@@ -35,22 +35,23 @@ def _quantize(x, factors, out, scales, stride, t, columns: tl.constexpr, scaled:
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     if of_t > 1:
         row = row * of_t + tl.arange(0, of_t)[:, None]
-    first = _scaled(x + row * stride, factors, at, row < t, columns, scaled)
+        row = tl.minimum(row, t - 1)  # a last row twice costs less than a mask
+    first = _scaled(x + row * stride, factors, at, columns, scaled)
     largest = tl.abs(first)
     for start in range(block, columns, block):
-        largest = tl.maximum(largest, tl.abs(_scaled(x + row * stride, factors, start + at, row < t, columns, scaled)))
+        largest = tl.maximum(largest, tl.abs(_scaled(x + row * stride, factors, start + at, columns, scaled)))
     scale = tl.maximum(tl.max(largest, axis=-1, keep_dims=of_t > 1), 1e-12) / LARGEST
-    tl.store(scales + row, scale, mask=row < t)
+    tl.store(scales + row, scale)
     inverse = 1.0 / scale
-    tl.store(out + row * columns + at, (first * inverse).to(tl.float8e4nv), mask=(row < t) & (at < columns))
+    tl.store(out + row * columns + at, (first * inverse).to(tl.float8e4nv), mask=at < columns)
     for start in range(block, columns, block):
-        values = _scaled(x + row * stride, factors, start + at, row < t, columns, scaled)
-        tl.store(out + row * columns + start + at, (values * inverse).to(tl.float8e4nv), mask=(row < t) & (start + at < columns))
+        values = _scaled(x + row * stride, factors, start + at, columns, scaled)
+        tl.store(out + row * columns + start + at, (values * inverse).to(tl.float8e4nv), mask=start + at < columns)
 
 
 @triton.jit
-def _scaled(row, factors, at, held, columns: tl.constexpr, scaled: tl.constexpr):
-    values = tl.load(row + at, mask=held & (at < columns), other=0.0).to(tl.float32)
+def _scaled(row, factors, at, columns: tl.constexpr, scaled: tl.constexpr):
+    values = tl.load(row + at, mask=at < columns, other=0.0).to(tl.float32)
     if scaled:
         values *= tl.load(factors + at, mask=at < columns, other=0.0)
     return values
