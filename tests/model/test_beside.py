@@ -27,13 +27,9 @@ def by_one_matmul(monkeypatch, shapes):
     def run_of(shape):
         def run(x, w, *last):
             *added, out = last
-            assert w.shape == (shape.outs + shape.under, shape.ins + shape.beside) and w.stride(0) == w.shape[1] + shape.apart
-            ran.append(shape)
-            if shape.under:
-                assert out.is_contiguous() and not added
-                torch.mm(x, w.t(), out=out)
-                return
+            assert w.shape == (shape.outs, shape.ins + shape.beside) and w.stride(0) == w.shape[1] + shape.apart
             assert (out if shape.back else x).stride() == w.stride() and len(added) == (not shape.back)
+            ran.append(shape)
             if shape.back:
                 torch.mm(x, w, out=out)
             else:
@@ -69,7 +65,7 @@ def test_it_is_the_gradient_of_the_input_and_of_each_adapter(monkeypatch, kind, 
     shape = beside.shape_of(TOKENS, group, back=True)
     ran = by_one_matmul(monkeypatch, [shape])
     assert beside.back(dy, group, adapter) is None, "no room"
-    beside.make_room(group, under=False)
+    beside.make_room(group)
     assert frozen.w0 is buffer and torch.equal(frozen.opened(), w) and frozen.opened().stride(0) % 64 == 0
     assert beside.back(dy[:-1], group, adapter) is None, "as many tokens were not timed"
     for own in (adapter, torch.full_like(adapter, 7.0), adapter):
@@ -81,24 +77,6 @@ def test_it_is_the_gradient_of_the_input_and_of_each_adapter(monkeypatch, kind, 
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-@pytest.mark.parametrize("layout", [Layout(16, [0, 96, 128], [96, 32, 32]), Layout(4, [96], [32])], ids=["all", "one"])
-def test_it_is_the_output_and_what_each_adapter_is_given(monkeypatch, kind, layout):
-    group, columns = group_of(kind, layout), layout.rank * len(layout.sizes)
-    x, adapter = drawn(TOKENS, 64), drawn(columns * 64 + layout.rank * sum(layout.sizes), seed=4)
-    w, shape = group.frozen.opened(), beside.shape_under(TOKENS, group)
-    ran = by_one_matmul(monkeypatch, [shape])
-    assert not beside.goes_under(TOKENS, group), "no room"
-    beside.make_room(group, under=True)
-    assert beside.goes_under(TOKENS, group) and not beside.goes_under(TOKENS - 1, group)
-    for own in (adapter, torch.full_like(adapter, 7.0), adapter):
-        stand(group, own)
-        y, u = beside.down(x, group, own)
-    assert ran == [shape] * 3 and torch.equal(group.frozen.opened(), w)
-    torch.testing.assert_close(y, x @ w.t())
-    torch.testing.assert_close(u, x @ layout.split(adapter, 64)[0].t())
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("rank", [4, 64])
 def test_it_is_the_sum_that_ends_a_half(monkeypatch, kind, rank):
     group = group_of(kind, Layout(rank, [0], [96]), outs=(96,))
@@ -107,7 +85,7 @@ def test_it_is_the_sum_that_ends_a_half(monkeypatch, kind, rank):
     shape = beside.shape_of(TOKENS, group, back=False)
     ran = by_one_matmul(monkeypatch, [shape])
     assert beside.room_after(TOKENS, group) == 0 and beside.add(x, y, group, adapter) is None, "no room beside W"
-    beside.make_room(group, under=False)
+    beside.make_room(group)
     assert beside.room_after(TOKENS, group) == 64 and beside.room_after(TOKENS - 1, group) == 0
     assert beside.behind(y, group) is None and beside.add(x, y, group, adapter) is None, "no room beside y"
     roomy = gemm.roomy(y, 64, 64).copy_(y)
@@ -133,7 +111,6 @@ def test_a_layers_gradients_are_those_without(monkeypatch, targets, kind, kept, 
     fuse_blocks(plain, kept)
     halves = [half for layer in plain.model.layers for half in layer.halves if half]
     ways = [(half.group, beside.shape_of(TOKENS, half.group, back=True)) for half in halves]
-    ways += [(half.group, beside.shape_under(TOKENS, half.group)) for half in halves] if not dropout else []
     ways += [(half.last, beside.shape_of(TOKENS, half.last, back)) for half in halves for back in (True, False)]
     ways = [(group, shape) for group, shape in ways if group.adapted]
     shapes = {shape for _, shape in ways}
@@ -160,7 +137,7 @@ def test_a_layers_gradients_are_those_without(monkeypatch, targets, kind, kept, 
     wanted = list(in_two_steps())
     ran = by_one_matmul(monkeypatch, shapes)
     for group in dict.fromkeys(group for group, _ in ways):
-        beside.make_room(group, under=not dropout)
+        beside.make_room(group)
     plain.adapters.place = beside.Standing(plain.adapters)
     found = list(in_two_steps())
     assert set(ran) == shapes and len(ran) >= 2 * len(ways)
@@ -179,17 +156,6 @@ def test_the_operands_to_time_are_those_of_the_one_matmul_and_of_all(monkeypatch
     several()
     assert dy.shape == (TOKENS, 160) and wide.stride(0) == 128
     torch.testing.assert_close(whole, dy @ wide)
-    torch.testing.assert_close(whole, torch.cat(products, dim=1))
-
-    shape = beside.shape_under(TOKENS, group)
-    assert (shape.under, shape.apart, shape.text) == (32, 64, "40 160 64 forward under 32")
-    monkeypatch.setattr(gemm, "product", lambda x, w: products.insert(0, x @ w.t()))
-    products.clear()
-    monkeypatch.setattr(beside.torch, "mm", torch.Tensor.mm)
-    (x, tall), several, whole = beside.operands(shape, group)
-    monkeypatch.setattr(beside.torch, "mm", lambda own, up: products.append(own @ up))
-    several()
-    assert x.shape == (TOKENS, 64) and tall.stride(0) == 128
     torch.testing.assert_close(whole, torch.cat(products, dim=1))
 
     group = group_of("dense", Layout(16, [0], [96]), outs=(96,))

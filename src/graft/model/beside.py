@@ -1,18 +1,17 @@
-"""The adapters of a frozen W beside it, [W | B], and under it, [W; A]: one matmul makes what several did.
+"""The adapters' B beside the frozen W that they adapt, [W | B]: one matmul makes what several did.
 
-By itself dy B reads all of dy for a few columns, and x Aᵀ all of x: 0.04 to 0.2 ms each in a layer of Llama-3.1-8B on an H200. But the tiles of the
-matmul rarely end where W does: twenty of 208 columns cover 4,160, of which W has 4,096. So the one that makes dy W makes dy B as well, and the one that
-makes x Wᵀ makes x Aᵀ. And where a half of a layer ends, x + y Wᵀ + u Bᵀ, u beside y makes the second product a part of the first's sum and x its
-beginning; a kernel of its own reads and writes each of them once more. So the rows of W, and of y, are laid apart, and between them and below stand
-u and the adapters, each B at columns and rows of its own with zeros around it: copied there before each forward (Standing), of an NF4 base each time that
-it is opened. Whether one matmul is faster than several is measured (gemm.choose()); where it was not, nothing is laid apart and all is as without this file.
+By itself dy B reads all of dy for a few columns: 0.04 to 0.2 ms each in a layer of Llama-3.1-8B on an H200. But the tiles of the matmul rarely end
+where W does: twenty of 208 columns cover 4,160, of which W has 4,096. So the one that makes dy W makes dy B as well. And where a half of a layer ends,
+x + y Wᵀ + u Bᵀ, u beside y makes the second product a part of the first's sum and x its beginning; a kernel of its own reads and writes each of them once
+more. So the rows of W, and of y, are laid apart, and between them stand u and every B, each at columns and rows of its own with zeros around it: copied
+there before each forward (Standing), of an NF4 base each time that it is opened. Whether one matmul is faster than several is measured (gemm.choose());
+where it was not, nothing is laid apart and all is as without this file. A under W, for x Aᵀ beside x Wᵀ, was measured too and never was faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -30,16 +29,10 @@ def shape_of(tokens: int, group: Group, back: bool) -> gemm.Shape:
     return gemm.Shape(tokens, sum(frozen.outs), frozen.ins, back, beside=columns, apart=-columns % STEP)
 
 
-def shape_under(tokens: int, group: Group) -> gemm.Shape:
-    """Of the one matmul of x Wᵀ and x Aᵀ."""
-    shape = shape_of(tokens, group, back=False)
-    return gemm.Shape(*shape[:3], apart=shape.beside + shape.apart, under=shape.beside)
-
-
-def make_room(group: Group, under: bool) -> None:
-    """Lay the rows of W apart, once; under: with place for A below them. A Standing of the model's adapters fills it before each forward."""
+def make_room(group: Group) -> None:
+    """Lay the rows of W apart, once. A Standing of the model's adapters fills the room before each forward."""
     shape = shape_of(0, group, back=True)
-    group.frozen.make_room(shape.beside + shape.apart, shape.beside if under else 0)
+    group.frozen.make_room(shape.beside + shape.apart)
 
 
 def placed(w: Tensor, layout: Layout, b: list[Tensor], blank: bool) -> Tensor:
@@ -63,24 +56,6 @@ def back(dy: Tensor, group: Group, adapter: Tensor) -> tuple[Tensor, Tensor] | N
     out = gemm.roomy(dy, wide.shape[1], wide.stride(0) - wide.shape[1])
     run(dy, wide, out)
     return out[:, : frozen.ins], out[:, frozen.ins :]
-
-
-def goes_under(tokens: int, group: Group) -> bool:
-    """Whether down() is the faster."""
-    return bool(group.frozen.under and gemm.chosen(shape_under(tokens, group)))
-
-
-def down(x: Tensor, group: Group, adapter: Tensor) -> tuple[Tensor, Tensor]:
-    """(x Wᵀ [t, outs], x Aᵀ [t, layers · rank]), whose rows lie apart; where goes_under()."""
-    shape = shape_under(len(x), group)
-    run, w = gemm.chosen(shape), group.frozen.opened()
-    assert run is not None
-    tall = _tall(w, shape.under)
-    if group.frozen.kind != "dense":
-        tall[len(w) :] = group.layout.split(adapter, group.frozen.ins)[0]
-    out = x.new_empty(len(x), len(tall))
-    run(x, tall, out)
-    return out[:, : len(w)], out[:, len(w) :]
 
 
 def room_after(tokens: int, group: Group) -> int:
@@ -113,7 +88,7 @@ def _with(group: Group, adapter: Tensor) -> Tensor:
 
 
 class Standing:
-    """The adapters beside and under their W where that lies open and has room; called before each forward it copies them there, on a GPU in two kernels.
+    """Every B beside its W where that lies open and has room; called before each forward it copies them there, on a GPU in one kernel.
 
     What has room is looked up in the first call.
     """
@@ -122,45 +97,37 @@ class Standing:
         self.adapters = adapters
 
     @cached_property
-    def places(self) -> list[list[tuple[Tensor, int]]]:
-        """[(where at W, where in the vector of all adapters)] of matrices of so many columns, and of so many others."""
-        found: dict[int, list[tuple[Tensor, int]]] = {}
+    def places(self) -> list[tuple[Tensor, int]]:
+        """[(where at W, where in the vector of all adapters)]."""
+        found: list[tuple[Tensor, int]] = []
         start = 0
         for group, size in zip(self.adapters.groups, self.adapters.sizes, strict=True):
             layout, frozen = group.layout, group.frozen
             if frozen.room and frozen.kind == "dense":
-                w, columns = frozen.opened(), layout.rank * len(layout.sizes)
-                if frozen.under:
-                    found.setdefault(frozen.ins, []).append((_tall(w, columns)[len(w) :], start))
-                at, wide = start + columns * frozen.ins, gemm.widened(w, columns)
+                columns = layout.rank * len(layout.sizes)
+                at, wide = start + columns * frozen.ins, gemm.widened(frozen.opened(), columns)
                 for n, (first, rows) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
                     own = slice(frozen.ins + n * layout.rank, frozen.ins + (n + 1) * layout.rank)
-                    found.setdefault(layout.rank, []).append((wide[first : first + rows, own], at))
+                    found.append((wide[first : first + rows, own], at))
                     at += rows * layout.rank
             start += size
-        return list(found.values())
+        return found
 
     @cached_property
-    def tables(self) -> list[Tensor]:
-        """As kernels/sums.py takes them."""
-        device = self.adapters.flat.device
-        return [torch.tensor([(to.data_ptr(), to.stride(0), at, len(to)) for to, at in some], device=device) for some in self.places]
+    def table(self) -> Tensor:
+        """The places as kernels/sums.py takes them."""
+        rows = [(to.data_ptr(), to.stride(0), at, len(to)) for to, at in self.places]
+        return torch.tensor(rows, dtype=torch.int64, device=self.adapters.flat.device)
 
     def __call__(self) -> None:
         flat = self.adapters.flat.detach()
-        if flat.is_cuda:
+        if not flat.is_cuda:
+            for to, at in self.places:
+                to.copy_(flat[at : at + to.numel()].view_as(to))
+        elif self.places:
             from graft.model.kernels.sums import place
 
-            for some, table in zip(self.places, self.tables, strict=True):
-                place(flat, table, some[0][0], max(len(to) for to, _ in some))
-        else:
-            for to, at in chain.from_iterable(self.places):
-                to.copy_(flat[at : at + to.numel()].view_as(to))
-
-
-def _tall(w: Tensor, under: int) -> Tensor:
-    """W and so many rows below it."""
-    return w.as_strided((len(w) + under, w.shape[1]), w.stride())
+            place(flat, self.table, self.places[0][0], max(len(to) for to, _ in self.places))
 
 
 def operands(shape: gemm.Shape, group: Group) -> tuple[tuple[Tensor, ...], Callable[[], object], Tensor]:
@@ -170,15 +137,6 @@ def operands(shape: gemm.Shape, group: Group) -> tuple[tuple[Tensor, ...], Calla
     draw = partial(torch.randn, dtype=w.dtype, device=w.device)
     alone, b = w.contiguous(), [draw(size, layout.rank) for size in layout.sizes]
     x, room = draw(shape.rows, shape.outs if shape.back else shape.ins), shape.beside + shape.apart
-    if shape.under:
-        a = draw(shape.under, shape.ins)
-        tall = _spread(torch.cat([alone, a]), room)
-
-        def apart() -> None:
-            gemm.product(x, alone)
-            torch.mm(x, a.t())
-
-        return (x, tall), apart, torch.mm(x, tall.t())
     wide = placed(_spread(w, room), layout, b, blank=True)
     if shape.back:
         parts = [(own, up) for (own, _), up in zip(layout.columns(x, x[:, : shape.beside]), b, strict=True)]

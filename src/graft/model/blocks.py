@@ -19,7 +19,7 @@ from graft.core.recipe import FUSED_RANK
 from graft.model import attention, beside
 from graft.model.dropout import Drop, add_back_, grown, of_a
 from graft.model.elementwise import adapt_and_rotate_, add_, norm, norm_backward, of_norm, rotate_, swiglu, swiglu_backward
-from graft.model.frozen import Operand, matmul, matmul_back
+from graft.model.frozen import matmul, matmul_back
 from graft.model.fused import FusedLinear, Group, adapted_backward, down, through_b
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen2_5_VLDecoderLayer")
@@ -35,15 +35,9 @@ class Half:
         self.weight, self.eps, self.group, self.last = norm.weight, norm.variance_epsilon, group, last
 
     def read(self, x: Tensor, adapter: Tensor | None, drop: Drop | None) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """(the group's output without its adapters, whose rows may lie apart, their B, u [t, layers · r], rstd [t] of the norm) of x [t, h]."""
+        """(the group's output without its adapters, their B, u [t, layers · r], rstd [t] of the norm) of x [t, h]."""
         group, frozen = self.group, self.group.frozen
         a, b = (None, []) if adapter is None else group.layout.split(adapter, frozen.ins)
-        n: Operand
-        if adapter is not None and drop is None and beside.goes_under(len(x), group):
-            n, rstd, _ = norm(x, self.weight, self.eps, None, 1.0, False)
-            assert isinstance(n, Tensor)
-            y, raw = beside.down(n, group, adapter)
-            return y, b, raw * group.scale, rstd
         n, rstd, u = norm(x, self.weight, self.eps, a, grown(group.scale, drop), frozen.kind == "fp8", drop)
         return matmul(n, frozen.kind, frozen.tensors, frozen.bias), b, u, rstd
 
@@ -133,8 +127,6 @@ class AttentionHalf(Half):
     def attend(self, x: Tensor, adapter: Tensor | None, drop: Drop | None, where: Where) -> tuple[Tensor, ...]:
         """(attention's output [t, heads · width], the log of each softmax's sum, q | k | v turned, u, rstd)."""
         y, b, u, rstd = self.read(x, adapter, drop)
-        if where.backend == "cudnn":  # whose gradients lie as what they are of
-            y = y.contiguous()
         own = dict(zip(self.group.adapted, b, strict=True))  # by place: q, k, v
         adapt_and_rotate_(y, u, [own.get(place) for place in range(3)], self.heads, self.kv_heads, where.cos, where.sin)
         given = *self.split(y), where.cu, where.longest, self.softmax_scale, where.backend
@@ -166,7 +158,7 @@ class _Attend(torch.autograd.Function):
         dout, o = dout.contiguous(), half.last
         d, raw = _back(dout, u_o, o, adapter_o)
         d, of_o = adapted_backward(d, raw * grown(o.scale, drop_o), dout, out, u_o, adapter_o, o.layout, drop_o)
-        dy = y.new_empty(y.shape)
+        dy = torch.empty_like(y)
         rows, made = (m.unflatten(1, (half.heads, -1)) for m in (d, out))
         given = rows, *half.split(y), made, lse, where.cu, where.longest, half.softmax_scale, where.backend
         attention.backward(half.split(dy), *given)

@@ -31,7 +31,7 @@ class Frozen(nn.Module):
     `tensors` are what matmul() and matmul_back() take: dense [W]; fp8 [W, scales [out, 1] fp32]; nf4 five for each layer.
     """
 
-    room = under = 0  # so many numbers lie between two rows of W, and rows below it, of NF4 once it is opened; of no use to any matmul here
+    room = 0  # so many numbers lie between two rows of W, of NF4 once it is opened; of no use to any matmul here
 
     def __init__(self, kind: Kind, outs: Sequence[int], ins: int, bias: bool, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
@@ -61,16 +61,15 @@ class Frozen(nn.Module):
 
     def opened(self) -> Tensor:
         """W [outs, ins] as a matmul takes it, with its room; not of fp8."""
-        return self.tensors[0] if self.kind == "dense" else _opened(self.tensors, self.ins, self.dtype, self.room, self.under)
+        return self.tensors[0] if self.kind == "dense" else _opened(self.tensors, self.ins, self.dtype, self.room)
 
-    def make_room(self, room: int, under: int) -> None:
-        """Lay the rows of W apart, with zeros between them, and so many more below; of nf4 they will be, with anything."""
+    def make_room(self, room: int) -> None:
+        """Lay the rows of W apart, with zeros between them; of nf4 they will be, with anything."""
         if self.kind == "dense":
             held = self.tensors[0]
-            wide = held.new_zeros(len(held) + under, self.ins + room)
-            wide[: len(held), : self.ins] = held
-            held.data = wide[: len(held), : self.ins]  # in place: whoever holds the buffer sees it
-        self.room, self.under = room, under
+            wide = held.new_zeros(len(held), self.ins + room)[:, : self.ins]
+            held.data = wide.copy_(held)  # in place: whoever holds the buffer sees it
+        self.room = room
 
     @torch.no_grad()
     def put(self, layer: int, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
@@ -158,10 +157,10 @@ def _nf4_of(weight: Tensor) -> list[Tensor]:
     return [packed, state.absmax, state.state2.absmax, state.offset, state.state2.code]
 
 
-def _opened(tensors: list[Tensor], ins: int, dtype: torch.dtype, room: int = 0, under: int = 0) -> Tensor:
-    """W [out, in] of all layers, its rows apart by `room` and with `under` more below, which are not written to."""
+def _opened(tensors: list[Tensor], ins: int, dtype: torch.dtype, room: int = 0) -> Tensor:
+    """W [out, in] of all layers, its rows apart by `room`, which is not written to."""
     rows = [2 * packed.numel() // ins for packed in tensors[::_OF_NF4]]
-    out = torch.empty(sum(rows) + under, ins + room, dtype=dtype, device=tensors[0].device)[: sum(rows), :ins]
+    out = torch.empty(sum(rows), ins + room, dtype=dtype, device=tensors[0].device)[:, :ins]
     for n, part in enumerate(out.split(rows)):
         own = tensors[_OF_NF4 * n : _OF_NF4 * (n + 1)]
         if part.is_cuda:

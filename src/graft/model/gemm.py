@@ -32,7 +32,6 @@ class Shape(NamedTuple):
 
     beside: with so many more columns that lie beside w in memory (beside.py): back, of x w and theirs; else of x wᵀ to which theirs, with the
     same beside x, and something [rows, outs] are added. apart: so many numbers lie between two rows of w, and here of what else is [rows, ins].
-    under: of x wᵀ with so many more rows that lie below w.
     """
 
     rows: int
@@ -42,7 +41,6 @@ class Shape(NamedTuple):
     fp8: bool = False
     beside: int = 0
     apart: int = 0
-    under: int = 0
 
     @property
     def flop(self) -> float:
@@ -52,8 +50,7 @@ class Shape(NamedTuple):
     def text(self) -> str:
         """As it is remembered: what is the fastest does not hang on how far apart rows lie."""
         way = "back" if self.back else "fp8" if self.fp8 else "forward"
-        more = f" beside {self.beside}" if self.beside else f" under {self.under}" if self.under else ""
-        return f"{self.rows} {self.outs} {self.ins} {way}{more}"
+        return f"{self.rows} {self.outs} {self.ins} {way}" + (f" beside {self.beside}" if self.beside else "")
 
 
 _chosen: dict[Shape, Callable[..., None]] = {}  # in this process: of operands as product() or scaled_product() has them, and the result
@@ -82,7 +79,7 @@ def scaled_product(
 
 
 def chosen(shape: Shape) -> Callable[..., None] | None:
-    """What runs a shape in which something lies beside w or under it: of x, both together, what is added if anything is, and where the result goes."""
+    """What runs a shape in which something lies beside w: of x, both together [outs, ins + beside], what is added if not back, and where the result goes."""
     return _chosen.get(shape)
 
 
@@ -109,8 +106,8 @@ def _aligned(dtype: torch.dtype, *tensors: Tensor) -> bool:
 def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) -> str | None:
     """Choose for each shape, whose operands the function makes as product() or scaled_product() takes them; returns a line on what was measured.
 
-    Where something lies beside w or under it they are (what chosen() takes, but for the result; what makes the same of w alone; the result):
-    one kernel against several.
+    Where something lies beside w they are (what chosen() takes, but for the result; what makes the same of w alone; the result): one kernel
+    against several.
     measure: time what the machine does not remember, 4 s a shape, else leave it to PyTorch.
     """
     from graft.model.kernels import cublaslt, quack
@@ -126,7 +123,7 @@ def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) 
         elif shape.beside:
             found = [quack.Product(shape.rows, shape.outs, shape.ins + shape.beside, shape.back, shape.apart, beside=True)]
         else:
-            found = [library.Product(shape.rows, shape.outs + shape.under, shape.ins, shape.back, shape.apart) for library in (cublaslt, quack)]
+            found = [library.Product(*shape[:4], shape.apart) for library in (cublaslt, quack)]
         if (key := f"{machine} {shape.text}") not in known:
             if not measure:
                 continue
@@ -145,7 +142,7 @@ def choose(operands: dict[Shape, Callable[[], tuple[Any, ...]]], measure: bool) 
 def _measured(shape: Shape, found: list[Any], operands: Any, warm: bool) -> tuple[str | None, float]:
     """(the fastest algorithm, as it is stored, or None for PyTorch's; its pace over PyTorch's, less 1)."""
     given = operands
-    if shape.beside or shape.under:
+    if shape.beside:
         given, pytorchs, wanted = operands
     else:
         pytorchs = partial(scaled_product, *given) if shape.fp8 else partial(product, *given, back=shape.back)

@@ -35,11 +35,8 @@ def tune(lm: Any, config: Train, tokens: int, left_flop: float) -> str | None:
         said = gemm.choose(operands_of(lm, tokens) | together, measure)
         if groups:
             lm.adapters.place = beside.Standing(lm.adapters)  # before there is room: what has some is filled, though the next finds no memory
-        under: dict[Group, bool] = {}
-        for shape, group in [(shape, group) for shape, some in groups.items() if gemm.chosen(shape) for group in some]:
-            under[group] = under.get(group, False) or bool(shape.under)
-        for group, has_a in under.items():
-            beside.make_room(group, has_a)
+        for group in dict.fromkeys(group for shape, some in groups.items() if gemm.chosen(shape) for group in some):
+            beside.make_room(group)
             torch.cuda.empty_cache()  # what this one leaves is too small for the next
         if apart := {shape: made for shape, made in operands_of(lm, tokens).items() if shape.apart}:
             gemm.choose(apart, measure)  # remembered: what was chosen for W alone goes on
@@ -74,20 +71,15 @@ def operands_of(lm: Any, tokens: int) -> dict[gemm.Shape, Callable[[], tuple[Any
 def beside_of(lm: Any, tokens: int) -> dict[gemm.Shape, list[Group]]:
     """{shape: groups} of the matmuls that might do their adapters' work as well (model/beside.py).
 
-    Of a layer's half: those that make the gradients of its input and of its last layer's, that layer's output, and the output of those that read the norm.
+    Of a layer's half: those that make the gradients of its input and of its last layer's, and that layer's output.
     """
     halves = [half for layer in lm.modules() for half in getattr(layer, "halves", ()) if half]
     found: dict[gemm.Shape, list[Group]] = {}
     for half in halves if quack.installed() else []:
-        under = beside.shape_under(tokens, half.group)
-        ways = [
-            (half.group, beside.shape_of(tokens, half.group, back=True)),
-            *((half.last, beside.shape_of(tokens, half.last, back)) for back in (True, False)),
-        ]
-        for group, shape in [*ways, (half.group, under)] if under.under % quack.ALIGNED == 0 else ways:
+        for group, back in ((half.group, True), (half.last, True), (half.last, False)):
             frozen = group.frozen
             if group.adapted and frozen.kind != "fp8" and frozen.bias is None and frozen.dtype == torch.bfloat16 and frozen.ins % NF4_BLOCK == 0:
-                found.setdefault(shape, []).append(group)
+                found.setdefault(beside.shape_of(tokens, group, back), []).append(group)
     return found
 
 

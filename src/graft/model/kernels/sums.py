@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = 4096  # numbers that a program adds up, of all parts
-_COPIED = 2048, 1024  # numbers of a matrix that a program copies, of a row at most
+_ROWS = 128  # of a matrix that a program copies
 
 
 def add_up(parts: Tensor, out: Tensor, also: Tensor | None = None) -> None:
@@ -41,17 +41,15 @@ def place(flat: Tensor, table: Tensor, like: Tensor, most: int) -> None:
     table [matrices, 4] int64: address of the first number, numbers from row to row there, offset in flat, rows, `most` at most.
     """
     columns = like.shape[1]
-    numbers, widest = _COPIED
-    width = min(widest, triton.next_power_of_2(columns))
-    grid = len(table), triton.cdiv(most, numbers // width), triton.cdiv(columns, width)
-    _place[grid](flat, table, like, columns, width, numbers // width, num_warps=4)
+    grid = len(table), triton.cdiv(most, _ROWS)
+    _place[grid](flat, table, like, columns, triton.next_power_of_2(columns), _ROWS, num_warps=4)
 
 
 @triton.jit
 def _place(flat, table, like, columns, width: tl.constexpr, of_t: tl.constexpr):
     entry = table + tl.program_id(0) * 4
     to, apart, start, rows = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-    i, j = (tl.program_id(1) * of_t + tl.arange(0, of_t)).to(tl.int64), tl.program_id(2) * width + tl.arange(0, width)
+    i, j = (tl.program_id(1) * of_t + tl.arange(0, of_t)).to(tl.int64), tl.arange(0, width)
     inside = (i[:, None] < rows) & (j[None, :] < columns)
     value = tl.load(flat + start + i[:, None] * columns + j[None, :], mask=inside)
     tl.store(to.to(like.dtype) + i[:, None] * apart + j[None, :], value.to(like.dtype.element_ty), mask=inside)

@@ -36,7 +36,7 @@ def swiglu(
 
     def launch(ahead: int) -> None:
         _swiglu[(parts, blocks)](
-            *(y, *given, y if a is None else a, seed, out, of_down, t, n, y.stride(0), n + room, r, r_down, scale),
+            *(y, *given, y if a is None else a, seed, out, of_down, t, n, n + room, r, r_down, scale),
             *(bool(b), a is not None, threshold, *widths, along, rows, columns, ahead),
             num_warps=warps,
         )
@@ -65,7 +65,7 @@ def swiglu_backward(
     added up afterwards, always in the same order.
     """
     t, n = dact.shape
-    dy, chunks = y.new_empty(y.shape), triton.cdiv(t, CHUNK)
+    dy, chunks = torch.empty_like(y), triton.cdiv(t, CHUNK)
     r, r_down = b[0].shape[1] if b else 0, 0 if a is None else a.shape[0]
     parts_b = torch.empty(chunks, 2 * n, r, dtype=torch.float32, device=y.device) if b else None
     parts_a = None if a is None else torch.empty(chunks, n, r_down, dtype=torch.float32, device=y.device)
@@ -77,7 +77,7 @@ def swiglu_backward(
 
     def launch(ahead: int) -> None:
         _swiglu_backward[(triton.cdiv(n, columns), chunks)](
-            *(dact, y, *given, *down, seed, dy, parts_b, parts_a, t, n, y.stride(0), dact.stride(0), r, r_down),
+            *(dact, y, *given, *down, seed, dy, parts_b, parts_a, t, n, dact.stride(0), r, r_down),
             *(bool(b), a is not None, threshold, *widths, CHUNK, rows, columns, ahead),
             num_warps=warps,
             maxnreg=registers,
@@ -108,7 +108,7 @@ def _backward_tile(width: int, drops: bool) -> tuple[int, int, int, int, int | N
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])
 def _swiglu(
-    y, u, b_gate, b_up, a, seed, out, of_down, t, n, of_y, of_out, r, r_down, scale, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
+    y, u, b_gate, b_up, a, seed, out, of_down, t, n, of_out, r, r_down, scale, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
     width: tl.constexpr, width_down: tl.constexpr, along: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(1) * of_t + tl.arange(0, of_t)).to(tl.int64)
@@ -122,7 +122,7 @@ def _swiglu(
         first = tl.program_id(0) * along + start
         columns = first + tl.arange(0, of_n)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
-        at = rows[:, None] * of_y + columns[None, :]
+        at = rows[:, None] * (2 * n) + columns[None, :]
         gate = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(y + at + n, mask=inside, other=0.0).to(tl.float32)
         if adapted:
@@ -143,7 +143,7 @@ def _swiglu(
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])
 def _swiglu_backward(
-    dact, y, u, b_gate, b_up, du, a, seed, dy, of_b, of_a, t, n, of_y, of_dact, r, r_down, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
+    dact, y, u, b_gate, b_up, du, a, seed, dy, of_b, of_a, t, n, of_dact, r, r_down, adapted: tl.constexpr, down: tl.constexpr, threshold: tl.constexpr,
     width: tl.constexpr, width_down: tl.constexpr, chunk: tl.constexpr, of_t: tl.constexpr, of_n: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * of_n + tl.arange(0, of_n)
@@ -160,7 +160,7 @@ def _swiglu_backward(
     for start in tl.range(0, chunk, of_t, num_stages=ahead):
         rows = (tl.program_id(1) * chunk + start + tl.arange(0, of_t)).to(tl.int64)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
-        at, there = rows[:, None] * of_y + columns[None, :], rows[:, None] * (2 * n) + columns[None, :]
+        at = rows[:, None] * (2 * n) + columns[None, :]
         gate = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(y + at + n, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(dact + rows[:, None] * of_dact + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -178,8 +178,8 @@ def _swiglu_backward(
         s = sigmoid(gate)
         silu = gate * s
         d_gate, d_up = (d * up * (s + silu - silu * s)).to(dy.dtype.element_ty), (d * silu).to(dy.dtype.element_ty)
-        tl.store(dy + there, d_gate, mask=inside)
-        tl.store(dy + there + n, d_up, mask=inside)
+        tl.store(dy + at, d_gate, mask=inside)
+        tl.store(dy + at + n, d_up, mask=inside)
         if adapted:
             sum_gate, sum_up = tl.dot(tl.trans(d_gate), gate_u, sum_gate), tl.dot(tl.trans(d_up), up_u, sum_up)
         if down:
