@@ -25,7 +25,7 @@ CONTEXT_GIB = 0.6  # of it, what CUDA and its libraries take for themselves, abo
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a weight of a linear layer; nf4 with its scales
 CHUNK = 4096  # rows of logits at once (model/loss.py)
 # Share of the nominal bf16 peak that a step reaches on one H200, Llama-3.1-8B, LoRA, 16,384 tokens (benchmarks/RESULTS.md)
-EFFICIENCY = {"bf16": 0.565, "fp8": 0.835, "nf4": 0.556}
+EFFICIENCY = {"bf16": 0.597, "fp8": 0.85, "nf4": 0.592}
 AGAIN = {"bf16": 0.66, "fp8": 1.13, "nf4": 0.64}  # and what is computed again, matmuls most of all; nf4's is an assumption
 FULL_TOKENS = 16_384  # a forward of more gains nothing
 FIXED_TOKENS = 384  # what a forward costs whatever its size, in tokens: of one row, two forwards a step
